@@ -1,0 +1,69 @@
+#include "convert/calibrate/calibrate.h"
+
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "cli/commands.h"
+#include "cli/progress.h"
+#include "formats/npy.h"
+
+namespace relatent {
+namespace {
+
+struct Options {
+  std::string model;
+  std::string tokens;
+  std::string output;
+  std::int64_t sequences = 0;
+  std::int64_t length = 1024;
+  bool json = false;
+  bool quiet = false;
+};
+
+int run(const Options& options) {
+  const auto start = std::chrono::steady_clock::now();
+  const Model model = Model::open(options.model);
+  const Sequences sequences =
+      read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
+  {
+    Progress progress("calibrate", options.quiet);
+    calibrate(model, sequences, options.output, std::ref(progress));
+  }
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const std::int64_t tokens = sequences.count * sequences.length;
+  if (options.json) {
+    const nlohmann::ordered_json out = {{"tokens", tokens},
+                                        {"sequences", sequences.count},
+                                        {"length", sequences.length},
+                                        {"seconds", seconds},
+                                        {"peak_rss_bytes", peak_rss_bytes()}};
+    std::puts(out.dump().c_str());
+  }
+  if (!options.quiet) {
+    std::fprintf(stderr, "calibrated on %lld tokens (%lld sequences of %lld) in %.1f s, peak memory %s: %s\n",
+                 static_cast<long long>(tokens), static_cast<long long>(sequences.count),
+                 static_cast<long long>(sequences.length), seconds, bytes_text(peak_rss_bytes()).c_str(),
+                 options.output.c_str());
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_calibrate(CLI::App& app, Command& chosen) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("calibrate", "Run the source over tokens once and keep what conversion needs");
+  command->add_option("model", options->model, "Checkpoint folder")->required();
+  command->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")->required();
+  command->add_option("-o,--output", options->output, "HDF5 file to write")->required();
+  command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();
+  command->add_flag("--json", options->json, "One JSON object on stdout");
+  command->add_flag("--quiet", options->quiet, "No progress");
+  command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
+}
+
+}  // namespace relatent

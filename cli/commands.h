@@ -1,0 +1,18 @@
+// The subcommands: each adds itself to the program and runs when chosen. None of them knows any algebra.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+
+namespace relatent {
+
+// A subcommand's work: returns the exit code. Set by the callback of the subcommand that was chosen.
+using Command = std::function<int()>;
+
+void add_inspect(CLI::App& app, Command& chosen);
+void add_calibrate(CLI::App& app, Command& chosen);
+void add_convert(CLI::App& app, Command& chosen);
+void add_logits(CLI::App& app, Command& chosen);
+void add_verify(CLI::App& app, Command& chosen);
+
+}  // namespace relatent

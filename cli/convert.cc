@@ -1,0 +1,195 @@
+#include "convert/convert.h"
+
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "cli/commands.h"
+#include "cli/progress.h"
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Options {
+  std::string to = "mla";
+  std::string method;
+  std::string dtype;
+  std::string fold = "auto";
+  std::string calibration;
+  ConvertOptions convert;
+  bool dry_run = false;
+  bool json = false;
+  bool quiet = false;
+};
+
+const char* fate_text(Fate fate) {
+  switch (fate) {
+    case Fate::converted:
+      return "converted";
+    case Fate::carried:
+      return "carried";
+    case Fate::recoded:
+      return "recoded";
+  }
+  return "";
+}
+
+std::string shape_words(const std::vector<std::int64_t>& shape) { return shape_text(shape); }
+
+Json plan_json(const Conversion& conversion) {
+  const ConvertPlan& plan = conversion.plan();
+  Json out;
+  out["method"] = method_name(conversion.options().method);
+  out["kv_rank"] = plan.shape.rank;
+  out["rope_dim"] = plan.shape.rope_dim;
+  out["cache_numbers_per_token_and_layer"] = {{"source", plan.source_cache_numbers},
+                                              {"converted", plan.converted_cache_numbers}};
+  out["tensors"] = Json::array();
+  for (const PlannedTensor& tensor : plan.tensors) {
+    out["tensors"].push_back({{"name", tensor.spec.name},
+                              {"shape", tensor.spec.shape},
+                              {"dtype", safetensors_name(tensor.spec.dtype)},
+                              {"bytes", tensor.spec.bytes()},
+                              {"fate", fate_text(tensor.fate)}});
+  }
+  out["left_out"] = plan.left_out;
+  out["side_files"] = Json::array();
+  for (const std::filesystem::path& file : plan.side_files) {
+    out["side_files"].push_back(file.filename().string());
+  }
+  out["disk_bytes"] = plan.output_bytes;
+  out["memory_bytes_estimate"] = plan.memory_bytes;
+  return out;
+}
+
+void print_plan(const Conversion& conversion) {
+  const ConvertPlan& plan = conversion.plan();
+  std::size_t widest = 0;
+  for (const PlannedTensor& tensor : plan.tensors) {
+    widest = std::max(widest, tensor.spec.name.size());
+  }
+  for (const PlannedTensor& tensor : plan.tensors) {
+    std::printf("%-*s  %-16s %-5s %12llu  %s\n", static_cast<int>(widest), tensor.spec.name.c_str(),
+                shape_words(tensor.spec.shape).c_str(), std::string(safetensors_name(tensor.spec.dtype)).c_str(),
+                static_cast<unsigned long long>(tensor.spec.bytes()), fate_text(tensor.fate));
+  }
+  for (const std::string& name : plan.left_out) {
+    std::printf("left out: %s\n", name.c_str());
+  }
+  for (const std::filesystem::path& file : plan.side_files) {
+    std::printf("carried along: %s\n", file.filename().c_str());
+  }
+  std::printf("cache per token and layer: %td numbers, source %td (%.1f %%)\n", plan.converted_cache_numbers,
+              plan.source_cache_numbers,
+              100.0 * static_cast<double>(plan.converted_cache_numbers) / static_cast<double>(plan.source_cache_numbers));
+  std::printf("needs %s of disk and about %s of memory\n", bytes_text(plan.output_bytes).c_str(),
+              bytes_text(plan.memory_bytes).c_str());
+}
+
+ConvertOptions resolve(const Options& options) {
+  static const std::map<std::string, Method> methods = {
+      {"lossless", Method::lossless}, {"transmla", Method::transmla}, {"weights-only", Method::weights_only}};
+  ConvertOptions out = options.convert;
+  out.method = methods.at(options.method);
+  if (!options.calibration.empty()) {
+    out.calibration = options.calibration;
+  }
+  if (!options.dtype.empty()) {
+    out.dtype = dtype_from_torch(options.dtype);
+  }
+  if (options.fold != "auto") {
+    try {
+      std::size_t used = 0;
+      out.fold = std::stoll(options.fold, &used);
+      if (used != options.fold.size()) {
+        throw std::invalid_argument(options.fold);
+      }
+    } catch (const std::exception&) {
+      fail_usage("--fold takes a whole number or auto, not \"" + options.fold + "\"");
+    }
+  }
+  return out;
+}
+
+int run(const Options& options) {
+  const Conversion conversion(resolve(options));
+  if (options.dry_run) {
+    if (options.json) {
+      std::puts(plan_json(conversion).dump().c_str());
+    } else {
+      print_plan(conversion);
+    }
+    return 0;
+  }
+  ConvertReport report;
+  {
+    Progress progress("convert", options.quiet);
+    report = conversion.run(std::ref(progress));
+  }
+  if (options.json) {
+    Json out = {{"kv_rank", report.kv_rank},
+                {"rope_dim", report.rope_dim},
+                {"branches", report.branches},
+                {"seconds", report.seconds},
+                {"peak_rss_bytes", peak_rss_bytes()},
+                {"bytes_read", report.bytes_read},
+                {"bytes_written", report.bytes_written}};
+    if (report.fold) {
+      out["fold"] = *report.fold;
+    }
+    std::puts(out.dump().c_str());
+  }
+  if (!options.quiet) {
+    const ConvertPlan& plan = conversion.plan();
+    std::fprintf(stderr, "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
+                 "peak memory %s: %s\n",
+                 std::string(method_name(conversion.options().method)).c_str(), report.rope_dim, report.kv_rank,
+                 report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
+                 plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
+                 conversion.options().output.c_str());
+  }
+  return 0;
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app, Command& chosen) {
+  auto options = std::make_shared<Options>();
+  ConvertOptions& convert = options->convert;
+  CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
+  command->add_option("model", convert.source, "Source checkpoint folder")->required();
+  command->add_option("-o,--output", convert.output, "Folder to make; must not exist")->required();
+  command->add_option("--to", options->to, "Target form")->check(CLI::IsMember({"mla"}))->capture_default_str();
+  command->add_option("--method", options->method, "lossless: same cache, same output; transmla: the published "
+                      "conversion; weights-only: without calibration")
+      ->check(CLI::IsMember({"lossless", "transmla", "weights-only"}))
+      ->required();
+  command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
+  command->add_option("--rank", convert.rank, "Size of the latent");
+  command->add_option("--rope-dim", convert.rope_dim, "Size of the rotary key (default: the head size)");
+  command->add_option("--kv-budget", convert.kv_budget, "(rank + rotary) as a part of the source's cache, e.g. 0.25");
+  command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")->capture_default_str();
+  command->add_option("--balance", convert.balance, "transmla: key norm over value norm after balancing; 0 = off")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
+  command->add_option("--engine", convert.engine, "Who is to load the result")
+      ->check(CLI::IsMember({"transformers"}))
+      ->capture_default_str();
+  command->add_option("--dtype", options->dtype, "Weights as bfloat16, float16 or float32 (default: as the source)")
+      ->check(CLI::IsMember({"bfloat16", "float16", "float32"}));
+  command->add_option("--max-shard-size", convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
+      ->transform(CLI::AsSizeValue(true))
+      ->default_str("5GB");
+  command->add_flag("--dry-run", options->dry_run, "Print what would be written and what it takes; write nothing");
+  command->add_flag("--json", options->json, "One JSON object on stdout");
+  command->add_flag("--quiet", options->quiet, "No progress");
+  command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
+}
+
+}  // namespace relatent

@@ -1,0 +1,60 @@
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <new>
+
+#include "cli/commands.h"
+#include "formats/error.h"
+#include "linalg/decompose.h"
+#include "linalg/threads.h"
+
+namespace {
+
+constexpr int exit_usage = 2;
+constexpr int exit_input = 3;
+constexpr int exit_machine = 4;
+
+int complain(int code, const char* sentence) {
+  std::fprintf(stderr, "relatent: %s\n", sentence);
+  return code;
+}
+
+int guarded(const relatent::Command& command) {
+  try {
+    return command();
+  } catch (const relatent::Error& error) {
+    return complain(error.exit_code(), error.what());
+  } catch (const relatent::NumericalError& error) {
+    return complain(exit_input, error.what());
+  } catch (const std::bad_alloc&) {
+    return complain(exit_machine, "out of memory");
+  } catch (const std::exception& error) {
+    return complain(exit_machine, error.what());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close they are");
+  app.set_version_flag("--version", "relatent " RELATENT_VERSION);
+  app.require_subcommand(1);
+  int threads = 0;
+  app.add_option("--threads", threads, "Threads to use (default: all cores); results do not depend on it")
+      ->check(CLI::Range(1, 1024));
+  app.fallthrough();
+  relatent::Command chosen;
+  relatent::add_inspect(app, chosen);
+  relatent::add_calibrate(app, chosen);
+  relatent::add_convert(app, chosen);
+  relatent::add_logits(app, chosen);
+  relatent::add_verify(app, chosen);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    const int code = app.exit(error);
+    return code == 0 ? 0 : exit_usage;
+  }
+  relatent::set_num_threads(threads);
+  return guarded(chosen);
+}

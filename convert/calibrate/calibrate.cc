@@ -1,0 +1,104 @@
+#include "convert/calibrate/calibrate.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <vector>
+
+#include "convert/model/forward.h"
+#include "formats/error.h"
+#include "linalg/threads.h"
+
+namespace relatent {
+namespace {
+
+// Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums are
+// formed in the same order for any thread count.
+constexpr Index batch_tokens = 8192;
+constexpr Index tile = 256;
+
+LayerMoments observe_layer(const Layer& layer, Stream& stream) {
+  const auto& attention = std::get<GqaAttention>(layer.attention);
+  const RotaryTable table(attention.rotary, stream.length());
+  const Index hidden = stream.hidden().cols();
+  const Index length = stream.length();
+  const Index batch = std::max<Index>(1, batch_tokens / length);
+  LayerMoments out;
+  out.tokens = stream.count() * length;
+  out.second_moment = MatrixD::Zero(hidden, hidden);
+  out.mean = VectorD::Zero(hidden);
+  out.distance_mass = MatrixD::Zero(attention.heads, length);
+  MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
+  for (Index first = 0; first < stream.count(); first += batch) {
+    const Index count = std::min(batch, stream.count() - first);
+    std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(attention.heads, length)});
+    parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
+      const auto s = static_cast<Index>(i);
+      const MatrixF x = normed(layer.input_norm, stream.sequence(first + s));
+      inputs.middleRows(s * length, length) = x;
+      stream.sequence(first + s) += attention.o(mix_heads(attention, x, table, &mass[i]));
+      add_mlp(layer, stream.sequence(first + s));
+    });
+    add_second_moment(inputs.topRows(count * length), out.second_moment);
+    out.mean += inputs.topRows(count * length).cast<double>().colwise().sum().transpose();
+    for (const DistanceMass& m : mass) {
+      out.distance_mass += m.sum;
+    }
+  }
+  const auto tokens = static_cast<double>(out.tokens);
+  out.second_moment /= tokens;
+  out.second_moment.triangularView<Eigen::StrictlyUpper>() = out.second_moment.transpose();
+  out.mean /= tokens;
+  out.distance_mass /= tokens;
+  return out;
+}
+
+}  // namespace
+
+void add_second_moment(const MatrixF& x, MatrixD& sum) {
+  const Index hidden = x.cols();
+  const Index tiles = (hidden + tile - 1) / tile;
+  std::vector<std::pair<Index, Index>> lower;
+  for (Index i = 0; i < tiles; ++i) {
+    for (Index j = 0; j <= i; ++j) {
+      lower.emplace_back(i * tile, j * tile);
+    }
+  }
+  parallel_for(lower.size(), [&](std::size_t t) {
+    const auto [row, col] = lower[t];
+    const Index rows = std::min(tile, hidden - row);
+    const Index cols = std::min(tile, hidden - col);
+    const MatrixD left = x.middleCols(row, rows).cast<double>();
+    if (row == col) {
+      sum.block(row, col, rows, cols).selfadjointView<Eigen::Lower>().rankUpdate(left.transpose());
+      return;
+    }
+    const MatrixD right = x.middleCols(col, cols).cast<double>();
+    sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
+  });
+}
+
+void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
+               const LayerProgress& progress) {
+  const ModelConfig& config = model.config();
+  if (!config.gqa) {
+    fail_input({model.checkpoint().config_path(), "", "model_type", "a grouped-query model to calibrate",
+                config.model_type, ""});
+  }
+  CalibrationHeader header;
+  header.source_fingerprint = model.checkpoint().fingerprint();
+  header.source_config = model.checkpoint().config().dump();
+  header.model_type = config.model_type;
+  header.hidden_size = config.hidden_size;
+  header.num_hidden_layers = config.num_hidden_layers;
+  header.num_attention_heads = config.num_attention_heads;
+  CalibrationWriter writer(output, header, sequences);
+  Stream stream(model, sequences);
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    writer.add_layer(observe_layer(model.layer(i), stream));
+    progress(i + 1, config.num_hidden_layers);
+  }
+  writer.finish();
+}
+
+}  // namespace relatent

@@ -1,0 +1,26 @@
+// One pass over calibration tokens, which serves every rank, target and method afterwards.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+
+#include "convert/model/model.h"
+#include "formats/calibration_store.h"
+#include "formats/npy.h"
+
+namespace relatent {
+
+// Called after each layer with (layers done, layers in all).
+using LayerProgress = std::function<void(Index, Index)>;
+
+// Runs the source over the sequences layer by layer and writes, per layer, E[x xᵀ] and E[x] of the normed attention
+// input, and per query head the distribution of attention mass over distance (mean over queries, so that early queries,
+// which see few keys, count like late ones). Numbers are the same for any thread count.
+// Throws Error as the stores do; input when the model is not GQA.
+void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
+               const LayerProgress& progress);
+
+// Adds Σ x xᵀ over the rows of x to the lower triangle of sum [hidden, hidden], in float64.
+void add_second_moment(const MatrixF& x, MatrixD& sum);
+
+}  // namespace relatent

@@ -1,0 +1,376 @@
+#include "convert/convert.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "convert/forms/mla.h"
+#include "convert/latent/joint_latent.h"
+#include "convert/latent/lossless.h"
+#include "convert/latent/rotary_key.h"
+#include "convert/latent/transmla.h"
+#include "convert/model/forward.h"
+#include "formats/error.h"
+#include "linalg/threads.h"
+
+namespace relatent {
+namespace {
+
+// Distances assumed when there is no calibration, and sequences used to compare folds.
+constexpr Index assumed_length = 1024;
+constexpr Index fold_sequences = 8;
+
+std::string text(Index n) { return std::to_string(n); }
+
+// Why a source tensor is not in the output, or nothing when it is.
+std::string_view redundant(Role role, const ModelConfig& config) {
+  if (role == Role::inv_freq) {
+    return "a buffer that the config repeats";
+  }
+  if (role == Role::lm_head && config.tie_word_embeddings) {
+    return "tied to the embedding by the config";
+  }
+  return "";
+}
+
+bool is_mlp_bias(Role role) {
+  return role == Role::gate_bias || role == Role::up_bias || role == Role::down_bias;
+}
+
+void check_source(const Model& source) {
+  const ModelConfig& config = source.config();
+  const std::filesystem::path path = source.checkpoint().config_path();
+  if (!config.gqa) {
+    fail_input({path, "", "model_type", "a grouped-query model", config.model_type, ""});
+  }
+  if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
+    fail_input({path, "", "sliding_window", "none, or at least max_position_embeddings", text(*config.sliding_window),
+                "latent engines attend to every position: set max_position_embeddings to the window, within which "
+                "the two are the same"});
+  }
+  for (const PlacedTensor& tensor : source.tensors()) {
+    if (is_mlp_bias(tensor.role)) {
+      fail_input({source.checkpoint().folder(), tensor.name, "has no place in deepseek_v3",
+                  "an MLP without biases", "a bias", ""});
+    }
+  }
+}
+
+// Decides rank and rotary size from the options.
+void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentShape& shape) {
+  const Index keys = gqa.num_key_value_heads * gqa.head_dim;
+  const std::string method(method_name(options.method));
+  if (options.method != Method::transmla && (options.fold || options.q_rank)) {
+    fail_usage("--fold and --q-rank belong to --method transmla, not to " + method);
+  }
+  if (options.method == Method::lossless) {
+    if (options.rank || options.rope_dim || options.kv_budget) {
+      fail_usage("--method lossless fixes rank and rotary size: leave out --rank, --rope-dim and --kv-budget");
+    }
+    shape.rope_dim = keys;
+    shape.rank = keys;
+    return;
+  }
+  shape.nope_dim = gqa.head_dim;
+  shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
+  if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
+    fail_usage("--rope-dim " + text(shape.rope_dim) + " must be an even number from 2 to num_key_value_heads * head_dim = " +
+               text(keys));
+  }
+  if (options.rank && options.kv_budget) {
+    fail_usage("--rank and --kv-budget both decide the size of the latent: give one");
+  }
+  if (options.rank) {
+    shape.rank = *options.rank;
+  } else if (options.kv_budget) {
+    if (!(*options.kv_budget > 0 && *options.kv_budget <= 1)) {
+      fail_usage("--kv-budget must lie above 0 and at most at 1");
+    }
+    shape.rank = static_cast<Index>(std::floor(*options.kv_budget * static_cast<double>(2 * keys))) - shape.rope_dim;
+    if (shape.rank <= 0) {
+      fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rope_dim));
+    }
+  } else {
+    fail_usage("--method " + method + " needs --rank or --kv-budget");
+  }
+  const Index full = options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys;
+  if (shape.rank <= 0 || shape.rank > full) {
+    fail_usage("--rank " + text(shape.rank) + " must lie between 1 and the full rank " + text(full));
+  }
+  if (options.method == Method::transmla) {
+    // The smallest fold always fits when the rotary size does.
+    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)), options.balance},
+                   gqa.head_dim);
+  }
+  if (options.q_rank) {
+    shape.q_rank = options.q_rank;
+  }
+}
+
+// Peak of one layer in flight: its maps and moments in float64 with the temporaries of the algebra.
+std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, std::uint64_t output_values) {
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size) + 1;
+  const auto heads = static_cast<std::uint64_t>(config.num_attention_heads * config.gqa->head_dim);
+  const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
+  const std::uint64_t maps = (2 * heads + 2 * keys) * hidden;
+  const std::uint64_t moments = shape.nope_dim > 0 ? 3 * hidden * hidden : hidden * hidden;
+  const std::uint64_t algebra = shape.nope_dim > 0 ? 6 * keys * hidden + 8 * 4 * keys * keys : 2 * keys * keys;
+  return 12 * maps + 8 * (moments + algebra) + 12 * output_values;
+}
+
+}  // namespace
+
+std::string_view method_name(Method method) {
+  switch (method) {
+    case Method::lossless:
+      return "lossless";
+    case Method::transmla:
+      return "transmla";
+    case Method::weights_only:
+      return "weights-only";
+  }
+  return "";
+}
+
+Conversion::Conversion(ConvertOptions options)
+    : options_(std::move(options)), source_(Model::open(options_.source)), engine_(make_engine(options_.engine)) {
+  if (!engine_) {
+    fail_usage("--engine " + options_.engine + " is not one of: " + std::string(known_engines()));
+  }
+  if (options_.method == Method::transmla && !options_.calibration) {
+    fail_usage("--method transmla needs --calibration (make one with `relatent calibrate`)");
+  }
+  if (options_.calibration) {
+    calibration_ = CalibrationFile::open(*options_.calibration);
+  }
+  make_plan();
+}
+
+void Conversion::make_plan() {
+  check_source(source_);
+  const ModelConfig& config = source_.config();
+  LatentShape& shape = plan_.shape;
+  shape.heads = config.num_attention_heads;
+  shape.v_dim = config.gqa->head_dim;
+  shape.has_q_bias = source_.has(Role::q_bias, 0);
+  choose_sizes(options_, *config.gqa, shape);
+  if (shape.q_rank) {
+    const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
+    if (*shape.q_rank <= 0 || *shape.q_rank > full) {
+      fail_usage("--q-rank " + text(*shape.q_rank) + " must lie between 1 and the full rank " + text(full));
+    }
+  }
+  plan_.dtype = options_.dtype.value_or(source_.checkpoint().info(source_.name_of(Role::q_weight, 0)).dtype);
+  plan_.source_cache_numbers = config.cache_numbers();
+  plan_.converted_cache_numbers = engine_->cache_numbers(shape);
+
+  // Layer by layer, the converted attention in the place of the old one.
+  std::uint64_t attention_values = 0;
+  std::vector<PlacedTensor> ordered = source_.tensors();
+  const auto rank_of = [&](const PlacedTensor& t) {
+    return t.layer_idx >= 0 ? t.layer_idx + 1 : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
+  };
+  std::stable_sort(ordered.begin(), ordered.end(),
+                   [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
+  Index attention_done = -1;
+  for (const PlacedTensor& tensor : ordered) {
+    if (is_attention(tensor.role)) {
+      if (attention_done < tensor.layer_idx) {
+        attention_done = tensor.layer_idx;
+        std::uint64_t values = 0;
+        for (TensorSpec& spec : engine_->attention_tensors(config, shape, tensor.layer_idx, plan_.dtype)) {
+          values += spec.bytes() / size_of(spec.dtype);
+          plan_.tensors.push_back({std::move(spec), Fate::converted, ""});
+        }
+        attention_values = std::max(attention_values, values);
+      }
+      continue;
+    }
+    const std::string_view reason = redundant(tensor.role, config);
+    if (!reason.empty()) {
+      plan_.left_out.push_back(tensor.name + ": " + std::string(reason));
+      continue;
+    }
+    const TensorInfo& info = source_.checkpoint().info(tensor.name);
+    const DType dtype = options_.dtype.value_or(info.dtype);
+    plan_.tensors.push_back(
+        {{tensor.name, dtype, info.shape}, dtype == info.dtype ? Fate::carried : Fate::recoded, tensor.name});
+  }
+  std::uint64_t largest_recoded = 0;
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    plan_.output_bytes += tensor.spec.bytes();
+    if (tensor.fate == Fate::recoded) {
+      largest_recoded = std::max(largest_recoded, tensor.spec.bytes() / size_of(tensor.spec.dtype) * 8);
+    }
+  }
+  plan_.side_files = source_.checkpoint().side_files();
+  for (const std::filesystem::path& file : plan_.side_files) {
+    plan_.output_bytes += std::filesystem::file_size(file);
+  }
+  const auto in_flight = static_cast<std::uint64_t>(std::min<Index>(num_threads(), config.num_hidden_layers));
+  plan_.memory_bytes = std::max(largest_recoded, in_flight * layer_memory(config, shape, attention_values));
+}
+
+void Conversion::check_calibration() const {
+  const std::string found = source_.checkpoint().fingerprint();
+  if (calibration_->header().source_fingerprint != found) {
+    fail_input({calibration_->path(), "", "made from another checkpoint than " + options_.source.string(),
+                "fingerprint " + found, calibration_->header().source_fingerprint, "run `relatent calibrate` on it"});
+  }
+}
+
+Moments Conversion::moments(Index layer_idx) const {
+  if (calibration_) {
+    return moments_of(calibration_->layer(layer_idx));
+  }
+  return moments_without_data(source_.input_norm(layer_idx), source_.config().num_attention_heads, assumed_length);
+}
+
+Conversion::Recipe Conversion::make_recipe() const {
+  Recipe recipe;
+  if (options_.method == Method::transmla) {
+    recipe.fold = options_.fold ? *options_.fold : choose_fold();
+  } else if (options_.method == Method::weights_only) {
+    std::vector<Concentration> layers;
+    for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
+      const LayerMaps maps = maps_of(std::get<GqaAttention>(source_.attention(i)));
+      const Moments known = moments(i);
+      layers.push_back(concentrate(maps, known, expected_rotation(maps, known)));
+    }
+    recipe.components = allocate_components(layers, plan_.shape.rope_dim);
+  }
+  return recipe;
+}
+
+LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known, const Recipe& recipe) const {
+  const LatentShape& shape = plan_.shape;
+  const LayerMaps maps = maps_of(std::get<GqaAttention>(source_.attention(layer_idx)));
+  switch (options_.method) {
+    case Method::lossless:
+      return assemble_mla(maps, known, lossless_rotary_key(maps), lossless_latent(maps), std::nullopt);
+    case Method::transmla: {
+      const TransmlaOptions options{shape.rope_dim, recipe.fold, options_.balance};
+      const TransmlaKey key = transmla_rotary_key(maps, known, options);
+      std::optional<LowRankQuery> query;
+      if (shape.q_rank) {
+        query = transmla_query(maps, known, *shape.q_rank);
+      }
+      return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
+    }
+    case Method::weights_only: {
+      const MatrixC gamma = expected_rotation(maps, known);
+      const RotaryKey key = rotary_key(maps, concentrate(maps, known, gamma), gamma, recipe.components);
+      return assemble_mla(maps, known, key, joint_latent(maps, known, key, {shape.rank, 1.0}), std::nullopt);
+    }
+  }
+  throw std::logic_error("unknown method");
+}
+
+Index Conversion::choose_fold() const {
+  const Index d = source_.config().gqa->head_dim;
+  Sequences sequences = calibration_->sequences();
+  sequences.count = std::min<std::int64_t>(sequences.count, fold_sequences);
+  sequences.tokens.resize(static_cast<std::size_t>(sequences.count * sequences.length));
+  Index best = 0;
+  double best_nll = 0;
+  // Doubling as long as it helps, as the authors search.
+  for (Index fold = std::max<Index>(1, d / plan_.shape.rope_dim); (d / 2) % fold == 0; fold *= 2) {
+    Stream stream(source_, sequences);
+    for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
+      Layer converted = source_.layer(i);
+      const LayerMaps maps = maps_of(std::get<GqaAttention>(converted.attention));
+      const Moments known = moments(i);
+      const RotaryKey key = transmla_rotary_key(maps, known, {plan_.shape.rope_dim, fold, 0}).key;
+      // Nothing is lost but rotation: the latent is all keys and values.
+      const Index keys = maps.key_dim();
+      JointLatent all{MatrixD(2 * keys, maps.k.cols()), MatrixD::Zero(keys, 2 * keys), MatrixD::Zero(keys, 2 * keys),
+                      VectorD::Zero(keys)};
+      all.down << key.residual * maps.k, maps.v;
+      all.key_up.leftCols(keys).setIdentity();
+      all.value_up.rightCols(keys).setIdentity();
+      converted.attention = assemble_mla(maps, known, key, all, std::nullopt);
+      run_layer(converted, stream);
+    }
+    const double nll = compare_logits(source_, stream, source_, stream, sequences).source_nll;
+    if (best != 0 && nll >= best_nll) {
+      break;
+    }
+    best = fold;
+    best_nll = nll;
+  }
+  return best;
+}
+
+ConvertReport Conversion::run(const LayerProgress& progress) const {
+  const auto start = std::chrono::steady_clock::now();
+  const ModelConfig& config = source_.config();
+  PendingFolder folder(options_.output);
+  ConvertReport report;
+  report.kv_rank = plan_.shape.rank;
+  report.rope_dim = plan_.shape.rope_dim;
+  report.bytes_read = source_.checkpoint().tensor_bytes();
+
+  if (calibration_) {
+    check_calibration();
+  }
+  const Recipe recipe = make_recipe();
+  if (options_.method == Method::transmla) {
+    report.fold = recipe.fold;
+  }
+
+  std::vector<TensorSpec> specs;
+  specs.reserve(plan_.tensors.size());
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    specs.push_back(tensor.spec);
+  }
+  CheckpointWriter writer(folder.staging(), specs, options_.max_shard_bytes);
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.fate == Fate::carried) {
+      writer.copy(tensor.spec.name, source_.checkpoint());
+    } else if (tensor.fate == Fate::recoded) {
+      const MatrixF values = source_.checkpoint().read_matrix(tensor.source);
+      writer.write_floats(tensor.spec.name, {values.data(), static_cast<std::size_t>(values.size())});
+      source_.checkpoint().release(tensor.source);
+    }
+  }
+  // As many layers at a time as there are threads; written in order.
+  std::optional<Rotary> rotary;
+  const Index layers = config.num_hidden_layers;
+  const Index at_once = std::max(1, num_threads());
+  for (Index first = 0; first < layers; first += at_once) {
+    std::vector<std::optional<LatentAttention>> done(static_cast<std::size_t>(std::min(at_once, layers - first)));
+    // HDF5 is not for several threads at once.
+    std::vector<Moments> known;
+    for (std::size_t i = 0; i < done.size(); ++i) {
+      known.push_back(moments(first + static_cast<Index>(i)));
+    }
+    parallel_for(done.size(), [&](std::size_t i) {
+      done[i] = convert_layer(first + static_cast<Index>(i), known[i], recipe);
+    });
+    for (std::size_t i = 0; i < done.size(); ++i) {
+      if (!rotary) {
+        rotary = done[i]->rotary;
+      }
+      engine_->write_attention(*done[i], first + static_cast<Index>(i), plan_.dtype, writer);
+      progress(first + static_cast<Index>(i) + 1, layers);
+    }
+  }
+  writer.finish();
+  for (const std::filesystem::path& file : plan_.side_files) {
+    PendingFile copy(folder.staging() / file.filename());
+    const std::uint64_t size = std::filesystem::file_size(file);
+    copy.reserve(size);
+    copy.copy_at(0, file, 0, size);
+    copy.commit();
+  }
+  write_text(folder.staging() / "config.json",
+             engine_->config(source_.checkpoint().config(), config, plan_.shape, *rotary, plan_.dtype).dump(2) + "\n");
+  folder.commit();
+  report.bytes_written = writer.bytes_written();
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return report;
+}
+
+}  // namespace relatent

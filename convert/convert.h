@@ -1,0 +1,112 @@
+// One checkpoint from plan to written folder: the only place that knows the whole order.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "convert/calibrate/calibrate.h"
+#include "convert/engines/engine.h"
+#include "convert/latent/maps.h"
+#include "convert/model/model.h"
+
+namespace relatent {
+
+enum class Method { lossless, transmla, weights_only };
+std::string_view method_name(Method method);
+
+struct ConvertOptions {
+  std::filesystem::path source;
+  std::filesystem::path output;
+  Method method = Method::lossless;
+  std::optional<std::filesystem::path> calibration;
+  // Size of the latent, and of the rotary key. A budget is (rank + rope_dim) / (2 K d), rounded down to whole numbers.
+  std::optional<Index> rank;
+  std::optional<Index> rope_dim;
+  std::optional<double> kv_budget;
+  // transmla only.
+  std::optional<Index> fold;  // none = try them and keep the best
+  double balance = 1;
+  std::optional<Index> q_rank;
+  std::string engine = "transformers";
+  std::optional<DType> dtype;  // none = as the source
+  std::uint64_t max_shard_bytes = 5'000'000'000;
+};
+
+enum class Fate {
+  converted,  // computed
+  carried,    // copied byte for byte
+  recoded,    // the same numbers in another dtype
+};
+
+struct PlannedTensor {
+  TensorSpec spec;
+  Fate fate = Fate::carried;
+  std::string source;  // name in the source, for carried and recoded ones
+};
+
+// Everything that config, index and headers decide.
+struct ConvertPlan {
+  LatentShape shape;
+  std::vector<PlannedTensor> tensors;            // in the order in which they are written
+  std::vector<std::string> left_out;             // source tensors that the config makes redundant, with the reason
+  std::vector<std::filesystem::path> side_files;  // carried along untouched
+  DType dtype = DType::f32;                       // of converted tensors and of the config
+  Index source_cache_numbers = 0;                 // per token and layer
+  Index converted_cache_numbers = 0;
+  std::uint64_t output_bytes = 0;                 // of tensors and side files
+  std::uint64_t memory_bytes = 0;                 // estimate of the peak beyond mapped file pages
+};
+
+struct ConvertReport {
+  Index kv_rank = 0;
+  Index rope_dim = 0;
+  Index branches = 1;
+  std::optional<Index> fold;  // transmla: the one used
+  double seconds = 0;
+  std::uint64_t bytes_read = 0;
+  std::uint64_t bytes_written = 0;
+};
+
+class Conversion {
+  struct Recipe {
+    Index fold = 0;                 // transmla
+    std::vector<Index> components;  // weights-only: rotary components kept per frequency
+  };
+
+ public:
+  // Opens the source and plans. Throws Error: usage when options contradict each other or the source's sizes, input when
+  // the source is not readable, not a GQA model, or holds something that has no place in the target (by name).
+  explicit Conversion(ConvertOptions options);
+
+  const Model& source() const { return source_; }
+  const ConvertPlan& plan() const { return plan_; }
+  const ConvertOptions& options() const { return options_; }
+
+  // Converts and writes. The output folder appears under its name only when it is complete; on any error nothing is
+  // left. Throws Error: usage when the output exists already, input when the calibration belongs to another model or a
+  // weight is not finite, machine when writing fails.
+  ConvertReport run(const LayerProgress& progress) const;
+
+ private:
+  void make_plan();
+  void check_calibration() const;
+  Moments moments(Index layer_idx) const;
+  // Decides what all layers must agree on, because the engine keeps one list of frequencies for all of them.
+  Recipe make_recipe() const;
+  LatentAttention convert_layer(Index layer_idx, const Moments& moments, const Recipe& recipe) const;
+  Index choose_fold() const;
+
+  ConvertOptions options_;
+  Model source_;
+  std::unique_ptr<Engine> engine_;
+  std::optional<CalibrationFile> calibration_;
+  ConvertPlan plan_;
+};
+
+}  // namespace relatent

@@ -1,0 +1,52 @@
+// An engine is a rule that names tensors: how a canonical latent layer lies on disk for one reader.
+#pragma once
+
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "convert/model/attention.h"
+#include "convert/model/config.h"
+#include "formats/checkpoint.h"
+
+namespace relatent {
+
+// What can be said of a converted layer before any weight is read; the same for all layers.
+struct LatentShape {
+  Index heads = 0;
+  Index nope_dim = 0;
+  Index rope_dim = 0;
+  Index v_dim = 0;
+  Index rank = 0;                // of the latent, all branches together, without what an engine adds
+  std::optional<Index> q_rank;   // of a low-rank query, likewise
+  bool has_q_bias = false;
+};
+
+class Engine {
+ public:
+  Engine() = default;
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+  virtual ~Engine() = default;
+
+  virtual std::string_view name() const = 0;
+  // Numbers per token and layer that the engine caches for this shape.
+  virtual Index cache_numbers(const LatentShape& shape) const = 0;
+  // The attention tensors of one layer in the order in which they are written.
+  virtual std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
+                                                    Index layer_idx, DType dtype) const = 0;
+  // config.json of the converted checkpoint. source_config is the source's.
+  virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
+                                        const LatentShape& shape, const Rotary& rotary, DType dtype) const = 0;
+  // Writes all attention tensors of a layer that has `shape`.
+  virtual void write_attention(const LatentAttention& attention, Index layer_idx, DType dtype,
+                               CheckpointWriter& out) const = 0;
+};
+
+// nullptr when there is no engine of that name.
+std::unique_ptr<Engine> make_engine(std::string_view name);
+std::string_view known_engines();
+
+}  // namespace relatent

@@ -1,0 +1,234 @@
+#include "convert/engines/transformers.h"
+
+#include <array>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// The latent norms of transformers take no eps argument: 1e-6 whatever the config says.
+constexpr double latent_norm_eps = 1e-6;
+
+std::string attention_name(Index layer_idx, const char* rest) {
+  return "model.layers." + std::to_string(layer_idx) + ".self_attn." + rest;
+}
+
+// The number nearest to value that the dtype can hold.
+double round_to(DType dtype, double value) {
+  const float wide = static_cast<float>(value);
+  std::array<std::byte, 8> stored{};
+  const std::span<std::byte> bytes(stored.data(), size_of(dtype));
+  encode_floats(dtype, {&wide, 1}, bytes);
+  float out = 0;
+  decode_floats(dtype, bytes, {&out, 1});
+  return static_cast<double>(out);
+}
+
+// Halves (j, j + p/2) of rows first ... first + p to interleaved pairs (2j, 2j + 1).
+void to_pairs(MatrixF& m, Index first, Index p) {
+  const MatrixF halves = m.middleRows(first, p);
+  for (Index j = 0; j < p / 2; ++j) {
+    m.row(first + 2 * j) = halves.row(j);
+    m.row(first + 2 * j + 1) = halves.row(j + p / 2);
+  }
+}
+
+RowVectorF bias_or_zero(const Linear& linear) {
+  return linear.bias.size() > 0 ? linear.bias : RowVectorF(RowVectorF::Zero(linear.out()));
+}
+
+class TransformersEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "transformers"; }
+
+  Index cache_numbers(const LatentShape& shape) const override { return shape.rank + 1 + shape.rope_dim; }
+
+  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape, Index layer_idx,
+                                            DType dtype) const override {
+    const Index hidden = source.hidden_size;
+    const Index q_rows = shape.heads * (shape.nope_dim + shape.rope_dim);
+    const Index kv_rows = shape.rank + 1 + shape.rope_dim;
+    std::vector<TensorSpec> out;
+    const auto add = [&](const char* rest, std::vector<std::int64_t> size) {
+      out.push_back({attention_name(layer_idx, rest), dtype, std::move(size)});
+    };
+    const std::optional<Index> q_rank = stored_q_rank(shape, hidden);
+    if (q_rank) {
+      add("q_a_proj.weight", {*q_rank, hidden});
+      add("q_a_proj.bias", {*q_rank});
+      add("q_a_layernorm.weight", {*q_rank});
+      add("q_b_proj.weight", {q_rows, *q_rank});
+    } else {
+      add("q_proj.weight", {q_rows, hidden});
+    }
+    add("kv_a_proj_with_mqa.weight", {kv_rows, hidden});
+    add("kv_a_proj_with_mqa.bias", {kv_rows});
+    add("kv_a_layernorm.weight", {shape.rank + 1});
+    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), shape.rank + 1});
+    add("o_proj.weight", {hidden, shape.heads * shape.v_dim});
+    add("o_proj.bias", {hidden});
+    return out;
+  }
+
+  Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape, const Rotary& rotary,
+              DType dtype) const override {
+    Json out;
+    out["architectures"] = {"DeepseekV3ForCausalLM"};
+    out["model_type"] = "deepseek_v3";
+    out["attention_bias"] = true;
+    out["attention_dropout"] = 0.0;
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
+      if (source_config.contains(key)) {
+        out[key] = source_config[key];
+      }
+    }
+    out["dtype"] = torch_name(dtype);
+    // Every layer is dense; the mixture-of-experts keys must be present and typed, but nothing reads them.
+    out["first_k_dense_replace"] = source.num_hidden_layers;
+    out["head_dim"] = shape.rope_dim;
+    out["hidden_act"] = "silu";
+    out["hidden_size"] = source.hidden_size;
+    out["initializer_range"] = source_config.contains("initializer_range") && source_config["initializer_range"].is_number()
+                                   ? source_config["initializer_range"].get<double>()
+                                   : 0.02;
+    out["intermediate_size"] = source.intermediate_size;
+    out["kv_lora_rank"] = shape.rank + 1;
+    out["max_position_embeddings"] = source.max_position_embeddings;
+    out["moe_intermediate_size"] = source.intermediate_size;
+    out["moe_layer_freq"] = 1;
+    out["n_group"] = 1;
+    out["n_routed_experts"] = 2;
+    out["n_shared_experts"] = 1;
+    out["norm_topk_prob"] = true;
+    out["num_attention_heads"] = shape.heads;
+    out["num_experts_per_tok"] = 1;
+    out["num_hidden_layers"] = source.num_hidden_layers;
+    out["num_key_value_heads"] = shape.heads;
+    out["num_nextn_predict_layers"] = 0;
+    const std::optional<Index> q_rank = stored_q_rank(shape, source.hidden_size);
+    out["q_lora_rank"] = q_rank ? Json(*q_rank) : Json(nullptr);
+    out["qk_head_dim"] = shape.nope_dim + shape.rope_dim;
+    out["qk_nope_head_dim"] = shape.nope_dim;
+    out["qk_rope_head_dim"] = shape.rope_dim;
+    out["rms_norm_eps"] = source.rms_norm_eps;
+    out["rope_interleave"] = true;
+    out["rope_parameters"] = explicit_rope_parameters(rotary, source.max_position_embeddings);
+    out["routed_scaling_factor"] = 1.0;
+    out["tie_word_embeddings"] = source.tie_word_embeddings;
+    out["topk_group"] = 1;
+    out["use_cache"] = true;
+    out["v_head_dim"] = shape.v_dim;
+    out["vocab_size"] = source.vocab_size;
+    return out;
+  }
+
+  void write_attention(const LatentAttention& a, Index layer_idx, DType dtype, CheckpointWriter& out) const override {
+    const auto put = [&](const char* rest, const auto& values) {
+      out.write_floats(attention_name(layer_idx, rest), {values.data(), static_cast<std::size_t>(values.size())});
+    };
+    write_query(a, dtype, put);
+
+    const LatentBranch& branch = a.branches.front();
+    const Index rank = branch.down.out();
+    const Index p = a.rope_dim;
+    const NormUndo undo = undo_norm(rank, branch.mean_square, latent_norm_eps, dtype);
+    MatrixF kv_a = MatrixF::Zero(rank + 1 + p, branch.down.weight.cols());
+    kv_a.topRows(rank) = branch.down.weight * static_cast<float>(undo.scale);
+    kv_a.bottomRows(p) = a.rotary_key.weight;
+    MatrixF kv_a_bias = MatrixF::Zero(rank + 1 + p, 1);
+    kv_a_bias.topRows(rank) = bias_or_zero(branch.down).transpose() * static_cast<float>(undo.scale);
+    kv_a_bias(rank, 0) = static_cast<float>(undo.beta);
+    kv_a_bias.bottomRows(p) = bias_or_zero(a.rotary_key).transpose();
+    to_pairs(kv_a, rank + 1, p);
+    to_pairs(kv_a_bias, rank + 1, p);
+    RowVectorF gain = RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain));
+    gain(rank) = 0;  // nothing reads the constant, so an absorbed cache holds a zero there
+    MatrixF kv_b = MatrixF::Zero(branch.up.rows(), rank + 1);
+    kv_b.leftCols(rank) = branch.up * static_cast<float>(undo.correction);
+    put("kv_a_proj_with_mqa.weight", kv_a);
+    put("kv_a_proj_with_mqa.bias", kv_a_bias);
+    put("kv_a_layernorm.weight", gain);
+    put("kv_b_proj.weight", kv_b);
+    put("o_proj.weight", a.o.weight);
+    put("o_proj.bias", bias_or_zero(a.o));
+  }
+
+ private:
+  // A query bias needs the constant coordinate of a query latent, so an uncompressed query with a bias passes x through
+  // as its own latent.
+  static std::optional<Index> stored_q_rank(const LatentShape& shape, Index hidden) {
+    if (shape.q_rank) {
+      return *shape.q_rank + 1;
+    }
+    return shape.has_q_bias ? std::optional<Index>(hidden + 1) : std::nullopt;
+  }
+
+  template <typename Put>
+  static void write_query(const LatentAttention& a, DType dtype, const Put& put) {
+    const Index n = a.nope_dim;
+    const Index p = a.rope_dim;
+    // Engines multiply scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
+    const double rescale = static_cast<double>(a.scale) * std::sqrt(static_cast<double>(n + p));
+    MatrixF q = a.q.weight * static_cast<float>(rescale);
+    const bool compressed = a.q_down.out() > 0;
+    if (!compressed && a.q.bias.size() == 0) {
+      for (Index h = 0; h < a.heads; ++h) {
+        to_pairs(q, h * (n + p) + n, p);
+      }
+      put("q_proj.weight", q);
+      return;
+    }
+    const Index rank = q.cols();
+    const Index hidden = compressed ? a.q_down.weight.cols() : rank;
+    const NormUndo undo = undo_norm(rank, a.q_mean_square, latent_norm_eps, dtype);
+    MatrixF q_a = MatrixF::Zero(rank + 1, hidden);
+    RowVectorF q_a_bias = RowVectorF::Zero(rank + 1);
+    if (compressed) {
+      q_a.topRows(rank) = a.q_down.weight * static_cast<float>(undo.scale);
+      q_a_bias.head(rank) = bias_or_zero(a.q_down) * static_cast<float>(undo.scale);
+    } else {
+      q_a.topRows(rank).diagonal().setConstant(static_cast<float>(undo.scale));
+    }
+    q_a_bias(rank) = static_cast<float>(undo.beta);
+    RowVectorF gain = RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain));
+    gain(rank) = 1;
+    MatrixF q_b(q.rows(), rank + 1);
+    q_b.leftCols(rank) = q * static_cast<float>(undo.correction);
+    q_b.col(rank) = bias_or_zero(a.q).transpose() * static_cast<float>(rescale / undo.constant);
+    for (Index h = 0; h < a.heads; ++h) {
+      to_pairs(q_b, h * (n + p) + n, p);
+    }
+    put("q_a_proj.weight", q_a);
+    put("q_a_proj.bias", q_a_bias);
+    put("q_a_layernorm.weight", gain);
+    put("q_b_proj.weight", q_b);
+  }
+};
+
+}  // namespace
+
+NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
+  // float16 ends at 65504, so the constant must stay smaller there: rms is then constant to about 2^-17 rather than
+  // 2^-33, still far finer than the dtype itself.
+  const double power = dtype == DType::f16 ? 8 : 16;
+  const auto size = static_cast<double>(rank + 1);
+  NormUndo out;
+  if (mean_square > 0) {
+    out.scale = std::exp2(-std::round(std::log2(mean_square) / 2));
+  }
+  out.beta = round_to(dtype, std::exp2(power) * std::sqrt(size));
+  const double rest = (mean_square > 0 ? mean_square : 1.0) * out.scale * out.scale * static_cast<double>(rank);
+  const double rms = std::sqrt((out.beta * out.beta + rest) / size + eps);
+  out.gain = std::exp2(power) / out.scale;
+  out.correction = rms / std::exp2(power);
+  out.constant = out.beta / rms;
+  return out;
+}
+
+std::unique_ptr<Engine> make_transformers_engine() { return std::make_unique<TransformersEngine>(); }
+
+}  // namespace relatent

@@ -1,0 +1,78 @@
+#include "convert/forms/mla.h"
+
+#include <Eigen/Dense>
+
+namespace relatent {
+namespace {
+
+// Splits off the bias column; a bias of zeros is no bias.
+Linear to_linear(const MatrixD& map) {
+  Linear out;
+  out.weight = map.leftCols(map.cols() - 1).cast<float>();
+  if (!map.rightCols<1>().isZero(0)) {
+    out.bias = map.rightCols<1>().transpose().cast<float>();
+  }
+  return out;
+}
+
+double mean_square(const MatrixD& map, const Moments& moments) {
+  const MatrixD half = map * moments.second;
+  return half.cwiseProduct(map).sum() / static_cast<double>(map.rows());
+}
+
+}  // namespace
+
+LatentAttention assemble_mla(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
+                             const JointLatent& latent, const std::optional<LowRankQuery>& query) {
+  const Index d = maps.head_dim;
+  const Index n = key.nope_dim();
+  const Index p = key.rope_dim();
+  LatentAttention out;
+  out.heads = maps.heads;
+  out.nope_dim = n;
+  out.rope_dim = p;
+  out.v_dim = d;
+  out.scale = static_cast<float>(maps.scale);
+  out.rotary = key.rotary;
+
+  MatrixD q(maps.heads * (n + p), query ? query->lift.cols() : maps.q.cols());
+  for (Index h = 0; h < maps.heads; ++h) {
+    const MatrixD head = query ? MatrixD(query->lift.middleRows(h * d, d)) : MatrixD(maps.query_of(h));
+    q.middleRows(h * (n + p), n) = key.content_query[static_cast<std::size_t>(h)] * head;
+    q.middleRows(h * (n + p) + n, p) = key.query[static_cast<std::size_t>(h)] * head;
+  }
+  if (query) {
+    out.q_down = to_linear(query->down);
+    out.q_mean_square = mean_square(query->down, moments);
+    out.q.weight = q.cast<float>();
+  } else {
+    out.q = to_linear(q);
+    out.q_mean_square = moments.second.diagonal().head(maps.q.cols() - 1).mean();
+  }
+  out.rotary_key = to_linear(key.read * maps.k);
+
+  LatentBranch branch;
+  branch.down = to_linear(latent.down);
+  branch.head_count = maps.heads;
+  branch.mean_square = mean_square(latent.down, moments);
+  branch.up.resize(maps.heads * (n + d), latent.down.rows());
+  VectorD shift(maps.heads * d);
+  for (Index h = 0; h < maps.heads; ++h) {
+    const Index g = maps.group_of(h) * d;
+    if (n > 0) {
+      branch.up.middleRows(h * (n + d), n) = latent.key_up.middleRows(g, n).cast<float>();
+    }
+    branch.up.middleRows(h * (n + d) + n, d) = latent.value_up.middleRows(g, d).cast<float>();
+    shift.segment(h * d, d) = latent.value_shift.segment(g, d);
+  }
+  out.branches.push_back(std::move(branch));
+
+  out.o.weight = maps.o.cast<float>();
+  const VectorD o_bias = maps.o_bias + maps.o * shift;
+  if (!o_bias.isZero(0)) {
+    out.o.bias = o_bias.transpose().cast<float>();
+  }
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,15 @@
+// MLA that loses nothing (TransMLA section 4.1 shows the embedding; the rotary list here keeps every pair).
+#pragma once
+
+#include "convert/latent/maps.h"
+
+namespace relatent {
+
+// Every key coordinate keeps its rotation: p = K d with the list of frequencies repeated per group, pair g d/2 + f
+// belonging to group g; query of head h is zero outside its group. No leftover (n = 0).
+RotaryKey lossless_rotary_key(const LayerMaps& maps);
+
+// The latent is the values themselves, rank K d.
+JointLatent lossless_latent(const LayerMaps& maps);
+
+}  // namespace relatent

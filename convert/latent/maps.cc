@@ -1,0 +1,72 @@
+#include "convert/latent/maps.h"
+
+#include <Eigen/Dense>
+
+namespace relatent {
+namespace {
+
+MatrixD with_bias_column(const Linear& linear) {
+  MatrixD out(linear.weight.rows(), linear.weight.cols() + 1);
+  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
+  if (linear.bias.size() > 0) {
+    out.rightCols<1>() = linear.bias.transpose().cast<double>();
+  } else {
+    out.rightCols<1>().setZero();
+  }
+  return out;
+}
+
+}  // namespace
+
+LayerMaps maps_of(const GqaAttention& attention) {
+  LayerMaps out;
+  out.heads = attention.heads;
+  out.kv_heads = attention.kv_heads;
+  out.head_dim = attention.head_dim;
+  out.q = with_bias_column(attention.q);
+  out.k = with_bias_column(attention.k);
+  out.v = with_bias_column(attention.v);
+  out.o = attention.o.weight.cast<double>();
+  out.has_q_bias = attention.q.bias.size() > 0;
+  out.has_o_bias = attention.o.bias.size() > 0;
+  out.o_bias = VectorD::Zero(out.o.rows());
+  if (out.has_o_bias) {
+    out.o_bias = attention.o.bias.transpose().cast<double>();
+  }
+  out.scale = static_cast<double>(attention.scale);
+  out.rotary = attention.rotary;
+  return out;
+}
+
+Moments moments_of(const LayerMoments& layer) {
+  const Index hidden = layer.mean.size();
+  Moments out;
+  out.second.resize(hidden + 1, hidden + 1);
+  out.second.topLeftCorner(hidden, hidden) = layer.second_moment;
+  out.second.topRightCorner(hidden, 1) = layer.mean;
+  out.second.bottomLeftCorner(1, hidden) = layer.mean.transpose();
+  out.second(hidden, hidden) = 1;
+  out.distance_mass = layer.distance_mass;
+  return out;
+}
+
+Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index length) {
+  const Index hidden = input_norm.gain.size();
+  Moments out;
+  out.second = MatrixD::Zero(hidden + 1, hidden + 1);
+  out.second.diagonal().head(hidden) = input_norm.gain.transpose().cast<double>().array().square();
+  out.second(hidden, hidden) = 1;
+  const VectorD mass = VectorD::LinSpaced(length, 1, static_cast<double>(length)).cwiseInverse();
+  out.distance_mass = (mass / mass.sum()).transpose().replicate(heads, 1);
+  return out;
+}
+
+MatrixD second_moment(const MatrixD& map, const Moments& moments) {
+  const MatrixD half = map * moments.second;
+  MatrixD out = half * map.transpose();
+  // Rounding breaks the symmetry that everything downstream relies on.
+  out = (0.5 * (out + out.transpose())).eval();
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,82 @@
+// The linear maps of one attention layer in double precision, and what is known of its inputs: all that the algebra in
+// this folder works on. It knows no files.
+//
+// Notation (H heads, K groups, d head size, D hidden size): biases are the last column of a map, which acts on [x; 1].
+// Keys of all groups are stacked to K d numbers, group by group; pair f of a head is (f, f + d/2), read as one complex
+// number that RoPE at position n multiplies by exp(i θ_f n).
+#pragma once
+
+#include <vector>
+
+#include "convert/model/attention.h"
+#include "formats/calibration_store.h"
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+struct LayerMaps {
+  Index heads = 0;
+  Index kv_heads = 0;
+  Index head_dim = 0;
+  MatrixD q;       // [H d, D + 1]
+  MatrixD k;       // [K d, D + 1]
+  MatrixD v;       // [K d, D + 1]
+  MatrixD o;       // [D, H d]
+  VectorD o_bias;  // [D], zero where the source has none
+  bool has_q_bias = false;
+  bool has_o_bias = false;
+  double scale = 0;
+  Rotary rotary;
+
+  Index group_of(Index head) const { return head / (heads / kv_heads); }
+  Index pairs() const { return head_dim / 2; }
+  Index key_dim() const { return kv_heads * head_dim; }
+  auto query_of(Index head) const { return q.middleRows(head * head_dim, head_dim); }
+};
+
+LayerMaps maps_of(const GqaAttention& attention);
+
+struct Moments {
+  MatrixD second;  // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
+  // [H, T]: mean attention mass at distance Δ, rows summing to 1.
+  MatrixD distance_mass;
+};
+
+Moments moments_of(const LayerMoments& layer);
+
+// What is known without calibration: x = gain ⊙ u with u of unit second moment and zero mean, and attention mass that
+// falls as 1 / (1 + Δ) over `length` positions.
+Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index length);
+
+// How the keys' rotation is kept: a rotary key shared by all heads, and what is left over without rotation.
+//   score of head h  ≈  (query[h] q_h) · RoPE(read k)  +  (content_query[h] q_h) · (residual k)_κ(h)
+struct RotaryKey {
+  MatrixD read;                        // [p, K d], half-split pairs in the order of rotary.inv_freq
+  std::vector<MatrixD> query;          // per head [p, d]
+  std::vector<MatrixD> content_query;  // per head [n, d]; n = d, or 0 when nothing is left over
+  MatrixD residual;                    // [K d, K d]; [0, K d] when n = 0
+  Rotary rotary;                       // p/2 frequencies
+
+  Index rope_dim() const { return read.rows(); }
+  Index nope_dim() const { return content_query.front().rows(); }
+};
+
+// One latent for the leftover keys r and the values v of all groups:
+//   c = down [x; 1],  r ≈ key_up c,  v ≈ value_up c + value_shift
+struct JointLatent {
+  MatrixD down;         // [rank, D + 1]
+  MatrixD key_up;       // [K d, rank]; [0, rank] when there is no leftover
+  MatrixD value_up;     // [K d, rank]
+  VectorD value_shift;  // [K d], carried by o_proj's bias because attention weights sum to 1
+};
+
+// q ≈ lift (down [x; 1]) for the stacked queries of all heads.
+struct LowRankQuery {
+  MatrixD down;  // [q rank, D + 1]
+  MatrixD lift;  // [H d, q rank]
+};
+
+// E[a ãᵀ ...]: the second moment of map x̃, [rows, rows].
+MatrixD second_moment(const MatrixD& map, const Moments& moments);
+
+}  // namespace relatent

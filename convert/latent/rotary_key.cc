@@ -1,0 +1,150 @@
+#include "convert/latent/rotary_key.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+#include "linalg/decompose.h"
+
+namespace relatent {
+namespace {
+
+using Complex = std::complex<double>;
+
+// Weights below this part of the largest are raised to it, so that the way back exists.
+constexpr double weight_floor = 1e-9;
+
+// Writes the real form of multiplication by z into rows (row, row + row_half) and columns (col, col + col_half).
+void put_complex(MatrixD& m, Index row, Index row_half, Index col, Index col_half, Complex z) {
+  m(row, col) = z.real();
+  m(row, col + col_half) = -z.imag();
+  m(row + row_half, col) = z.imag();
+  m(row + row_half, col + col_half) = z.real();
+}
+
+}  // namespace
+
+MatrixC expected_rotation(const LayerMaps& maps, const Moments& moments) {
+  const Index length = moments.distance_mass.cols();
+  MatrixC turns(length, maps.pairs());
+  for (Index f = 0; f < maps.pairs(); ++f) {
+    const auto theta = static_cast<double>(maps.rotary.inv_freq[static_cast<std::size_t>(f)]);
+    for (Index delta = 0; delta < length; ++delta) {
+      turns(delta, f) = std::polar(1.0, -theta * static_cast<double>(delta));
+    }
+  }
+  MatrixC gamma = moments.distance_mass.cast<Complex>() * turns;
+  const VectorD mass = moments.distance_mass.rowwise().sum();
+  for (Index h = 0; h < maps.heads; ++h) {
+    gamma.row(h) /= std::max(mass(h), 1e-300);
+  }
+  return gamma;
+}
+
+Concentration concentrate(const LayerMaps& maps, const Moments& moments, const MatrixC& gamma) {
+  const Index half = maps.pairs();
+  const Index groups = maps.kv_heads;
+  const Index d = maps.head_dim;
+  const MatrixD key_moment = second_moment(maps.k, moments);
+  VectorD query_energy(maps.q.rows());
+  const MatrixD q_g = maps.q * moments.second;
+  query_energy = q_g.cwiseProduct(maps.q).rowwise().sum();
+
+  Concentration out;
+  for (Index f = 0; f < half; ++f) {
+    VectorD weight = VectorD::Zero(groups);
+    for (Index h = 0; h < maps.heads; ++h) {
+      const double energy = query_energy(h * d + f) + query_energy(h * d + f + half);
+      weight(maps.group_of(h)) += energy * std::max(0.0, 1.0 - std::norm(gamma(h, f)));
+    }
+    const double largest = weight.maxCoeff();
+    weight = largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest)) : VectorD(VectorD::Ones(groups));
+    const VectorD root = weight.cwiseSqrt();
+    MatrixC moment(groups, groups);
+    for (Index a = 0; a < groups; ++a) {
+      for (Index b = 0; b < groups; ++b) {
+        const Index i = a * d + f;
+        const Index j = b * d + f;
+        moment(a, b) = root(a) * root(b) *
+                       Complex(key_moment(i, j) + key_moment(i + half, j + half),
+                               key_moment(i + half, j) - key_moment(i, j + half));
+      }
+    }
+    const Eigenpairs<MatrixC> eigen = hermitian_eigenpairs(moment);
+    out.loss.emplace_back(largest > 0 ? VectorD(eigen.values.cwiseMax(0) * (maps.scale * maps.scale))
+                                      : VectorD(VectorD::Zero(groups)));
+    out.read.emplace_back(eigen.vectors.adjoint() * root.cast<Complex>().asDiagonal());
+    out.write.emplace_back(root.cwiseInverse().cast<Complex>().asDiagonal() * eigen.vectors);
+  }
+  return out;
+}
+
+std::vector<Index> allocate_components(const std::vector<Concentration>& layers, Index rope_dim) {
+  struct Candidate {
+    double loss;
+    Index frequency;
+  };
+  const auto frequencies = static_cast<Index>(layers.front().loss.size());
+  const Index groups = layers.front().loss.front().size();
+  if (rope_dim % 2 != 0 || rope_dim / 2 > frequencies * groups) {
+    throw std::invalid_argument("allocate_components: rope_dim " + std::to_string(rope_dim));
+  }
+  std::vector<Candidate> candidates;
+  for (Index f = 0; f < frequencies; ++f) {
+    for (Index c = 0; c < groups; ++c) {
+      double loss = 0;
+      for (const Concentration& layer : layers) {
+        loss += layer.loss[static_cast<std::size_t>(f)](c);
+      }
+      candidates.push_back({loss, f});
+    }
+  }
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.loss > b.loss; });
+  std::vector<Index> out(static_cast<std::size_t>(frequencies), 0);
+  for (Index i = 0; i < rope_dim / 2; ++i) {
+    ++out[static_cast<std::size_t>(candidates[static_cast<std::size_t>(i)].frequency)];
+  }
+  return out;
+}
+
+RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration, const MatrixC& gamma,
+                     const std::vector<Index>& components) {
+  const Index d = maps.head_dim;
+  const Index half = maps.pairs();
+  Index pairs = 0;
+  for (const Index count : components) {
+    pairs += count;
+  }
+  RotaryKey out;
+  out.rotary.attention_factor = maps.rotary.attention_factor;
+  out.read = MatrixD::Zero(2 * pairs, maps.key_dim());
+  MatrixD write = MatrixD::Zero(maps.key_dim(), 2 * pairs);
+  Index pair = 0;
+  for (Index f = 0; f < half; ++f) {
+    const auto at = static_cast<std::size_t>(f);
+    for (Index c = 0; c < components[at]; ++c, ++pair) {
+      out.rotary.inv_freq.push_back(maps.rotary.inv_freq[at]);
+      for (Index g = 0; g < maps.kv_heads; ++g) {
+        put_complex(out.read, pair, pairs, g * d + f, half, concentration.read[at](c, g));
+        put_complex(write, g * d + f, half, pair, pairs, concentration.write[at](g, c));
+      }
+    }
+  }
+  out.residual = MatrixD::Identity(maps.key_dim(), maps.key_dim()) - write * out.read;
+  // The attention factor multiplies rotated scores once for the query and once for the key; what is not rotated must
+  // carry it itself.
+  const double unrotated = static_cast<double>(maps.rotary.attention_factor) * maps.rotary.attention_factor;
+  for (Index h = 0; h < maps.heads; ++h) {
+    out.query.emplace_back(write.middleRows(maps.group_of(h) * d, d).transpose());
+    MatrixD content = MatrixD::Zero(d, d);
+    for (Index f = 0; f < half; ++f) {
+      put_complex(content, f, half, f, half, unrotated * std::conj(gamma(h, f)));
+    }
+    out.content_query.push_back(std::move(content));
+  }
+  return out;
+}
+
+}  // namespace relatent

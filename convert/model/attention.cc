@@ -1,0 +1,154 @@
+#include "convert/model/attention.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <cmath>
+
+namespace relatent {
+namespace {
+
+using ConstBlock = Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>;
+using Block = Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>>;
+
+// Queries handled at once: large enough for the BLAS, small enough that scores stay in the cache.
+constexpr Index query_block = 128;
+
+struct SoftmaxShape {
+  float scale = 1;
+  Index window = 0;
+};
+
+// out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. mass_by_age, when given,
+// receives the attention mass with Δ counted down: its entry T - 1 - Δ. scratch is reused between calls.
+void attend(const ConstBlock& q, const ConstBlock& k, const ConstBlock& v, SoftmaxShape shape, MatrixF& scratch,
+            double* mass_by_age, Block out) {
+  const Index length = q.rows();
+  VectorF mass = VectorF::Zero(mass_by_age != nullptr ? length : 0);
+  for (Index first = 0; first < length; first += query_block) {
+    const Index rows = std::min(query_block, length - first);
+    const Index cols = first + rows;
+    const Index from = shape.window > 0 ? std::max<Index>(0, first - shape.window + 1) : 0;
+    const Index width = cols - from;
+    scratch.resize(rows, width);
+    scratch.noalias() = q.middleRows(first, rows) * k.middleRows(from, width).transpose();
+    for (Index i = 0; i < rows; ++i) {
+      const Index m = first + i;
+      const Index lowest = shape.window > 0 ? std::max<Index>(0, m - shape.window + 1) - from : 0;
+      auto row = scratch.row(i).segment(lowest, m + 1 - from - lowest).array();
+      const float peak = row.maxCoeff();
+      row = ((row - peak) * shape.scale).exp();
+      row *= 1.0F / row.sum();
+      scratch.row(i).head(lowest).setZero();
+      scratch.row(i).tail(width - (m + 1 - from)).setZero();
+      if (mass_by_age != nullptr) {
+        mass.segment(length - 1 - m + from + lowest, row.size()).array() += row.transpose();
+      }
+    }
+    out.middleRows(first, rows).noalias() += scratch * v.middleRows(from, width);
+  }
+  for (Index i = 0; i < mass.size(); ++i) {
+    mass_by_age[i] += static_cast<double>(mass(i));
+  }
+}
+
+}  // namespace
+
+MatrixF Linear::operator()(const MatrixF& x) const {
+  MatrixF y(x.rows(), weight.rows());
+  y.noalias() = x * weight.transpose();
+  if (bias.size() > 0) {
+    y.rowwise() += bias;
+  }
+  return y;
+}
+
+void RmsNorm::apply(MatrixF& x) const {
+  const auto size = static_cast<float>(x.cols());
+  for (Index i = 0; i < x.rows(); ++i) {
+    const float inverse = 1.0F / std::sqrt(x.row(i).squaredNorm() / size + eps);
+    x.row(i).array() = (x.row(i).array() * inverse) * gain.array();
+  }
+}
+
+Index LatentAttention::total_rank() const {
+  Index rank = 0;
+  for (const LatentBranch& branch : branches) {
+    rank += branch.down.out();
+  }
+  return rank;
+}
+
+MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table, DistanceMass* mass) {
+  const Index d = attention.head_dim;
+  MatrixF q = attention.q(x);
+  MatrixF k = attention.k(x);
+  const MatrixF v = attention.v(x);
+  rotate_in_place(table, 0, d, attention.heads, q);
+  rotate_in_place(table, 0, d, attention.kv_heads, k);
+  MatrixF out = MatrixF::Zero(x.rows(), attention.heads * d);
+  MatrixF scratch;
+  VectorD by_age(mass != nullptr ? x.rows() : 0);
+  for (Index h = 0; h < attention.heads; ++h) {
+    const Index g = attention.group_of(h);
+    by_age.setZero();
+    attend(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d), {attention.scale, attention.window},
+           scratch, mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * d, d));
+    if (mass != nullptr) {
+      mass->sum.row(h) += by_age.reverse().transpose();
+    }
+  }
+  return out;
+}
+
+MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table) {
+  const Index n = attention.nope_dim;
+  const Index p = attention.rope_dim;
+  const Index w = attention.v_dim;
+  MatrixF q;
+  if (attention.q_down.out() > 0) {
+    MatrixF a = attention.q_down(x);
+    if (attention.q_norm.present()) {
+      attention.q_norm.apply(a);
+    }
+    q = attention.q(a);
+  } else {
+    q = attention.q(x);
+  }
+  rotate_in_place(table, n, n + p, attention.heads, q);
+  MatrixF rotary_key = attention.rotary_key(x);
+  rotate_in_place(table, 0, p, 1, rotary_key);
+
+  MatrixF out = MatrixF::Zero(x.rows(), attention.heads * w);
+  MatrixF scratch;
+  MatrixF key(x.rows(), n + p);
+  key.rightCols(p) = rotary_key;
+  for (const LatentBranch& branch : attention.branches) {
+    MatrixF latent = branch.down(x);
+    if (branch.norm.present()) {
+      branch.norm.apply(latent);
+    }
+    MatrixF expanded(x.rows(), branch.up.rows());
+    expanded.noalias() = latent * branch.up.transpose();
+    for (Index i = 0; i < branch.head_count; ++i) {
+      const Index h = branch.first_head + i;
+      key.leftCols(n) = expanded.middleCols(i * (n + w), n);
+      attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w), {attention.scale, 0},
+             scratch, nullptr, out.middleCols(h * w, w));
+    }
+  }
+  return out;
+}
+
+MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table) {
+  return std::visit([&](const auto& kind) { return mix_heads(kind, x, table); }, attention);
+}
+
+const Linear& output_projection(const Attention& attention) {
+  return std::visit([](const auto& kind) -> const Linear& { return kind.o; }, attention);
+}
+
+const Rotary& rotary_of(const Attention& attention) {
+  return std::visit([](const auto& kind) -> const Rotary& { return kind.rotary; }, attention);
+}
+
+}  // namespace relatent

@@ -1,0 +1,97 @@
+// The two kinds of attention, and how each runs over one sequence.
+#pragma once
+
+#include <variant>
+#include <vector>
+
+#include "convert/model/rotary.h"
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// y = x weightᵀ + bias, for rows x.
+struct Linear {
+  MatrixF weight;   // [out, in]
+  RowVectorF bias;  // [out], or empty for none
+
+  // x [rows, in] -> [rows, out]
+  MatrixF operator()(const MatrixF& x) const;
+  Index out() const { return weight.rows(); }
+};
+
+// RMSNorm with gain: x / sqrt(mean(x²) + eps) * gain, row by row. An empty gain means no norm at all.
+struct RmsNorm {
+  RowVectorF gain;
+  float eps = 0;
+
+  bool present() const { return gain.size() > 0; }
+  void apply(MatrixF& x) const;
+};
+
+// Grouped-query attention; head h reads group h / (heads / kv_heads).
+struct GqaAttention {
+  Index heads = 0;
+  Index kv_heads = 0;
+  Index head_dim = 0;
+  Index window = 0;  // positions a query sees, its own included; 0 = all
+  float scale = 0;   // of q·k before the softmax
+  Linear q;          // [heads * head_dim, hidden]
+  Linear k;          // [kv_heads * head_dim, hidden]
+  Linear v;          // [kv_heads * head_dim, hidden]
+  Linear o;          // [hidden, heads * head_dim]
+  Rotary rotary;     // over head_dim
+
+  Index group_of(Index head) const { return head / (heads / kv_heads); }
+};
+
+// One latent and the heads that read it.
+struct LatentBranch {
+  Linear down;           // W_b [r_b, hidden], what the cache holds (before the norm)
+  RmsNorm norm;          // on the latent, where the engine insists on one
+  MatrixF up;            // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
+  Index first_head = 0;  // the branch serves heads first_head ... first_head + head_count - 1
+  Index head_count = 0;
+  double mean_square = 0;  // E|c_b|² / r_b where a conversion knows it; 0 = unknown
+};
+
+// The canonical latent form:
+//   k^R = RoPE(rotary_key x),  c_b = norm(down_b x)
+//   s_hb = scale * (q^R_h · k^R + q^N_h · U^K_hb c_b),  out_h = Σ_b softmax(s_hb) U^V_hb c_b
+struct LatentAttention {
+  Index heads = 0;
+  Index nope_dim = 0;  // n
+  Index rope_dim = 0;  // p
+  Index v_dim = 0;     // w
+  float scale = 0;
+  // Optional low-rank query: q acts on norm(q_down x) when q_down has rows, else on x.
+  Linear q_down;
+  RmsNorm q_norm;
+  double q_mean_square = 0;  // E|z|² / size of what q acts on (q_down x, or x), as above
+  Linear q;           // [heads * (n + p), hidden or q rank]: per head n content rows, then p rotary rows (half-split)
+  Linear rotary_key;  // [p, hidden], half-split
+  std::vector<LatentBranch> branches;
+  Linear o;  // [hidden, heads * w]
+  Rotary rotary;
+
+  Index total_rank() const;
+};
+
+using Attention = std::variant<GqaAttention, LatentAttention>;
+
+// Sums, per head, the attention mass that queries put on keys Δ positions back.
+struct DistanceMass {
+  MatrixD sum;  // [heads, length], column = Δ
+};
+
+// Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before o_proj,
+// [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass, when given, is
+// added to; only GQA fills it.
+MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
+                  DistanceMass* mass = nullptr);
+MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table);
+MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table);
+
+const Linear& output_projection(const Attention& attention);
+const Rotary& rotary_of(const Attention& attention);
+
+}  // namespace relatent

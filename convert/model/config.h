@@ -1,0 +1,62 @@
+// What config.json says, in one form for every family.
+#pragma once
+
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <string>
+
+#include "convert/model/rotary.h"
+#include "formats/checkpoint.h"
+#include "linalg/dtype.h"
+
+namespace relatent {
+
+// Grouped-query attention: num_attention_heads queries share num_key_value_heads keys and values of size head_dim.
+struct GqaGeometry {
+  Index num_key_value_heads = 0;
+  Index head_dim = 0;
+};
+
+// Multi-head latent attention as DeepSeek-V2/V3 lay it out.
+struct MlaGeometry {
+  Index kv_lora_rank = 0;      // r
+  Index qk_nope_head_dim = 0;  // n
+  Index qk_rope_head_dim = 0;  // p
+  Index v_head_dim = 0;        // w
+  std::optional<Index> q_lora_rank;
+  bool attention_bias = false;
+  bool rope_interleave = true;  // rotary rows come as pairs (2i, 2i+1) rather than halves
+  double scale_factor = 1;      // multiplies (n + p)^-1/2; YaRN's mscale squared
+};
+
+struct ModelConfig {
+  std::string model_type;
+  Index hidden_size = 0;
+  Index num_hidden_layers = 0;
+  Index num_attention_heads = 0;
+  Index intermediate_size = 0;
+  Index vocab_size = 0;
+  Index max_position_embeddings = 0;
+  double rms_norm_eps = 0;
+  bool tie_word_embeddings = false;
+  // A query sees at most this many positions, its own included; none = all.
+  std::optional<Index> sliding_window;
+  DType dtype = DType::f32;  // what config.json says the weights are
+  Rotary rotary;             // over head_dim (GQA) or qk_rope_head_dim (MLA)
+  std::optional<GqaGeometry> gqa;
+  std::optional<MlaGeometry> mla;
+
+  // Numbers kept per token and layer: 2 K d for GQA, r + p for MLA.
+  Index cache_numbers() const;
+  // Cache bytes per token over all layers, at the config's dtype.
+  Index cache_bytes_per_token() const { return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype)); }
+  // The same on one of tp tensor-parallel devices: GQA splits (and then repeats) its heads, one latent is held by all.
+  Index cache_bytes_per_token_on_device(Index tp) const;
+};
+
+// Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing keys,
+// sizes that do not fit together, an activation other than silu.
+ModelConfig parse_config(const nlohmann::ordered_json& config, const std::filesystem::path& config_path);
+
+}  // namespace relatent

@@ -1,0 +1,217 @@
+#include "convert/model/families.h"
+
+#include <map>
+#include <set>
+
+#include "convert/model/config.h"
+#include "formats/checkpoint.h"
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+using Shape = std::vector<Index>;
+using Config = ModelConfig;
+
+Presence required(const Config& /*config*/) { return Presence::required; }
+Presence optional(const Config& /*config*/) { return Presence::optional; }
+Presence required_if(bool condition) { return condition ? Presence::required : Presence::absent; }
+// A tied model may store the head again; the embedding is what counts.
+Presence head_presence(const Config& c) { return c.tie_word_embeddings ? Presence::optional : Presence::required; }
+Presence with_q_rank(const Config& c) { return required_if(c.mla->q_lora_rank.has_value()); }
+Presence without_q_rank(const Config& c) { return required_if(!c.mla->q_lora_rank.has_value()); }
+Presence with_bias(const Config& c) { return required_if(c.mla->attention_bias); }
+Presence with_q_rank_and_bias(const Config& c) {
+  return required_if(c.mla->attention_bias && c.mla->q_lora_rank.has_value());
+}
+
+Shape hidden(const Config& c) { return {c.hidden_size}; }
+Shape vocab_by_hidden(const Config& c) { return {c.vocab_size, c.hidden_size}; }
+Shape inner(const Config& c) { return {c.intermediate_size}; }
+Shape inner_by_hidden(const Config& c) { return {c.intermediate_size, c.hidden_size}; }
+Shape hidden_by_inner(const Config& c) { return {c.hidden_size, c.intermediate_size}; }
+
+// The tensors that every family shares.
+std::vector<TensorRule> with_common(std::vector<TensorRule> attention) {
+  std::vector<TensorRule> rules = {
+      {Role::embed_tokens, "model.embed_tokens.weight", required, vocab_by_hidden},
+      {Role::final_norm, "model.norm.weight", required, hidden},
+      {Role::lm_head, "lm_head.weight", head_presence, vocab_by_hidden},
+      {Role::input_norm, "model.layers.{i}.input_layernorm.weight", required, hidden},
+      {Role::post_attention_norm, "model.layers.{i}.post_attention_layernorm.weight", required, hidden},
+      {Role::gate_weight, "model.layers.{i}.mlp.gate_proj.weight", required, inner_by_hidden},
+      {Role::up_weight, "model.layers.{i}.mlp.up_proj.weight", required, inner_by_hidden},
+      {Role::down_weight, "model.layers.{i}.mlp.down_proj.weight", required, hidden_by_inner},
+  };
+  rules.insert(rules.end(), attention.begin(), attention.end());
+  return rules;
+}
+
+Index q_rows(const Config& c) { return c.num_attention_heads * c.gqa->head_dim; }
+Index kv_rows(const Config& c) { return c.gqa->num_key_value_heads * c.gqa->head_dim; }
+Shape q_shape(const Config& c) { return {q_rows(c), c.hidden_size}; }
+Shape kv_shape(const Config& c) { return {kv_rows(c), c.hidden_size}; }
+Shape o_shape(const Config& c) { return {c.hidden_size, q_rows(c)}; }
+Shape q_bias_shape(const Config& c) { return {q_rows(c)}; }
+Shape kv_bias_shape(const Config& c) { return {kv_rows(c)}; }
+Shape inv_freq_shape(const Config& c) { return {c.gqa->head_dim / 2}; }
+
+std::vector<TensorRule> gqa_rules(Presence (*qkv_bias)(const Config&)) {
+  std::vector<TensorRule> rules = {
+      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", required, q_shape},
+      {Role::k_weight, "model.layers.{i}.self_attn.k_proj.weight", required, kv_shape},
+      {Role::v_weight, "model.layers.{i}.self_attn.v_proj.weight", required, kv_shape},
+      {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, o_shape},
+      {Role::inv_freq, "model.layers.{i}.self_attn.rotary_emb.inv_freq", optional, inv_freq_shape},
+  };
+  if (qkv_bias != nullptr) {
+    rules.push_back({Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", qkv_bias, q_bias_shape});
+    rules.push_back({Role::k_bias, "model.layers.{i}.self_attn.k_proj.bias", qkv_bias, kv_bias_shape});
+    rules.push_back({Role::v_bias, "model.layers.{i}.self_attn.v_proj.bias", qkv_bias, kv_bias_shape});
+  }
+  return with_common(std::move(rules));
+}
+
+Index mla_q_rows(const Config& c) {
+  return c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->qk_rope_head_dim);
+}
+Shape mla_q_b_shape(const Config& c) { return {mla_q_rows(c), c.mla->q_lora_rank.value_or(c.hidden_size)}; }
+Shape q_a_shape(const Config& c) { return {c.mla->q_lora_rank.value_or(0), c.hidden_size}; }
+Shape q_a_vector_shape(const Config& c) { return {c.mla->q_lora_rank.value_or(0)}; }
+Shape kv_a_shape(const Config& c) { return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim, c.hidden_size}; }
+Shape kv_a_bias_shape(const Config& c) { return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim}; }
+Shape kv_a_norm_shape(const Config& c) { return {c.mla->kv_lora_rank}; }
+Shape kv_b_shape(const Config& c) {
+  return {c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->v_head_dim), c.mla->kv_lora_rank};
+}
+Shape mla_o_shape(const Config& c) { return {c.hidden_size, c.num_attention_heads * c.mla->v_head_dim}; }
+
+std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more) {
+  rules.insert(rules.end(), more.begin(), more.end());
+  return rules;
+}
+
+std::vector<TensorRule> llama_rules() {
+  return append(gqa_rules(optional),
+                {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", optional, hidden},
+                 {Role::gate_bias, "model.layers.{i}.mlp.gate_proj.bias", optional, inner},
+                 {Role::up_bias, "model.layers.{i}.mlp.up_proj.bias", optional, inner},
+                 {Role::down_bias, "model.layers.{i}.mlp.down_proj.bias", optional, hidden}});
+}
+
+std::vector<TensorRule> deepseek_rules() {
+  return with_common({
+      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
+      {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
+      {Role::q_a_bias, "model.layers.{i}.self_attn.q_a_proj.bias", with_q_rank_and_bias, q_a_vector_shape},
+      {Role::q_a_norm, "model.layers.{i}.self_attn.q_a_layernorm.weight", with_q_rank, q_a_vector_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.q_b_proj.weight", with_q_rank, mla_q_b_shape},
+      {Role::kv_a_weight, "model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight", required, kv_a_shape},
+      {Role::kv_a_bias, "model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias", with_bias, kv_a_bias_shape},
+      {Role::kv_a_norm, "model.layers.{i}.self_attn.kv_a_layernorm.weight", required, kv_a_norm_shape},
+      {Role::kv_b_weight, "model.layers.{i}.self_attn.kv_b_proj.weight", required, kv_b_shape},
+      {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
+      {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
+  });
+}
+
+const std::vector<Family>& families() {
+  static const std::vector<Family> all = {
+      {"llama", "LlamaForCausalLM", false, llama_rules()},
+      {"mistral", "MistralForCausalLM", false, gqa_rules(nullptr)},
+      {"qwen2", "Qwen2ForCausalLM", false, gqa_rules(required)},
+      {"deepseek_v3", "DeepseekV3ForCausalLM", true, deepseek_rules()},
+  };
+  return all;
+}
+
+std::string with_layer(std::string_view pattern, Index layer_idx) {
+  std::string out(pattern);
+  const std::size_t at = out.find("{i}");
+  if (at != std::string::npos) {
+    out.replace(at, 3, std::to_string(layer_idx));
+  }
+  return out;
+}
+
+std::string list_names(const std::set<std::string>& names) {
+  constexpr std::size_t shown = 12;
+  std::string out;
+  std::size_t n = 0;
+  for (const std::string& name : names) {
+    if (n == shown) {
+      return out + " and " + std::to_string(names.size() - shown) + " more";
+    }
+    out += (n++ == 0 ? "" : ", ") + name;
+  }
+  return out;
+}
+
+}  // namespace
+
+bool is_attention(Role role) { return role >= Role::q_weight && role <= Role::kv_b_weight; }
+
+const Family* find_family(std::string_view model_type) {
+  for (const Family& family : families()) {
+    if (family.model_type == model_type) {
+      return &family;
+    }
+  }
+  return nullptr;
+}
+
+std::string known_model_types() {
+  std::string out;
+  for (const Family& family : families()) {
+    out += (out.empty() ? "" : ", ") + std::string(family.model_type);
+  }
+  return out;
+}
+
+std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const ModelConfig& config) {
+  const Family& family = *find_family(config.model_type);
+  std::set<std::string> unplaced;
+  for (std::string& name : checkpoint.tensor_names()) {
+    unplaced.insert(std::move(name));
+  }
+  std::set<std::string> missing;
+  std::vector<PlacedTensor> placed;
+  for (const TensorRule& rule : family.rules) {
+    const Presence presence = rule.presence(config);
+    if (presence == Presence::absent) {
+      continue;
+    }
+    const bool in_layer = rule.name.find("{i}") != std::string_view::npos;
+    const std::vector<Index> shape = rule.shape(config);
+    for (Index i = in_layer ? 0 : -1; i < (in_layer ? config.num_hidden_layers : 0); ++i) {
+      const std::string name = with_layer(rule.name, i);
+      if (unplaced.erase(name) == 0) {
+        if (presence == Presence::required) {
+          missing.insert(name);
+        }
+        continue;
+      }
+      const TensorInfo& info = checkpoint.info(name);
+      if (info.shape != std::vector<std::int64_t>(shape.begin(), shape.end())) {
+        fail_input({checkpoint.file_of(name).path(), name, "shape",
+                    shape_text({shape.begin(), shape.end()}) + " by config.json", shape_text(info.shape), ""});
+      }
+      if (!is_float(info.dtype)) {
+        fail_input({checkpoint.file_of(name).path(), name, "dtype", "BF16, F16, F32 or F64",
+                    std::string(safetensors_name(info.dtype)), ""});
+      }
+      placed.push_back({name, rule.role, i});
+    }
+  }
+  if (!unplaced.empty()) {
+    fail_input({checkpoint.folder(), "", "tensors that have no place in a " + config.model_type + " model", "none",
+                list_names(unplaced), ""});
+  }
+  if (!missing.empty()) {
+    fail_input({checkpoint.folder(), "", "tensors that a " + config.model_type + " model needs are missing",
+                list_names(missing), "no tensors of these names", ""});
+  }
+  return placed;
+}
+
+}  // namespace relatent

@@ -1,0 +1,81 @@
+// The families relatent knows, as data: which tensors a checkpoint holds, their shapes, and what becomes of them.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+struct ModelConfig;
+class Checkpoint;
+
+// What a tensor is in the model, whatever it is called on disk.
+enum class Role {
+  embed_tokens,
+  final_norm,
+  lm_head,
+  input_norm,
+  post_attention_norm,
+  q_weight,
+  q_bias,
+  k_weight,
+  k_bias,
+  v_weight,
+  v_bias,
+  o_weight,
+  o_bias,
+  q_a_weight,
+  q_a_bias,
+  q_a_norm,
+  kv_a_weight,
+  kv_a_bias,
+  kv_a_norm,
+  kv_b_weight,
+  gate_weight,
+  gate_bias,
+  up_weight,
+  up_bias,
+  down_weight,
+  down_bias,
+  inv_freq,  // a buffer that old checkpoints store; the config says the same
+};
+
+// Attention tensors are what a conversion replaces; the others are carried over as they are.
+bool is_attention(Role role);
+
+// absent: this config has no such tensor, and one of that name is refused.
+enum class Presence { required, optional, absent };
+
+struct TensorRule {
+  Role role;
+  std::string_view name;                // "{i}" stands for the layer index
+  Presence (*presence)(const ModelConfig&);
+  // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}.
+  std::vector<Index> (*shape)(const ModelConfig&);
+};
+
+struct Family {
+  std::string_view model_type;
+  std::string_view architecture;
+  bool latent;  // MLA rather than GQA
+  std::vector<TensorRule> rules;
+};
+
+const Family* find_family(std::string_view model_type);  // nullptr when unknown
+std::string known_model_types();                          // "llama, mistral, ..."
+
+// A tensor of a checkpoint that has been matched to its rule.
+struct PlacedTensor {
+  std::string name;
+  Role role;
+  Index layer_idx;  // -1 outside the layers
+};
+
+// Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that names every
+// tensor without a place, every missing one, or the first one whose shape or dtype is wrong.
+std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const ModelConfig& config);
+
+}  // namespace relatent

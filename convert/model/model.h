@@ -1,0 +1,61 @@
+// An opened model: a checkpoint whose every tensor has been given its place, read one layer at a time.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "convert/model/attention.h"
+#include "convert/model/config.h"
+#include "convert/model/families.h"
+#include "formats/checkpoint.h"
+
+namespace relatent {
+
+struct Layer {
+  RmsNorm input_norm;
+  Attention attention;
+  RmsNorm post_attention_norm;
+  Linear gate;
+  Linear up;
+  Linear down;
+};
+
+class Model {
+ public:
+  // Reads config.json and headers only. Throws Error as Checkpoint::open, parse_config and place_tensors do.
+  static Model open(const std::filesystem::path& folder);
+
+  const ModelConfig& config() const { return config_; }
+  const Checkpoint& checkpoint() const { return checkpoint_; }
+  const std::vector<PlacedTensor>& tensors() const { return tensors_; }
+  bool has(Role role, Index layer_idx) const { return names_.contains({role, layer_idx}); }
+  const std::string& name_of(Role role, Index layer_idx) const { return names_.at({role, layer_idx}); }
+
+  // Weights widened to float32, the checkpoint's pages let go again.
+  Layer layer(Index layer_idx) const;
+  Attention attention(Index layer_idx) const;
+  RmsNorm input_norm(Index layer_idx) const { return norm(Role::input_norm, layer_idx); }
+  RmsNorm final_norm() const { return norm(Role::final_norm, -1); }
+  // Rows of the embedding for these ids: [ids, hidden].
+  MatrixF embed(const std::vector<std::int32_t>& ids) const;
+  // Rows [first, first + count) of the output head: [count, hidden].
+  MatrixF head_rows(Index first, Index count) const;
+
+ private:
+  Model(Checkpoint checkpoint, ModelConfig config);
+  MatrixF matrix(Role role, Index layer_idx) const;
+  RowVectorF vector_or_empty(Role role, Index layer_idx) const;
+  Linear linear(Role weight, Role bias, Index layer_idx) const;
+  RmsNorm norm(Role role, Index layer_idx) const;
+  GqaAttention gqa(Index layer_idx) const;
+  LatentAttention latent(Index layer_idx) const;
+
+  Checkpoint checkpoint_;
+  ModelConfig config_;
+  std::vector<PlacedTensor> tensors_;
+  std::map<std::pair<Role, Index>, std::string> names_;
+};
+
+}  // namespace relatent

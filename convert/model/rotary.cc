@@ -1,0 +1,254 @@
+#include "convert/model/rotary.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct RopeSource {
+  const Json& parameters;
+  const Json& config;
+  const std::filesystem::path& path;
+
+  double number(const char* key) const {
+    const Json* value = find(key);
+    if (value == nullptr || !value->is_number()) {
+      fail_input({path, "", std::string("rope parameter ") + key, "a number",
+                  value == nullptr ? "nothing" : value->dump(), ""});
+    }
+    return value->get<double>();
+  }
+  double number_or(const char* key, double fallback) const {
+    const Json* value = find(key);
+    return value == nullptr || value->is_null() ? fallback : number(key);
+  }
+  const Json* find(const char* key) const {
+    const auto it = parameters.find(key);
+    return it == parameters.end() ? nullptr : &*it;
+  }
+};
+
+// base^(-2i/p)
+std::vector<double> geometric(double base, Index p) {
+  std::vector<double> out(static_cast<std::size_t>(p / 2));
+  for (Index i = 0; i < p / 2; ++i) {
+    // transformers forms the exponent in float32.
+    const double exponent = static_cast<float>(2 * i) / static_cast<float>(p);
+    out[static_cast<std::size_t>(i)] = 1.0 / static_cast<double>(static_cast<float>(std::pow(base, exponent)));
+  }
+  return out;
+}
+
+void apply_llama3(const RopeSource& rope, std::vector<double>& freq) {
+  const double factor = rope.number("factor");
+  const double low = rope.number("low_freq_factor");
+  const double high = rope.number("high_freq_factor");
+  const double original = rope.number("original_max_position_embeddings");
+  for (double& f : freq) {
+    const double wavelength = 2 * std::numbers::pi / f;
+    if (wavelength > original / low) {
+      f /= factor;
+    } else if (wavelength >= original / high) {
+      const double smooth = (original / wavelength - low) / (high - low);
+      f = (1 - smooth) * f / factor + smooth * f;
+    }
+  }
+}
+
+double yarn_mscale(double factor, double mscale) {
+  return factor <= 1 ? 1.0 : 0.1 * mscale * std::log(factor) + 1.0;
+}
+
+// YaRN (Peng et al., 2023), as transformers computes it; returns the attention factor.
+double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<double>& freq) {
+  const double factor = rope.number("factor");
+  const double original = rope.number_or("original_max_position_embeddings",
+                                         rope.config.value("max_position_embeddings", 2048.0));
+  const double fast = rope.number_or("beta_fast", 32);
+  const double slow = rope.number_or("beta_slow", 1);
+  const auto dim_of = [&](double rotations) {
+    return static_cast<double>(p) * std::log(original / (rotations * 2 * std::numbers::pi)) / (2 * std::log(base));
+  };
+  double low = dim_of(fast);
+  double high = dim_of(slow);
+  const Json* truncate = rope.find("truncate");
+  if (truncate == nullptr || !truncate->is_boolean() || truncate->get<bool>()) {
+    low = std::floor(low);
+    high = std::ceil(high);
+  }
+  low = std::max(low, 0.0);
+  high = std::min(high, static_cast<double>(p - 1));
+  if (low == high) {
+    high += 0.001;
+  }
+  for (std::size_t i = 0; i < freq.size(); ++i) {
+    const double ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
+    freq[i] = freq[i] / factor * ramp + freq[i] * (1 - ramp);
+  }
+  const Json* explicit_factor = rope.find("attention_factor");
+  if (explicit_factor != nullptr && explicit_factor->is_number()) {
+    return explicit_factor->get<double>();
+  }
+  const double mscale = rope.number_or("mscale", 0);
+  const double all_dim = rope.number_or("mscale_all_dim", 0);
+  if (mscale != 0 && all_dim != 0) {
+    return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim);
+  }
+  return yarn_mscale(factor, 1);
+}
+
+double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
+  const Json* short_list = rope.find("short_factor");
+  const Json* long_list = rope.find("long_factor");
+  for (const Json* list : {short_list, long_list}) {
+    if (list == nullptr || !list->is_array() || list->size() != freq.size() ||
+        !std::all_of(list->begin(), list->end(), [](const Json& v) { return v.is_number() && v.get<double>() > 0; })) {
+      fail_input({rope.path, "", "longrope factors", "two lists of " + std::to_string(freq.size()) + " positive numbers",
+                  list == nullptr ? "nothing" : std::to_string(list->size()) + " entries", ""});
+    }
+  }
+  if (*short_list != *long_list) {
+    fail_input({rope.path, "", "longrope with different short and long factors", "one list of frequencies",
+                "a list that changes with the sequence length", "set long_factor to the list you want to serve with"});
+  }
+  for (std::size_t i = 0; i < freq.size(); ++i) {
+    const float ext = short_list->at(i).get<float>();
+    // The product and the reciprocal are float32 in transformers.
+    freq[i] = 1.0F / (ext * static_cast<float>(1.0 / freq[i]));
+  }
+  const Json* explicit_factor = rope.find("attention_factor");
+  if (explicit_factor != nullptr && explicit_factor->is_number()) {
+    return explicit_factor->get<double>();
+  }
+  const double original = rope.number("original_max_position_embeddings");
+  const double factor =
+      rope.number_or("factor", rope.config.value("max_position_embeddings", original) / original);
+  return factor <= 1 ? 1.0 : std::sqrt(1 + std::log(factor) / std::log(original));
+}
+
+}  // namespace
+
+Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem::path& config_path) {
+  if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
+    fail_input({config_path, "", "rotary size", "an even positive number", std::to_string(rotary_dim), ""});
+  }
+  Json parameters = Json::object();
+  const auto modern = config.find("rope_parameters");
+  if (modern != config.end() && modern->is_object()) {
+    parameters = *modern;
+  }
+  const auto scaling = config.find("rope_scaling");
+  if (scaling != config.end() && scaling->is_object() && !scaling->empty()) {
+    parameters = *scaling;
+  }
+  const auto theta = config.find("rope_theta");
+  if (!parameters.contains("rope_theta") && theta != config.end()) {
+    parameters["rope_theta"] = *theta;
+  }
+  for (const auto& [key, value] : parameters.items()) {
+    if (value.is_object()) {
+      fail_input({config_path, "", "rope parameters per layer type", "one set for all layers", "a set for " + key, ""});
+    }
+  }
+  const RopeSource rope{parameters, config, config_path};
+  const double base = rope.number_or("rope_theta", 10000.0);
+  if (!(base > 0)) {
+    fail_input({config_path, "", "rope_theta", "a positive number", std::to_string(base), ""});
+  }
+  const double partial = rope.number_or("partial_rotary_factor", config.value("partial_rotary_factor", 1.0));
+  if (partial != 1.0) {
+    fail_input({config_path, "", "partial_rotary_factor", "1 (every coordinate rotated)", std::to_string(partial), ""});
+  }
+
+  Rotary out;
+  const Json* type = rope.find("rope_type");
+  if (type == nullptr) {
+    type = rope.find("type");
+  }
+  if (type != nullptr && type->is_string()) {
+    out.rope_type = type->get<std::string>();
+  }
+  std::vector<double> freq = geometric(base, rotary_dim);
+  double attention_factor = 1;
+  if (out.rope_type == "linear") {
+    const double factor = rope.number("factor");
+    for (double& f : freq) {
+      f /= factor;
+    }
+  } else if (out.rope_type == "llama3") {
+    apply_llama3(rope, freq);
+  } else if (out.rope_type == "yarn") {
+    attention_factor = apply_yarn(rope, base, rotary_dim, freq);
+  } else if (out.rope_type == "longrope") {
+    attention_factor = apply_longrope(rope, freq);
+  } else if (out.rope_type != "default") {
+    fail_input({config_path, "", "rope_type", "default, linear, llama3, yarn or longrope", out.rope_type, ""});
+  }
+  out.attention_factor = static_cast<float>(attention_factor);
+  out.inv_freq.assign(freq.begin(), freq.end());
+  return out;
+}
+
+Json explicit_rope_parameters(const Rotary& rotary, std::int64_t max_position_embeddings) {
+  std::vector<float> factors;
+  factors.reserve(rotary.inv_freq.size());
+  for (const float f : rotary.inv_freq) {
+    // Of the float32 numbers around 1/f, the one whose float32 reciprocal comes closest to f.
+    const float guess = 1.0F / f;
+    float best = guess;
+    for (const float candidate : {std::nextafter(guess, 0.0F), std::nextafter(guess, INFINITY)}) {
+      if (std::abs(1.0F / candidate - f) < std::abs(1.0F / best - f)) {
+        best = candidate;
+      }
+    }
+    factors.push_back(best);
+  }
+  Json out;
+  out["rope_type"] = "longrope";
+  out["rope_theta"] = 1.0;
+  out["factor"] = 1.0;
+  out["attention_factor"] = rotary.attention_factor;
+  out["original_max_position_embeddings"] = max_position_embeddings;
+  out["short_factor"] = factors;
+  out["long_factor"] = factors;
+  return out;
+}
+
+RotaryTable::RotaryTable(const Rotary& rotary, Index length)
+    : cos(length, static_cast<Index>(rotary.inv_freq.size())),
+      sin(length, static_cast<Index>(rotary.inv_freq.size())) {
+  for (Index n = 0; n < length; ++n) {
+    for (Index j = 0; j < cos.cols(); ++j) {
+      const float angle = static_cast<float>(n) * rotary.inv_freq[static_cast<std::size_t>(j)];
+      cos(n, j) = static_cast<float>(std::cos(static_cast<double>(angle))) * rotary.attention_factor;
+      sin(n, j) = static_cast<float>(std::sin(static_cast<double>(angle))) * rotary.attention_factor;
+    }
+  }
+}
+
+void rotate_in_place(const RotaryTable& table, Index first, Index stride, Index heads, MatrixF& x) {
+  const Index half = table.cos.cols();
+  for (Index n = 0; n < x.rows(); ++n) {
+    const float* cos = table.cos.row(n).data();
+    const float* sin = table.sin.row(n).data();
+    for (Index h = 0; h < heads; ++h) {
+      float* re = x.row(n).data() + first + h * stride;
+      float* im = re + half;
+      for (Index j = 0; j < half; ++j) {
+        const float a = re[j];
+        const float b = im[j];
+        re[j] = a * cos[j] - b * sin[j];
+        im[j] = b * cos[j] + a * sin[j];
+      }
+    }
+  }
+}
+
+}  // namespace relatent

@@ -1,0 +1,45 @@
+// Rotary position embedding: where its frequencies come from and how they are applied.
+//
+// Half-split convention throughout: pair j of a vector of size p is (j, j + p/2), read as one complex number.
+// Position n multiplies pair j by attention_factor * exp(i * n * inv_freq[j]).
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// Engines hold frequencies and angles in float32, and models were trained that way, so these are float32 too.
+struct Rotary {
+  std::vector<float> inv_freq;  // [p/2], radians per position
+  float attention_factor = 1.0F;
+  std::string rope_type = "default";
+};
+
+// Reads the rotary embedding of a config for vectors of size p = rotary_dim, from `rope_parameters` or from
+// `rope_theta` + `rope_scaling` (`type` is accepted for `rope_type`). Types: default, linear, llama3, yarn, longrope
+// with equal short and long lists; formulas as in transformers' modeling_rope_utils. Throws Error (input) on another
+// type, a missing or non-numeric key, or an odd rotary_dim, naming config_path.
+Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim, const std::filesystem::path& config_path);
+
+// The `rope_parameters` that make transformers use exactly this list: type longrope with rope_theta 1, so that every
+// factor is the reciprocal of its frequency. A plain geometric list is not recognised here.
+nlohmann::ordered_json explicit_rope_parameters(const Rotary& rotary, std::int64_t max_position_embeddings);
+
+// Cosines and sines for positions 0 ... length - 1, attention factor included.
+struct RotaryTable {
+  MatrixF cos;  // [length, p/2]
+  MatrixF sin;  // [length, p/2]
+  RotaryTable() = default;
+  RotaryTable(const Rotary& rotary, Index length);
+};
+
+// Rotates `heads` vectors of size p lying at columns first + h * stride ... + p of each row of x; row = position.
+void rotate_in_place(const RotaryTable& table, Index first, Index stride, Index heads, MatrixF& x);
+
+}  // namespace relatent

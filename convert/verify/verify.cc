@@ -1,0 +1,117 @@
+#include "convert/verify/verify.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "formats/error.h"
+#include "linalg/threads.h"
+
+namespace relatent {
+namespace {
+
+struct SequenceErrors {
+  double attention_diff = 0;
+  double attention_source = 0;
+  double residual_diff = 0;
+  double residual_source = 0;
+};
+
+double relative(double diff_squared, double source_squared) {
+  return source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
+}
+
+double squared(const MatrixF& m) { return m.cast<double>().squaredNorm(); }
+
+void check_same(const Model& source, const Model& converted, const char* key, Index expected, Index found) {
+  if (expected != found) {
+    fail_input({converted.checkpoint().config_path(), "", key,
+                std::to_string(expected) + " as in " + source.checkpoint().config_path().string(),
+                std::to_string(found), ""});
+  }
+}
+
+LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& converted, Stream& converted_stream) {
+  const RotaryTable source_table(rotary_of(source.attention), source_stream.length());
+  const RotaryTable converted_table(rotary_of(converted.attention), source_stream.length());
+  std::vector<SequenceErrors> errors(static_cast<std::size_t>(source_stream.count()));
+  parallel_for(errors.size(), [&](std::size_t i) {
+    const auto s = static_cast<Index>(i);
+    const auto attend = [s](const Layer& layer, const RotaryTable& table, const Stream& stream) {
+      const MatrixF x = normed(layer.input_norm, stream.sequence(s));
+      return output_projection(layer.attention)(mix_heads(layer.attention, x, table));
+    };
+    const MatrixF from_source = attend(source, source_table, source_stream);
+    const MatrixF from_converted = attend(converted, converted_table, converted_stream);
+    source_stream.sequence(s) += from_source;
+    converted_stream.sequence(s) += from_converted;
+    add_mlp(source, source_stream.sequence(s));
+    add_mlp(converted, converted_stream.sequence(s));
+    errors[i] = {squared(from_converted - from_source), squared(from_source),
+                 squared(converted_stream.sequence(s) - source_stream.sequence(s)), squared(source_stream.sequence(s))};
+  });
+  SequenceErrors sum;
+  for (const SequenceErrors& e : errors) {
+    sum.attention_diff += e.attention_diff;
+    sum.attention_source += e.attention_source;
+    sum.residual_diff += e.residual_diff;
+    sum.residual_source += e.residual_source;
+  }
+  return {relative(sum.attention_diff, sum.attention_source), relative(sum.residual_diff, sum.residual_source)};
+}
+
+}  // namespace
+
+Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
+                    const LayerProgress& progress) {
+  const ModelConfig& a = source.config();
+  const ModelConfig& b = converted.config();
+  check_same(source, converted, "hidden_size", a.hidden_size, b.hidden_size);
+  check_same(source, converted, "num_hidden_layers", a.num_hidden_layers, b.num_hidden_layers);
+  check_same(source, converted, "vocab_size", a.vocab_size, b.vocab_size);
+  Verification out;
+  Stream source_stream(source, sequences);
+  Stream converted_stream(converted, sequences);
+  for (Index i = 0; i < a.num_hidden_layers; ++i) {
+    out.layers.push_back(run_both(source.layer(i), source_stream, converted.layer(i), converted_stream));
+    progress(i + 1, a.num_hidden_layers);
+  }
+  out.logits = compare_logits(source, source_stream, converted, converted_stream, sequences);
+  out.source_ppl = std::exp(out.logits.source_nll);
+  out.converted_ppl = std::exp(out.logits.converted_nll);
+  out.nats = out.logits.converted_nll - out.logits.source_nll;
+  out.source_cache_bytes = a.cache_bytes_per_token();
+  out.converted_cache_bytes = b.cache_bytes_per_token();
+  for (std::size_t i = 0; i < reported_tp.size(); ++i) {
+    out.source_per_device[i] = a.cache_bytes_per_token_on_device(reported_tp[i]);
+    out.converted_per_device[i] = b.cache_bytes_per_token_on_device(reported_tp[i]);
+  }
+  return out;
+}
+
+nlohmann::ordered_json to_json(const Verification& v) {
+  nlohmann::ordered_json out;
+  out["source_ppl"] = v.source_ppl;
+  out["converted_ppl"] = v.converted_ppl;
+  out["nats"] = v.nats;
+  out["mean_kl"] = v.logits.mean_kl;
+  out["max_kl"] = v.logits.max_kl;
+  out["top1_agreement"] = v.logits.top1_agreement;
+  out["max_abs_logit_diff"] = v.logits.max_abs_logit_diff;
+  out["rel_logit_error"] = v.logits.rel_logit_error;
+  out["tokens"] = v.logits.tokens;
+  auto& cache = out["kv_bytes_per_token"];
+  cache["source"] = v.source_cache_bytes;
+  cache["converted"] = v.converted_cache_bytes;
+  for (std::size_t i = 0; i < reported_tp.size(); ++i) {
+    const std::string tp = std::to_string(reported_tp[i]);
+    cache["per_device"][tp] = {{"source", v.source_per_device[i]}, {"converted", v.converted_per_device[i]}};
+  }
+  out["layers"] = nlohmann::ordered_json::array();
+  for (const LayerFidelity& layer : v.layers) {
+    out["layers"].push_back(
+        {{"attention_rel_error", layer.attention_rel_error}, {"residual_rel_error", layer.residual_rel_error}});
+  }
+  return out;
+}
+
+}  // namespace relatent

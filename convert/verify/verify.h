@@ -1,0 +1,42 @@
+// Source against converted, both read from their files and run side by side.
+#pragma once
+
+#include <array>
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "convert/calibrate/calibrate.h"
+#include "convert/model/forward.h"
+#include "convert/model/model.h"
+
+namespace relatent {
+
+// Tensor-parallel sizes that the cache is reported for.
+inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
+
+struct LayerFidelity {
+  double attention_rel_error = 0;  // ‖attention output difference‖ / ‖source attention output‖, o_proj included
+  double residual_rel_error = 0;   // the same of the residual stream after the layer
+};
+
+struct Verification {
+  LogitComparison logits;
+  double source_ppl = 0;
+  double converted_ppl = 0;
+  double nats = 0;  // ln(converted_ppl / source_ppl)
+  Index source_cache_bytes = 0;     // per token, all layers
+  Index converted_cache_bytes = 0;
+  std::array<Index, reported_tp.size()> source_per_device{};
+  std::array<Index, reported_tp.size()> converted_per_device{};
+  std::vector<LayerFidelity> layers;
+};
+
+// Throws Error (input) when the two models differ in hidden size, layer count or vocabulary.
+Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
+                    const LayerProgress& progress);
+
+// The fields of `verify --json`.
+nlohmann::ordered_json to_json(const Verification& verification);
+
+}  // namespace relatent

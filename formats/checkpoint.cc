@@ -1,0 +1,412 @@
+#include "formats/checkpoint.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+
+#include "formats/error.h"
+#include "formats/json_text.h"
+
+namespace relatent {
+namespace {
+
+constexpr std::size_t kLargestConfig = std::size_t{16} << 20U;
+constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
+constexpr const char* kSingleName = "model.safetensors";
+constexpr const char* kIndexName = "model.safetensors.index.json";
+
+// Whether there is anything of that name; a broken link counts as nothing.
+bool is_there(const std::filesystem::path& path) {
+  std::error_code error;
+  const bool there = std::filesystem::exists(path, error);
+  if (error) {
+    fail_system(path, "cannot examine", error.value());
+  }
+  return there;
+}
+
+// The shard of every tensor, as the index has it.
+std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index_path) {
+  const nlohmann::ordered_json index = read_json_object(index_path, kLargestIndex);
+  const auto weight_map = index.find("weight_map");
+  if (weight_map == index.end() || !weight_map->is_object() || weight_map->empty()) {
+    fail_input({.file = index_path,
+                .problem = "weight_map",
+                .expected = "an object that names a shard for every tensor",
+                .found = weight_map == index.end() ? "nothing"
+                         : weight_map->is_object() ? "an empty object"
+                                                   : weight_map->type_name()});
+  }
+  std::map<std::string, std::string> shard_of;
+  for (const auto& [tensor, shard] : weight_map->items()) {
+    if (!shard.is_string()) {
+      fail_input({.file = index_path,
+                  .tensor = tensor,
+                  .problem = "weight_map",
+                  .expected = "a file name",
+                  .found = shard.type_name()});
+    }
+    const auto& name = shard.get_ref<const std::string&>();
+    if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos ||
+        name.find('\0') != std::string::npos) {
+      fail_input({.file = index_path,
+                  .tensor = tensor,
+                  .problem = "weight_map names a shard outside the folder",
+                  .expected = "a plain file name",
+                  .found = "\"" + name + "\""});
+    }
+    shard_of.emplace(tensor, name);
+  }
+  return shard_of;
+}
+
+bool ends_with_any(const std::string& name, std::initializer_list<std::string_view> endings) {
+  return std::any_of(endings.begin(), endings.end(),
+                     [&name](std::string_view ending) { return name.ends_with(ending); });
+}
+
+// XXH3-128 over pieces of any size.
+class Hasher {
+ public:
+  Hasher() : state_(XXH3_createState()) {
+    if (!state_ || XXH3_128bits_reset(state_.get()) == XXH_ERROR) {
+      throw Error(ErrorKind::machine, "out of memory for a checksum");
+    }
+  }
+
+  void add(const void* data, std::size_t size) {
+    if (XXH3_128bits_update(state_.get(), data, size) == XXH_ERROR) {
+      throw std::logic_error("XXH3_128bits_update refused its input");
+    }
+  }
+  void add_number(std::uint64_t number) { add(&number, sizeof number); }
+  // With its length, so that no two lists of texts look alike.
+  void add_text(std::string_view text) {
+    add_number(text.size());
+    add(text.data(), text.size());
+  }
+
+  std::string hexadecimal() const {
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_.get()));
+    static constexpr std::string_view kDigits = "0123456789abcdef";
+    std::string text;
+    for (const unsigned char byte : canonical.digest) {
+      text += kDigits[byte >> 4U];
+      text += kDigits[byte & 0xfU];
+    }
+    return text;
+  }
+
+ private:
+  struct Free {
+    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
+  };
+  std::unique_ptr<XXH3_state_t, Free> state_;
+};
+
+std::string shard_name(std::size_t shard, std::size_t shards) {
+  const auto padded = [](std::size_t number) {
+    std::string digits = std::to_string(number);
+    digits.insert(0, digits.size() < 5 ? 5 - digits.size() : 0, '0');
+    return digits;
+  };
+  return "model-" + padded(shard + 1) + "-of-" + padded(shards) + ".safetensors";
+}
+
+}  // namespace
+
+Checkpoint::Checkpoint() = default;
+// The pointers in where_ lead to the heap blocks of files_, which a move hands over as they are.
+Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
+Checkpoint& Checkpoint::operator=(Checkpoint&&) noexcept = default;
+Checkpoint::~Checkpoint() = default;
+
+Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
+  Checkpoint checkpoint;
+  checkpoint.folder_ = folder;
+  std::error_code error;
+  if (!std::filesystem::is_directory(folder, error)) {
+    if (error) {
+      fail_system(folder, "cannot open the checkpoint", error.value());
+    }
+    fail_input({.file = folder,
+                .expected = "a checkpoint folder",
+                .found = is_there(folder) ? "a file" : "nothing"});
+  }
+  checkpoint.config_ =
+      std::make_unique<nlohmann::ordered_json>(read_json_object(checkpoint.config_path(), kLargestConfig));
+
+  const std::filesystem::path index_path = folder / kIndexName;
+  const bool has_index = is_there(index_path);
+  const bool has_single = is_there(folder / kSingleName);
+  if (has_index == has_single) {
+    fail_input({.file = folder,
+                .problem = "weights",
+                .expected = std::string("either ") + kSingleName + " or " + kIndexName,
+                .found = has_index ? "both" : "neither"});
+  }
+
+  std::map<std::string, std::string> weight_map;
+  std::set<std::string> shards;
+  if (has_index) {
+    weight_map = read_weight_map(index_path);
+    for (const auto& [tensor, shard] : weight_map) {
+      if (shards.insert(shard).second && !is_there(folder / shard)) {
+        fail_input({.file = index_path,
+                    .tensor = tensor,
+                    .problem = "a shard is missing",
+                    .expected = shard,
+                    .found = "no such file"});
+      }
+    }
+  } else {
+    shards.insert(kSingleName);
+  }
+
+  for (const std::string& shard : shards) {
+    checkpoint.files_.push_back(SafetensorsFile::open(folder / shard));
+  }
+  for (std::size_t i = 0; i < checkpoint.files_.size(); ++i) {
+    const SafetensorsFile& file = checkpoint.files_[i];
+    for (const TensorInfo& tensor : file.tensors()) {
+      const auto [place, is_new] = checkpoint.where_.try_emplace(tensor.name, i, &tensor);
+      if (!is_new) {
+        fail_input({.file = file.path(),
+                    .tensor = tensor.name,
+                    .problem = "is in two shards, also in " +
+                               checkpoint.files_[place->second.first].path().filename().string()});
+      }
+    }
+  }
+  if (has_index) {
+    for (const auto& [tensor, shard] : weight_map) {
+      const auto place = checkpoint.where_.find(tensor);
+      if (place == checkpoint.where_.end() ||
+          checkpoint.files_[place->second.first].path().filename() != shard) {
+        fail_input({.file = index_path,
+                    .tensor = tensor,
+                    .problem = "is not where the index says",
+                    .expected = shard,
+                    .found = place == checkpoint.where_.end()
+                                 ? "it in no shard"
+                                 : checkpoint.files_[place->second.first].path().filename().string()});
+      }
+    }
+    for (const auto& [tensor, place] : checkpoint.where_) {
+      if (!weight_map.contains(tensor)) {
+        fail_input({.file = checkpoint.files_[place.first].path(),
+                    .tensor = tensor,
+                    .problem = std::string("is not listed in ") + kIndexName});
+      }
+    }
+  }
+  return checkpoint;
+}
+
+std::vector<std::string> Checkpoint::tensor_names() const {
+  std::vector<std::string> names;
+  names.reserve(where_.size());
+  for (const auto& [name, place] : where_) {
+    names.push_back(name);
+  }
+  return names;
+}
+
+const TensorInfo& Checkpoint::info(const std::string& name) const {
+  const auto found = where_.find(name);
+  if (found == where_.end()) {
+    fail_input({.file = folder_, .tensor = name, .problem = "there is no such tensor"});
+  }
+  return *found->second.second;
+}
+
+const SafetensorsFile& Checkpoint::file_of(const std::string& name) const {
+  static_cast<void>(info(name));  // complains about an unknown name
+  return files_[where_.at(name).first];
+}
+
+std::span<const std::byte> Checkpoint::bytes(const std::string& name) const {
+  return file_of(name).bytes(info(name));
+}
+
+MatrixF Checkpoint::read_matrix(const std::string& name) const {
+  const TensorInfo& tensor = info(name);
+  const std::filesystem::path& file = file_of(name).path();
+  if (!is_float(tensor.dtype)) {
+    fail_input({.file = file,
+                .tensor = name,
+                .problem = "dtype",
+                .expected = "BF16, F16, F32 or F64",
+                .found = std::string(safetensors_name(tensor.dtype))});
+  }
+  const std::size_t dimensions = tensor.shape.size();
+  if (dimensions != 1 && dimensions != 2) {
+    fail_input({.file = file,
+                .tensor = name,
+                .problem = "shape",
+                .expected = "one or two dimensions",
+                .found = shape_text(tensor.shape)});
+  }
+  MatrixF matrix(dimensions == 1 ? 1 : tensor.shape.front(), tensor.shape.back());
+  decode_floats(tensor.dtype, bytes(name), {matrix.data(), static_cast<std::size_t>(matrix.size())});
+  return matrix;
+}
+
+void Checkpoint::release(const std::string& name) const {
+  file_of(name).release(info(name));
+}
+
+std::uint64_t Checkpoint::tensor_bytes() const {
+  std::uint64_t sum = 0;
+  for (const auto& [name, place] : where_) {
+    sum += place.second->bytes;
+  }
+  return sum;
+}
+
+std::vector<std::filesystem::path> Checkpoint::side_files() const {
+  std::vector<std::filesystem::path> files;
+  std::error_code error;
+  std::filesystem::directory_iterator entry(folder_, error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    std::error_code unreadable;  // a broken link is no regular file, and no reason to stop
+    if (!name.starts_with('.') && name != "config.json" &&
+        !ends_with_any(name, {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".index.json"}) &&
+        entry->is_regular_file(unreadable)) {
+      files.push_back(entry->path());
+    }
+  }
+  if (error) {
+    fail_system(folder_, "cannot list the folder", error.value());
+  }
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+std::string Checkpoint::fingerprint() const {
+  Hasher hasher;
+  hasher.add_number(where_.size());
+  for (const auto& [name, place] : where_) {
+    const auto& [file_idx, tensor] = place;
+    hasher.add_text(name);
+    hasher.add_text(safetensors_name(tensor->dtype));
+    hasher.add_number(tensor->shape.size());
+    for (const std::int64_t dimension : tensor->shape) {
+      hasher.add_number(static_cast<std::uint64_t>(dimension));
+    }
+    const std::span<const std::byte> data = files_[file_idx].bytes(*tensor);
+    hasher.add(data.data(), data.size());
+    files_[file_idx].release(*tensor);
+  }
+  hasher.add_text(nlohmann::json(*config_).dump());
+  return hasher.hexadecimal();
+}
+
+CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
+                                   std::uint64_t max_shard_bytes)
+    : folder_(std::move(folder)) {
+  std::vector<std::vector<TensorSpec>> shards(1);
+  std::uint64_t filled = 0;
+  for (const TensorSpec& spec : specs) {
+    const std::uint64_t size = spec.bytes();
+    if (!shards.back().empty() && (filled > max_shard_bytes || size > max_shard_bytes - filled)) {
+      shards.emplace_back();
+      filled = 0;
+    }
+    if (!specs_.emplace(spec.name, spec).second) {
+      throw std::invalid_argument("tensor name used twice: " + spec.name);
+    }
+    shard_of_.emplace(spec.name, shards.size() - 1);
+    shards.back().push_back(spec);
+    filled += size;
+  }
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    file_names_.push_back(shards.size() == 1 ? kSingleName : shard_name(i, shards.size()));
+    writers_.push_back(
+        std::make_unique<SafetensorsWriter>(folder_ / file_names_.back(), std::move(shards[i])));
+  }
+}
+
+SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) {
+  const auto found = shard_of_.find(name);
+  if (found == shard_of_.end()) {
+    throw std::invalid_argument("tensor " + name + " was not announced to " + folder_.string());
+  }
+  return *writers_[found->second];
+}
+
+void CheckpointWriter::write(const std::string& name, std::span<const std::byte> bytes) {
+  writer_of(name).write(name, bytes);
+}
+
+void CheckpointWriter::copy(const std::string& name, const Checkpoint& source) {
+  writer_of(name).copy(name, source.file_of(name), source.info(name));
+}
+
+void CheckpointWriter::write_floats(const std::string& name, std::span<const float> values) {
+  SafetensorsWriter& writer = writer_of(name);
+  const TensorSpec& spec = specs_.at(name);
+  const std::filesystem::path file = folder_ / file_names_[shard_of_.at(name)];
+  const std::string dtype(safetensors_name(spec.dtype));
+  const auto bad =
+      std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
+  if (bad != values.end()) {
+    fail_input({.file = file,
+                .tensor = name,
+                .problem = "a value to be written is not a number",
+                .expected = "finite values",
+                .found = std::to_string(*bad) + " at index " + std::to_string(bad - values.begin())});
+  }
+  if (spec.dtype == DType::f32) {
+    writer.write(name, std::as_bytes(values));
+    return;
+  }
+  std::vector<std::byte> encoded(spec.bytes());
+  const std::size_t overflows = encode_floats(spec.dtype, values, encoded);
+  if (overflows != 0) {
+    fail_input({.file = file,
+                .tensor = name,
+                .problem = "values are too large for " + dtype,
+                .expected = "none",
+                .found = std::to_string(overflows) + " of " + std::to_string(values.size()),
+                .next_step = "choose a wider dtype"});
+  }
+  writer.write(name, encoded);
+}
+
+void CheckpointWriter::finish() {
+  for (const std::unique_ptr<SafetensorsWriter>& writer : writers_) {
+    writer->finish();
+  }
+  if (writers_.size() == 1) {
+    return;
+  }
+  // transformers takes total_size for the bytes of the tensors alone.
+  std::uint64_t total = 0;
+  nlohmann::json weight_map = nlohmann::json::object();
+  for (const auto& [name, shard] : shard_of_) {
+    total += specs_.at(name).bytes();
+    weight_map[name] = file_names_[shard];
+  }
+  const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}};
+  write_text(folder_ / kIndexName, index.dump(2) + "\n");
+}
+
+std::uint64_t CheckpointWriter::bytes_written() const {
+  std::uint64_t sum = 0;
+  for (const std::unique_ptr<SafetensorsWriter>& writer : writers_) {
+    sum += writer->file_bytes();
+  }
+  return sum;
+}
+
+}  // namespace relatent

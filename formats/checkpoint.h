@@ -1,0 +1,95 @@
+// A Hugging Face checkpoint folder: config.json, one safetensors file or several with an index, and the files
+// that travel with them (tokenizer, generation settings).
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <nlohmann/json_fwd.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "formats/safetensors.h"
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+class Checkpoint {
+ public:
+  // Reads config.json and every header; touches no weights. A folder needs model.safetensors, or
+  // model.safetensors.index.json with its shards. Refused (Error, input): neither or both present, a missing
+  // shard, a shard name that leaves the folder, a tensor that the index places in a shard that does not hold
+  // it, a tensor in a shard that the index does not list or that two shards hold, config.json that is not a
+  // JSON object.
+  static Checkpoint open(const std::filesystem::path& folder);
+  Checkpoint(Checkpoint&&) noexcept;
+  Checkpoint& operator=(Checkpoint&&) noexcept;
+  ~Checkpoint();
+
+  const std::filesystem::path& folder() const { return folder_; }
+  std::filesystem::path config_path() const { return folder_ / "config.json"; }
+  const nlohmann::ordered_json& config() const { return *config_; }
+
+  // All tensor names, sorted.
+  std::vector<std::string> tensor_names() const;
+  bool contains(const std::string& name) const { return where_.contains(name); }
+  // Throws Error (input) naming the folder and the tensor when there is none of that name.
+  const TensorInfo& info(const std::string& name) const;
+  const SafetensorsFile& file_of(const std::string& name) const;
+  std::span<const std::byte> bytes(const std::string& name) const;
+  // A one- or two-dimensional floating tensor, widened to float32; one dimension gives a single row.
+  // Throws Error (input) when it is not floating or has another number of dimensions.
+  MatrixF read_matrix(const std::string& name) const;
+  void release(const std::string& name) const;
+
+  // Sum of all tensors' bytes.
+  std::uint64_t tensor_bytes() const;
+
+  // Regular files of the folder that are neither config.json nor weights nor index: what a converted
+  // checkpoint carries along untouched. Sorted; symbolic links to regular files count (hub caches are made of
+  // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not.
+  std::vector<std::filesystem::path> side_files() const;
+
+  // XXH3-128 in hexadecimal over every tensor's name, dtype, shape and bytes in name order, followed by the
+  // parsed config serialised with sorted keys: the same weights give the same fingerprint however they are
+  // cut into shards. Reads everything once.
+  std::string fingerprint() const;
+
+ private:
+  Checkpoint();
+  std::filesystem::path folder_;
+  std::unique_ptr<nlohmann::ordered_json> config_;
+  std::vector<SafetensorsFile> files_;
+  std::map<std::string, std::pair<std::size_t, const TensorInfo*>> where_;
+};
+
+// Cuts tensors into shards of at most max_shard_bytes (a larger tensor gets a shard of its own), in the given
+// order, and writes them into a folder with names and index as transformers expects: model.safetensors alone
+// when one shard suffices, else model-00001-of-0000N.safetensors and model.safetensors.index.json (written by
+// finish(), last).
+class CheckpointWriter {
+ public:
+  CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
+                   std::uint64_t max_shard_bytes);
+  void write(const std::string& name, std::span<const std::byte> bytes);
+  void copy(const std::string& name, const Checkpoint& source);
+  // Narrows float32 values to the tensor's dtype and writes them. Throws Error (input) when a value is not
+  // finite or overflows the dtype, naming the tensor.
+  void write_floats(const std::string& name, std::span<const float> values);
+  void finish();
+  // Size of the shards.
+  std::uint64_t bytes_written() const;
+
+ private:
+  SafetensorsWriter& writer_of(const std::string& name);
+
+  std::filesystem::path folder_;
+  std::vector<std::unique_ptr<SafetensorsWriter>> writers_;
+  std::vector<std::string> file_names_;
+  std::map<std::string, std::size_t> shard_of_;
+  std::map<std::string, TensorSpec> specs_;
+};
+
+}  // namespace relatent

@@ -1,0 +1,387 @@
+#include "formats/files.h"
+
+#include <fcntl.h>
+#include <stdio.h>  // NOLINT(modernize-deprecated-headers): renameat2 is not in <cstdio>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <limits>
+#include <stdexcept>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+// A descriptor that closes itself.
+class Descriptor {
+ public:
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Descriptor& operator=(Descriptor&&) = delete;
+  ~Descriptor() {
+    if (fd_ >= 0) {
+      ::close(fd_);
+    }
+  }
+  int get() const { return fd_; }
+
+ private:
+  int fd_;
+};
+
+[[noreturn]] void fail_machine(const std::filesystem::path& file, const std::string& problem,
+                               int error_number) {
+  throw Error(
+      ErrorKind::machine,
+      to_sentence({.file = file, .problem = problem + ": " + std::generic_category().message(error_number)}));
+}
+
+std::string kind_of_file(mode_t mode) {
+  if (S_ISDIR(mode)) {
+    return "a folder";
+  }
+  if (S_ISFIFO(mode)) {
+    return "a pipe";
+  }
+  if (S_ISSOCK(mode)) {
+    return "a socket";
+  }
+  return "a device";
+}
+
+struct OpenFile {
+  Descriptor descriptor;
+  std::uint64_t size = 0;
+};
+
+OpenFile open_regular(const std::filesystem::path& path) {
+  // O_NONBLOCK: a pipe must be refused, not waited for.
+  Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  if (descriptor.get() < 0) {
+    fail_system(path, "cannot open", errno);
+  }
+  struct stat status {};
+  if (::fstat(descriptor.get(), &status) != 0) {
+    fail_machine(path, "cannot examine", errno);
+  }
+  if (!S_ISREG(status.st_mode)) {
+    fail_input({.file = path, .expected = "a regular file", .found = kind_of_file(status.st_mode)});
+  }
+  return {std::move(descriptor), static_cast<std::uint64_t>(status.st_size)};
+}
+
+// Bytes read before the end of the file, at most buffer.size().
+std::size_t read_fully(int fd, std::uint64_t offset, std::span<std::byte> buffer,
+                       const std::filesystem::path& path) {
+  std::size_t done = 0;
+  while (done < buffer.size()) {
+    const ssize_t got =
+        ::pread(fd, buffer.data() + done, buffer.size() - done, static_cast<off_t>(offset + done));
+    if (got < 0) {
+      if (errno == EINTR) {
+        continue;
+      }
+      fail_machine(path, "cannot read", errno);
+    }
+    if (got == 0) {
+      break;
+    }
+    done += static_cast<std::size_t>(got);
+  }
+  return done;
+}
+
+void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
+                 const std::filesystem::path& path) {
+  std::size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t put =
+        ::pwrite(fd, bytes.data() + done, bytes.size() - done, static_cast<off_t>(offset + done));
+    if (put < 0) {
+      if (errno == EINTR) {
+        continue;
+      }
+      fail_machine(path, "cannot write", errno);
+    }
+    done += static_cast<std::size_t>(put);
+  }
+}
+
+std::filesystem::path parent_of(const std::filesystem::path& path) {
+  return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
+}
+
+// Makes a rename or a new entry of the folder survive a power cut.
+void flush_folder(const std::filesystem::path& folder) {
+  const Descriptor descriptor(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (descriptor.get() < 0) {
+    fail_machine(folder, "cannot open", errno);
+  }
+  // Some filesystems have nothing to flush for a folder and say EINVAL.
+  if (::fsync(descriptor.get()) != 0 && errno != EINVAL) {
+    fail_machine(folder, "cannot flush", errno);
+  }
+}
+
+void require_open(int fd) {
+  if (fd < 0) {
+    throw std::logic_error("PendingFile: used after commit");
+  }
+}
+
+void require_range(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t size) {
+  constexpr auto kLargest = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
+  if (offset > kLargest || size > kLargest - offset) {
+    fail_machine(path, "cannot hold " + std::to_string(size) + " bytes at " + std::to_string(offset), EFBIG);
+  }
+}
+
+std::filesystem::path without_trailing_slashes(std::string text) {
+  while (text.size() > 1 && text.back() == '/') {
+    text.pop_back();
+  }
+  return text;
+}
+
+}  // namespace
+
+MappedFile MappedFile::open(const std::filesystem::path& path) {
+  const OpenFile opened = open_regular(path);
+  MappedFile file;
+  file.path_ = path;
+  if (opened.size == 0) {
+    return file;  // nothing to map
+  }
+  void* address = ::mmap(nullptr, opened.size, PROT_READ, MAP_SHARED, opened.descriptor.get(), 0);
+  if (address == MAP_FAILED) {  // NOLINT(performance-no-int-to-ptr): the macro's own cast
+    fail_machine(path, "cannot map", errno);
+  }
+  file.bytes_ = {static_cast<const std::byte*>(address), static_cast<std::size_t>(opened.size)};
+  return file;
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
+
+MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(bytes_, other.bytes_);
+  return *this;
+}
+
+MappedFile::~MappedFile() {
+  if (!bytes_.empty()) {
+    ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
+  }
+}
+
+void MappedFile::release(std::size_t offset, std::size_t size) const {
+  if (offset >= bytes_.size()) {
+    return;
+  }
+  size = std::min(size, bytes_.size() - offset);
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::size_t begin = (offset + page - 1) / page * page;
+  const std::size_t end = (offset + size) / page * page;
+  if (begin < end) {
+    // Advice only: a refusal costs memory, not correctness.
+    static_cast<void>(::madvise(const_cast<std::byte*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED));
+  }
+}
+
+std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) {
+  const OpenFile opened = open_regular(path);
+  if (opened.size > max_bytes) {
+    fail_input({.file = path,
+                .problem = "too large",
+                .expected = "at most " + std::to_string(max_bytes) + " bytes",
+                .found = std::to_string(opened.size)});
+  }
+  std::string text(opened.size, '\0');
+  text.resize(read_fully(opened.descriptor.get(), 0, std::as_writable_bytes(std::span<char>(text)), path));
+  return text;
+}
+
+PendingFile::PendingFile(std::filesystem::path path) : path_(std::move(path)) {
+  const std::filesystem::path partial = partial_path();
+  fd_ = ::open(partial.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
+  if (fd_ < 0) {
+    fail_machine(partial, "cannot create", errno);
+  }
+}
+
+PendingFile::PendingFile(PendingFile&& other) noexcept
+    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+
+PendingFile::~PendingFile() {
+  if (fd_ >= 0) {
+    ::close(fd_);
+    ::unlink(partial_path().c_str());
+  }
+}
+
+std::filesystem::path PendingFile::partial_path() const {
+  std::filesystem::path partial = path_;
+  partial += ".partial";
+  return partial;
+}
+
+// The three below change the file, if not the object.
+// NOLINTBEGIN(readability-make-member-function-const)
+void PendingFile::reserve(std::uint64_t size) {
+  require_open(fd_);
+  require_range(partial_path(), 0, size);
+  const std::string problem = "cannot reserve " + std::to_string(size) + " bytes";
+  if (::ftruncate(fd_, static_cast<off_t>(size)) != 0) {
+    fail_machine(partial_path(), problem, errno);
+  }
+  if (size == 0) {
+    return;
+  }
+  // fallocate rather than posix_fallocate, which writes every block where the filesystem cannot reserve.
+  int result = 0;
+  do {
+    result = ::fallocate(fd_, 0, 0, static_cast<off_t>(size));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0 && errno != EOPNOTSUPP && errno != ENOSYS && errno != EINVAL) {
+    fail_machine(partial_path(), problem, errno);
+  }
+}
+
+void PendingFile::write_at(std::uint64_t offset, std::span<const std::byte> bytes) {
+  require_open(fd_);
+  require_range(partial_path(), offset, bytes.size());
+  write_fully(fd_, offset, bytes, partial_path());
+}
+
+void PendingFile::copy_at(std::uint64_t offset, const std::filesystem::path& source,
+                          std::uint64_t source_offset, std::uint64_t size) {
+  require_open(fd_);
+  require_range(partial_path(), offset, size);
+  require_range(source, source_offset, size);
+  const OpenFile opened = open_regular(source);
+  if (source_offset > opened.size || size > opened.size - source_offset) {
+    fail_input({.file = source,
+                .problem = "ends too early",
+                .expected = std::to_string(source_offset + size) + " bytes",
+                .found = std::to_string(opened.size)});
+  }
+  auto from = static_cast<off_t>(source_offset);
+  auto to = static_cast<off_t>(offset);
+  std::uint64_t left = size;
+  while (left > 0) {
+    constexpr std::uint64_t kLargestStep = std::uint64_t{1} << 30U;
+    const ssize_t copied = ::copy_file_range(opened.descriptor.get(), &from, fd_, &to,
+                                             static_cast<std::size_t>(std::min(left, kLargestStep)), 0);
+    if (copied > 0) {
+      left -= static_cast<std::uint64_t>(copied);
+      continue;
+    }
+    if (copied == 0 || errno == EXDEV || errno == EINVAL || errno == ENOSYS || errno == EOPNOTSUPP) {
+      break;  // not between these two files: through memory then
+    }
+    if (errno != EINTR) {
+      fail_machine(partial_path(), "cannot copy from " + source.string(), errno);
+    }
+  }
+  if (left == 0) {
+    return;
+  }
+  std::vector<std::byte> buffer(static_cast<std::size_t>(std::min<std::uint64_t>(left, 4U << 20U)));
+  while (left > 0) {
+    const auto step = static_cast<std::size_t>(std::min<std::uint64_t>(left, buffer.size()));
+    const std::span<std::byte> piece = std::span(buffer).first(step);
+    if (read_fully(opened.descriptor.get(), static_cast<std::uint64_t>(from), piece, source) != step) {
+      fail_input({.file = source, .problem = "became shorter while it was copied"});
+    }
+    write_fully(fd_, static_cast<std::uint64_t>(to), piece, partial_path());
+    from += static_cast<off_t>(step);
+    to += static_cast<off_t>(step);
+    left -= step;
+  }
+}
+
+// NOLINTEND(readability-make-member-function-const)
+
+void PendingFile::commit() {
+  require_open(fd_);
+  if (::fsync(fd_) != 0) {
+    fail_machine(partial_path(), "cannot flush", errno);
+  }
+  if (::rename(partial_path().c_str(), path_.c_str()) != 0) {
+    fail_machine(path_, "cannot rename the finished file into place", errno);
+  }
+  ::close(std::exchange(fd_, -1));
+  flush_folder(parent_of(path_));
+}
+
+void write_text(const std::filesystem::path& path, std::string_view text) {
+  PendingFile file(path);
+  file.write_at(0, std::as_bytes(std::span<const char>(text)));
+  file.commit();
+}
+
+PendingFolder::PendingFolder(std::filesystem::path path) : path_(std::move(path)) {
+  path_ = without_trailing_slashes(path_.string());
+  if (path_.empty()) {
+    fail_usage("the name of the output folder is empty");
+  }
+  struct stat status {};
+  if (::lstat(path_.c_str(), &status) == 0) {
+    fail_usage(path_.string() + ": exists already (choose another name or delete it)");
+  }
+  const std::filesystem::path parent = parent_of(path_);
+  if (::stat(parent.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
+    fail_usage(path_.string() + ": its parent folder " + parent.string() + " does not exist");
+  }
+  staging_ = path_;
+  staging_ += ".partial";
+  if (::mkdir(staging_.c_str(), 0777) != 0) {
+    if (errno == EEXIST) {
+      fail_usage(staging_.string() + ": is left over from an interrupted run (delete it and try again)");
+    }
+    fail_machine(staging_, "cannot create the folder", errno);
+  }
+}
+
+PendingFolder::~PendingFolder() {
+  if (!committed_) {
+    std::error_code ignored;
+    std::filesystem::remove_all(staging_, ignored);
+  }
+}
+
+void PendingFolder::commit() {
+  if (committed_) {
+    throw std::logic_error("PendingFolder: committed twice");
+  }
+  flush_folder(staging_);
+  int result = ::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE);
+  if (result != 0 && (errno == EINVAL || errno == ENOSYS)) {
+    // A filesystem without RENAME_NOREPLACE: claim the name with an empty folder of our own, which rename may
+    // replace only as long as it is empty.
+    result = ::mkdir(path_.c_str(), 0777);
+    if (result == 0) {
+      result = ::rename(staging_.c_str(), path_.c_str());
+    }
+  }
+  if (result != 0) {
+    if (errno == EEXIST || errno == ENOTEMPTY) {
+      fail_usage(path_.string() + ": appeared while its contents were being written");
+    }
+    fail_machine(path_, "cannot rename the finished folder into place", errno);
+  }
+  committed_ = true;
+  flush_folder(parent_of(path_));
+}
+
+}  // namespace relatent

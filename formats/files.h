@@ -1,0 +1,93 @@
+// Files as the operating system sees them: mapping, atomic appearance, copying without decoding.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+
+namespace relatent {
+
+// A read-only mapping of a whole file, which must be a regular file. Movable, not copyable.
+class MappedFile {
+ public:
+  // Throws Error (input when there is no such file, machine otherwise).
+  static MappedFile open(const std::filesystem::path& path);
+  MappedFile() = default;
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&& other) noexcept;
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+
+  std::span<const std::byte> bytes() const { return bytes_; }
+  const std::filesystem::path& path() const { return path_; }
+  // Tells the kernel that [offset, offset + size) is not needed any more; only whole pages inside are
+  // dropped.
+  void release(std::size_t offset, std::size_t size) const;
+
+ private:
+  std::filesystem::path path_;
+  std::span<const std::byte> bytes_;
+};
+
+// Reads a small text file whole. Throws Error; input when it is larger than max_bytes.
+std::string read_text(const std::filesystem::path& path, std::size_t max_bytes);
+
+// A file that is written under PATH + ".partial" and gets its own name only by commit(), which flushes it to
+// the disk first. Without commit the partial file is removed by the destructor.
+class PendingFile {
+ public:
+  // Throws Error (machine) when the file cannot be created. An existing file at path is replaced at commit.
+  explicit PendingFile(std::filesystem::path path);
+  PendingFile(PendingFile&& other) noexcept;
+  PendingFile& operator=(PendingFile&&) = delete;
+  PendingFile(const PendingFile&) = delete;
+  PendingFile& operator=(const PendingFile&) = delete;
+  ~PendingFile();
+
+  // Sets the length of the file, reserving its blocks, so that a full disk is met here and not half way.
+  void reserve(std::uint64_t size);
+  void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
+  // Copies size bytes of another file into place, inside the kernel where it can.
+  void copy_at(std::uint64_t offset, const std::filesystem::path& source, std::uint64_t source_offset,
+               std::uint64_t size);
+  void commit();
+  const std::filesystem::path& path() const { return path_; }
+  // Where the bytes are until commit.
+  std::filesystem::path partial_path() const;
+
+ private:
+  std::filesystem::path path_;
+  int fd_ = -1;
+};
+
+// Writes a small file through PendingFile.
+void write_text(const std::filesystem::path& path, std::string_view text);
+
+// A folder that is filled under NAME + ".partial" beside its place and gets its name only by commit(). The
+// destructor removes the partial folder of an uncommitted one.
+class PendingFolder {
+ public:
+  // Throws Error: usage when path exists already (any kind of file), when its parent folder does not exist,
+  // or when NAME.partial is left over from an interrupted run (the sentence says to delete it); machine when
+  // it cannot be made.
+  explicit PendingFolder(std::filesystem::path path);
+  PendingFolder(const PendingFolder&) = delete;
+  PendingFolder& operator=(const PendingFolder&) = delete;
+  ~PendingFolder();
+
+  // Where files go until commit.
+  const std::filesystem::path& staging() const { return staging_; }
+  // Flushes the folder and renames it into place; never replaces anything (renameat2 with RENAME_NOREPLACE).
+  void commit();
+
+ private:
+  std::filesystem::path path_;
+  std::filesystem::path staging_;
+  bool committed_ = false;
+};
+
+}  // namespace relatent

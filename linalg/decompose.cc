@@ -1,0 +1,187 @@
+#include "linalg/decompose.h"
+
+#define lapack_complex_float std::complex<float>
+#define lapack_complex_double std::complex<double>
+#include <lapacke.h>
+
+#include <cmath>
+#include <limits>
+#include <string_view>
+#include <vector>
+
+namespace relatent {
+namespace {
+
+lapack_int to_lapack(Index n) {
+  if (n > std::numeric_limits<lapack_int>::max()) {
+    throw std::invalid_argument("matrix dimension " + std::to_string(n) + " is beyond LAPACK's integers");
+  }
+  return static_cast<lapack_int>(n);
+}
+
+void check(lapack_int status, std::string_view routine, Index rows, Index cols) {
+  if (status == 0) {
+    return;
+  }
+  throw NumericalError(std::string(routine) + " on a " + std::to_string(rows) + " x " + std::to_string(cols) +
+                       " matrix ended with status " + std::to_string(status));
+}
+
+template <typename Matrix>
+void check_input(const Matrix& a, std::string_view routine) {
+  if (a.rows() != a.cols()) {
+    throw std::invalid_argument(std::string(routine) + " needs a square matrix, got " + std::to_string(a.rows()) +
+                                " x " + std::to_string(a.cols()));
+  }
+  if (!a.allFinite()) {
+    throw NumericalError(std::string(routine) + " got a " + std::to_string(a.rows()) + " x " +
+                         std::to_string(a.cols()) + " matrix with NaN or infinity in it");
+  }
+}
+
+// Makes the entry of largest modulus real and positive.
+template <typename Vector>
+void fix_phase(Vector column) {
+  Index largest = 0;
+  double modulus = 0;
+  for (Index i = 0; i < column.size(); ++i) {
+    // The factor keeps entries that are equal up to rounding from trading places.
+    if (std::abs(column(i)) > modulus * (1 + 1e-9)) {
+      modulus = std::abs(column(i));
+      largest = i;
+    }
+  }
+  if (modulus == 0) {
+    return;
+  }
+  const auto pivot = column(largest);
+  if constexpr (std::is_same_v<std::decay_t<decltype(pivot)>, double>) {
+    if (pivot < 0) {
+      column = -column;
+    }
+  } else {
+    column *= std::conj(pivot) / std::abs(pivot);
+  }
+}
+
+template <typename Matrix, typename Routine>
+Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view name, Routine routine) {
+  check_input(a, name);
+  const Index n = a.rows();
+  if (k < 0 || k > n) {
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(k) + " eigenpairs of a matrix of order " +
+                                std::to_string(n));
+  }
+  if (k == 0) {
+    k = n;
+  }
+  Eigenpairs<Matrix> out;
+  out.values.resize(k);
+  out.vectors.resize(n, k);
+  if (n == 0) {
+    return out;
+  }
+  Matrix work = a;
+  VectorD ascending(n);
+  Matrix vectors(n, k);
+  std::vector<lapack_int> support(2 * static_cast<std::size_t>(n));
+  lapack_int found = 0;
+  check(routine(k == n ? 'A' : 'I', to_lapack(n), work, to_lapack(n - k + 1), to_lapack(n), found, ascending, vectors,
+                support),
+        name, n, n);
+  if (found != k) {
+    throw NumericalError(std::string(name) + " found " + std::to_string(found) + " of " + std::to_string(k) +
+                         " eigenpairs");
+  }
+  for (Index j = 0; j < k; ++j) {
+    out.values(j) = ascending(k - 1 - j);
+    out.vectors.col(j) = vectors.col(k - 1 - j);
+    fix_phase(out.vectors.col(j));
+  }
+  return out;
+}
+
+}  // namespace
+
+Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k) {
+  return leading_eigenpairs(a, k, "dsyevr",
+                            [](char range, lapack_int n, MatrixD& work, lapack_int first, lapack_int last,
+                               lapack_int& found, VectorD& values, MatrixD& vectors, std::vector<lapack_int>& support) {
+                              return LAPACKE_dsyevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first,
+                                                    last, 0, &found, values.data(), vectors.data(), n, support.data());
+                            });
+}
+
+Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, Index k) {
+  return leading_eigenpairs(a, k, "zheevr",
+                            [](char range, lapack_int n, MatrixC& work, lapack_int first, lapack_int last,
+                               lapack_int& found, VectorD& values, MatrixC& vectors, std::vector<lapack_int>& support) {
+                              return LAPACKE_zheevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first,
+                                                    last, 0, &found, values.data(), vectors.data(), n, support.data());
+                            });
+}
+
+SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
+  const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(a);
+  const Index n = a.rows();
+  SymmetricRoot out;
+  const double largest = n > 0 ? eigen.values(0) : 0;
+  if (largest <= 0) {
+    out.root = MatrixD::Identity(n, n);
+    out.inverse = MatrixD::Identity(n, n);
+    return out;
+  }
+  const VectorD root = eigen.values.cwiseMax(floor * largest).cwiseSqrt();
+  const MatrixD scaled = eigen.vectors * root.asDiagonal();
+  const MatrixD scaled_inverse = eigen.vectors * root.cwiseInverse().asDiagonal();
+  out.root = scaled * eigen.vectors.transpose();
+  out.inverse = scaled_inverse * eigen.vectors.transpose();
+  return out;
+}
+
+MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
+  check_input(a, "dposv");
+  if (b.rows() != a.rows()) {
+    throw std::invalid_argument("ridge_solve: " + std::to_string(a.rows()) + " equations but " +
+                                std::to_string(b.rows()) + " right-hand rows");
+  }
+  if (!b.allFinite()) {
+    throw NumericalError("dposv got a right-hand side with NaN or infinity in it");
+  }
+  const Index n = a.rows();
+  MatrixD x = b;
+  if (n == 0 || b.cols() == 0) {
+    return x;
+  }
+  MatrixD factor = a;
+  factor.diagonal().array() += ridge * a.diagonal().mean();
+  check(LAPACKE_dposv(LAPACK_COL_MAJOR, 'L', to_lapack(n), to_lapack(b.cols()), factor.data(), to_lapack(n), x.data(),
+                      to_lapack(n)),
+        "dposv", n, n);
+  return x;
+}
+
+ThinQr thin_qr(const MatrixD& a) {
+  const Index n = a.rows();
+  const Index m = a.cols();
+  if (n < m) {
+    throw std::invalid_argument("thin_qr needs at least as many rows as columns");
+  }
+  if (!a.allFinite()) {
+    throw NumericalError("dgeqrf got a matrix with NaN or infinity in it");
+  }
+  ThinQr out{a, MatrixD::Zero(m, m)};
+  if (m == 0) {
+    return out;
+  }
+  std::vector<double> tau(static_cast<std::size_t>(m));
+  check(LAPACKE_dgeqrf(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), out.q.data(), to_lapack(n), tau.data()), "dgeqrf",
+        n, m);
+  out.r = out.q.topRows(m).triangularView<Eigen::Upper>();
+  check(LAPACKE_dorgqr(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), to_lapack(m), out.q.data(), to_lapack(n),
+                       tau.data()),
+        "dorgqr", n, m);
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,88 @@
+#include "linalg/threads.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+// OpenBLAS keeps a thread pool of its own; one thread per call keeps results independent of our thread count. Another
+// BLAS may not have the switch, hence the weak declaration.
+extern "C" void openblas_set_num_threads(int threads) __attribute__((weak));
+
+namespace relatent {
+namespace {
+
+int g_threads = 0;
+thread_local bool t_inside_piece = false;
+
+void make_blas_serial() {
+  static const bool done = [] {
+    if (openblas_set_num_threads != nullptr) {
+      openblas_set_num_threads(1);
+    }
+    return true;
+  }();
+  (void)done;
+}
+
+// BLAS is called before any parallel_for too, so the switch is thrown at load time.
+[[maybe_unused]] const bool g_blas_is_serial = (make_blas_serial(), true);
+
+}  // namespace
+
+void set_num_threads(int threads) {
+  make_blas_serial();
+  g_threads = std::max(threads, 0);
+}
+
+int num_threads() {
+  if (g_threads > 0) {
+    return g_threads;
+  }
+  return static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+}
+
+void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& body) {
+  make_blas_serial();
+  const std::size_t workers = std::min<std::size_t>(static_cast<std::size_t>(num_threads()), pieces);
+  if (workers <= 1 || t_inside_piece) {
+    for (std::size_t i = 0; i < pieces; ++i) {
+      body(i);
+    }
+    return;
+  }
+  std::atomic<std::size_t> next{0};
+  std::mutex guard;
+  std::exception_ptr first_failure;
+  const auto work = [&] {
+    t_inside_piece = true;
+    for (std::size_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
+      try {
+        body(i);
+      } catch (...) {
+        const std::scoped_lock lock(guard);
+        if (!first_failure) {
+          first_failure = std::current_exception();
+        }
+        next = pieces;
+      }
+    }
+    t_inside_piece = false;
+  };
+  std::vector<std::thread> threads;
+  threads.reserve(workers - 1);
+  for (std::size_t i = 1; i < workers; ++i) {
+    threads.emplace_back(work);
+  }
+  work();
+  for (std::thread& thread : threads) {
+    thread.join();
+  }
+  if (first_failure) {
+    std::rethrow_exception(first_failure);
+  }
+}
+
+}  // namespace relatent

@@ -1,0 +1,360 @@
+#include "formats/checkpoint.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "tests/support/expect_error.h"
+#include "tests/support/temp_folder.h"
+
+namespace relatent {
+namespace {
+
+namespace fs = std::filesystem;
+using testing_support::bytes_of;
+using testing_support::expect_error;
+using testing_support::read_bytes;
+using testing_support::TempFolder;
+using testing_support::text_of;
+
+// A file of u8 vectors, each of as many bytes as its name has, which also are its contents.
+void write_shard(const fs::path& path, const std::vector<std::string>& names) {
+  std::vector<TensorSpec> specs;
+  specs.reserve(names.size());
+  for (const std::string& name : names) {
+    specs.push_back({name, DType::u8, {static_cast<std::int64_t>(name.size())}});
+  }
+  SafetensorsWriter writer(path, specs);
+  for (const std::string& name : names) {
+    writer.write(name, bytes_of(name));
+  }
+  writer.finish();
+}
+
+std::string index_text(const std::string& weight_map) {
+  return R"({"metadata":{"total_size":1},"weight_map":)" + weight_map + "}";
+}
+
+struct Source {
+  std::vector<TensorSpec> specs;
+  std::vector<std::vector<float>> values;
+};
+
+Source random_source(unsigned seed) {
+  Source source;
+  source.specs = {{"embed", DType::bf16, {7, 5}},
+                  {"norm", DType::f32, {5}},
+                  {"proj", DType::f16, {3, 5}},
+                  {"wide", DType::f64, {2, 4}}};
+  std::mt19937 random(seed);
+  std::uniform_int_distribution<int> small(-127, 127);
+  for (const TensorSpec& spec : source.specs) {
+    std::vector<float> values(spec.bytes() / size_of(spec.dtype));
+    // Few bits, so that every dtype holds the values exactly.
+    std::generate(values.begin(), values.end(), [&] { return static_cast<float>(small(random)) / 64.0F; });
+    source.values.push_back(values);
+  }
+  return source;
+}
+
+std::uint64_t write_checkpoint(const fs::path& folder, const Source& source, std::uint64_t max_shard_bytes) {
+  fs::create_directories(folder);
+  write_text(folder / "config.json", R"({"model_type": "llama", "hidden_size": 5, "b": {"z": 1, "a": 2}})");
+  CheckpointWriter writer(folder, source.specs, max_shard_bytes);
+  for (std::size_t i = source.specs.size(); i-- > 0;) {
+    writer.write_floats(source.specs[i].name, source.values[i]);
+  }
+  writer.finish();
+  return writer.bytes_written();
+}
+
+TEST(Checkpoint, ReadsWhatWasWrittenHoweverItIsCut) {
+  const TempFolder folder;
+  const Source source = random_source(1);
+  struct Case {
+    std::uint64_t max_shard_bytes;
+    std::size_t shards;
+  };
+  std::optional<std::string> fingerprint;
+  for (const Case& test : {Case{1'000'000, 1}, Case{std::numeric_limits<std::uint64_t>::max(), 1},
+                           Case{90, 3}, Case{120, 2}, Case{184, 1}, Case{183, 2}, Case{1, 4}, Case{0, 4}}) {
+    const fs::path path = folder / std::to_string(test.max_shard_bytes);
+    const std::uint64_t written = write_checkpoint(path, source, test.max_shard_bytes);
+
+    std::uint64_t on_disk = 0;
+    std::size_t shards = 0;
+    for (const auto& entry : fs::directory_iterator(path)) {
+      if (entry.path().extension() == ".safetensors") {
+        ++shards;
+        on_disk += entry.file_size();
+      }
+    }
+    EXPECT_EQ(shards, test.shards) << test.max_shard_bytes;
+    EXPECT_EQ(on_disk, written);
+    EXPECT_EQ(fs::exists(path / "model.safetensors.index.json"), test.shards > 1);
+
+    Checkpoint opened = Checkpoint::open(path);
+    Checkpoint checkpoint = std::move(opened);
+    EXPECT_EQ(checkpoint.folder(), path);
+    EXPECT_EQ(checkpoint.config_path(), path / "config.json");
+    EXPECT_EQ(checkpoint.config().dump(), R"({"model_type":"llama","hidden_size":5,"b":{"z":1,"a":2}})");
+    EXPECT_EQ(checkpoint.tensor_names(), (std::vector<std::string>{"embed", "norm", "proj", "wide"}));
+    EXPECT_EQ(checkpoint.tensor_bytes(), 184U);
+    for (std::size_t i = 0; i < source.specs.size(); ++i) {
+      const TensorSpec& spec = source.specs[i];
+      EXPECT_TRUE(checkpoint.contains(spec.name));
+      EXPECT_EQ(checkpoint.info(spec.name).shape, spec.shape);
+      EXPECT_EQ(checkpoint.info(spec.name).dtype, spec.dtype);
+      EXPECT_EQ(checkpoint.bytes(spec.name).size(), spec.bytes());
+      EXPECT_EQ(checkpoint.file_of(spec.name).find(spec.name), &checkpoint.info(spec.name));
+      const MatrixF matrix = checkpoint.read_matrix(spec.name);
+      EXPECT_EQ(matrix.rows(), spec.shape.size() == 1 ? 1 : spec.shape[0]);
+      EXPECT_EQ(matrix.cols(), spec.shape.back());
+      EXPECT_TRUE(std::equal(source.values[i].begin(), source.values[i].end(), matrix.data()));
+      checkpoint.release(spec.name);
+    }
+    EXPECT_FALSE(checkpoint.contains("missing"));
+    expect_error(ErrorKind::input, {path.string(), "tensor missing", "no such tensor"},
+                 [&] { static_cast<void>(checkpoint.info("missing")); });
+    expect_error(ErrorKind::input, {"tensor missing"}, [&] { checkpoint.read_matrix("missing"); });
+
+    const std::string found = checkpoint.fingerprint();
+    EXPECT_EQ(found.size(), 32U);
+    EXPECT_EQ(found.find_first_not_of("0123456789abcdef"), std::string::npos);
+    EXPECT_EQ(found, fingerprint.value_or(found));
+    fingerprint = found;
+  }
+}
+
+TEST(Checkpoint, FingerprintSeesEveryDifference) {
+  const TempFolder folder;
+  Source source = random_source(2);
+  const auto fingerprint = [&](const Source& contents) {
+    write_checkpoint(folder / "a", contents, 1'000'000);
+    return Checkpoint::open(folder / "a").fingerprint();
+  };
+  const std::string original = fingerprint(source);
+  EXPECT_EQ(fingerprint(source), original);
+
+  // The order of members in config.json means nothing; a value does.
+  write_text(folder / "a/config.json", R"({"b": {"a": 2, "z": 1}, "hidden_size": 5, "model_type": "llama"})");
+  EXPECT_EQ(Checkpoint::open(folder / "a").fingerprint(), original);
+  write_text(folder / "a/config.json", R"({"b": {"a": 2, "z": 1}, "hidden_size": 6, "model_type": "llama"})");
+  EXPECT_NE(Checkpoint::open(folder / "a").fingerprint(), original);
+
+  std::vector<std::string> seen = {original};
+  Source changed = source;
+  changed.values[3].back() += 1.0F;
+  seen.push_back(fingerprint(changed));
+  changed = source;
+  changed.specs[0].shape = {5, 7};
+  seen.push_back(fingerprint(changed));
+  changed = source;
+  changed.specs[2].name = "proj2";
+  seen.push_back(fingerprint(changed));
+  changed = source;
+  changed.specs[2].dtype = DType::bf16;
+  seen.push_back(fingerprint(changed));
+  std::sort(seen.begin(), seen.end());
+  EXPECT_EQ(std::adjacent_find(seen.begin(), seen.end()), seen.end());
+}
+
+TEST(Checkpoint, ReadMatrixRefusesOtherTensors) {
+  const TempFolder folder;
+  folder.write("config.json", "{}");
+  SafetensorsWriter writer(folder / "model.safetensors", {{"ids", DType::i32, {1}},
+                                                          {"cube", DType::f32, {1, 1, 1}},
+                                                          {"scalar", DType::f16, {}},
+                                                          {"empty", DType::f32, {0, 3}}});
+  writer.write("ids", bytes_of("1234"));
+  writer.write("cube", bytes_of("1234"));
+  writer.write("scalar", bytes_of("12"));
+  writer.write("empty", {});
+  writer.finish();
+  const Checkpoint checkpoint = Checkpoint::open(folder.path());
+  expect_error(ErrorKind::input, {"model.safetensors", "tensor ids", "BF16, F16, F32 or F64", "found I32"},
+               [&] { checkpoint.read_matrix("ids"); });
+  expect_error(ErrorKind::input, {"tensor cube", "one or two dimensions", "found [1, 1, 1]"},
+               [&] { checkpoint.read_matrix("cube"); });
+  expect_error(ErrorKind::input, {"tensor scalar", "found []"}, [&] { checkpoint.read_matrix("scalar"); });
+  EXPECT_EQ(checkpoint.read_matrix("empty").cols(), 3);
+}
+
+TEST(Checkpoint, SingleFileRefusals) {
+  const TempFolder folder;
+  const auto open = [&] { Checkpoint::open(folder.path()); };
+  expect_error(ErrorKind::input, {"missing"}, [&] { Checkpoint::open(folder / "missing"); });
+  expect_error(ErrorKind::input, {"config.json", "cannot open"}, open);
+  folder.write("config.json", "[]");
+  expect_error(ErrorKind::input, {"config.json", "a JSON object", "a JSON array"}, open);
+  folder.write("config.json", "{\"a\":");
+  expect_error(ErrorKind::input, {"config.json", "not valid JSON"}, open);
+  folder.write("config.json", R"({"a":1,"a":2})");
+  expect_error(ErrorKind::input, {"config.json", "twice"}, open);
+  folder.write("config.json", "{}");
+  expect_error(ErrorKind::input, {folder.path().string(), "either model.safetensors or", "found neither"},
+               open);
+  folder.write("model.safetensors", "short");
+  expect_error(ErrorKind::input, {"model.safetensors", "not a safetensors file"}, open);
+  write_shard(folder / "model.safetensors", {"a"});
+  EXPECT_NO_THROW(open());
+  folder.write("model.safetensors.index.json", "{}");
+  expect_error(ErrorKind::input, {"found both"}, open);
+  expect_error(ErrorKind::input, {"config.json", "a checkpoint folder", "a file"},
+               [&] { Checkpoint::open(folder / "config.json"); });
+}
+
+TEST(Checkpoint, IndexRefusals) {
+  const TempFolder folder;
+  folder.write("config.json", "{}");
+  write_shard(folder / "one.safetensors", {"a", "bb"});
+  write_shard(folder / "two.safetensors", {"ccc"});
+  write_shard(folder / "again.safetensors", {"a"});
+  fs::create_directory(folder / "sub");
+  write_shard(folder / "sub/three.safetensors", {"dddd"});
+  const auto open = [&](const std::string& text) {
+    folder.write("model.safetensors.index.json", text);
+    return Checkpoint::open(folder.path());
+  };
+  const Checkpoint good =
+      open(index_text(R"({"ccc":"two.safetensors","a":"one.safetensors","bb":"one.safetensors"})"));
+  EXPECT_EQ(text_of(good.bytes("ccc")), "ccc");
+  EXPECT_EQ(text_of(good.bytes("bb")), "bb");
+
+  struct Case {
+    std::string text;
+    std::vector<std::string> parts;
+  };
+  const std::vector<Case> cases = {
+      {"", {"index.json", "not valid JSON"}},
+      {"[]", {"index.json", "a JSON object"}},
+      {"{}", {"index.json", "weight_map", "found nothing"}},
+      {index_text("{}"), {"weight_map", "found an empty object"}},
+      {index_text("[]"), {"weight_map", "found array"}},
+      {index_text(R"({"a":1})"), {"tensor a", "a file name", "found number"}},
+      {index_text(R"({"a":"one.safetensors","a":"one.safetensors"})"), {"\"a\" appears twice"}},
+      {index_text(R"({"a":"../one.safetensors"})"), {"tensor a", "outside the folder", "../one.safetensors"}},
+      {index_text(R"({"a":"/etc/passwd"})"), {"tensor a", "outside the folder", "/etc/passwd"}},
+      {index_text(R"({"dddd":"sub/three.safetensors"})"), {"tensor dddd", "a plain file name"}},
+      {index_text(R"({"a":".."})"), {"tensor a", "outside the folder"}},
+      {index_text(R"({"a":"."})"), {"tensor a", "outside the folder"}},
+      {index_text(R"({"a":""})"), {"tensor a", "outside the folder"}},
+      {index_text(R"({"a":"one\u0000"})"), {"tensor a", "outside the folder"}},
+      {index_text(R"({"a":"gone.safetensors"})"), {"tensor a", "expected gone.safetensors", "no such file"}},
+      {index_text(R"({"a":"sub"})"), {"sub", "expected a regular file"}},
+      {index_text(R"({"a":"config.json"})"), {"config.json", "not a safetensors file"}},
+      {index_text(R"({"a":"one.safetensors"})"), {"one.safetensors", "tensor bb", "not listed"}},
+      {index_text(R"({"a":"one.safetensors","bb":"one.safetensors","x":"one.safetensors"})"),
+       {"tensor x", "not where the index says", "expected one.safetensors", "no shard"}},
+      {index_text(R"({"a":"one.safetensors","bb":"two.safetensors","ccc":"two.safetensors"})"),
+       {"tensor bb", "expected two.safetensors", "found one.safetensors"}},
+      {index_text(R"({"a":"again.safetensors","bb":"one.safetensors"})"),
+       {"tensor a", "in two shards", "again.safetensors", "one.safetensors"}},
+  };
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.text);
+    expect_error(ErrorKind::input, test.parts, [&] { open(test.text); });
+  }
+}
+
+TEST(Checkpoint, SideFilesTravelAlong) {
+  const TempFolder folder;
+  for (const char* name :
+       {"config.json", "tokenizer.json", "README.md", "pytorch_model.bin", "a.pt", "a.pth", "a.gguf",
+        ".hidden", "other.safetensors", "x.index.json", "pytorch_model.bin.index.json", "merges.txt"}) {
+    folder.write(name, "x");
+  }
+  folder.write("blob", "y");
+  fs::create_symlink("blob", folder / "linked.json");
+  fs::create_symlink("nowhere", folder / "broken.json");
+  fs::create_directory(folder / "folder.json");
+  write_shard(folder / "model.safetensors", {"a"});
+  folder.write("config.json", "{}");
+  const Checkpoint checkpoint = Checkpoint::open(folder.path());
+  EXPECT_EQ(checkpoint.side_files(),
+            (std::vector<fs::path>{folder / "README.md", folder / "blob", folder / "linked.json",
+                                   folder / "merges.txt", folder / "tokenizer.json"}));
+}
+
+TEST(CheckpointWriter, NamesShardsAndWritesTheIndex) {
+  const TempFolder folder;
+  const Source source = random_source(3);
+  write_checkpoint(folder / "a", source, 70);
+  EXPECT_EQ(read_bytes(folder / "a/model.safetensors.index.json"), R"({
+  "metadata": {
+    "total_size": 184
+  },
+  "weight_map": {
+    "embed": "model-00001-of-00003.safetensors",
+    "norm": "model-00002-of-00003.safetensors",
+    "proj": "model-00002-of-00003.safetensors",
+    "wide": "model-00003-of-00003.safetensors"
+  }
+}
+)");
+}
+
+TEST(CheckpointWriter, CopiesTensorsUndecoded) {
+  const TempFolder folder;
+  const Source source = random_source(4);
+  write_checkpoint(folder / "a", source, 90);
+  const Checkpoint from = Checkpoint::open(folder / "a");
+  fs::create_directory(folder / "b");
+  fs::copy_file(from.config_path(), folder / "b/config.json");
+  CheckpointWriter writer(folder / "b", source.specs, 120);
+  for (const TensorSpec& spec : source.specs) {
+    writer.copy(spec.name, from);
+  }
+  writer.finish();
+  EXPECT_EQ(Checkpoint::open(folder / "b").fingerprint(), from.fingerprint());
+}
+
+TEST(CheckpointWriter, RefusesMisuseAndBadValues) {
+  const TempFolder folder;
+  const std::vector<TensorSpec> specs = {
+      {"h", DType::f16, {3}}, {"w", DType::f32, {3}}, {"i", DType::i8, {3}}};
+  CheckpointWriter writer(folder.path(), specs, 6);
+  const float infinity = std::numeric_limits<float>::infinity();
+  expect_error(ErrorKind::input,
+               {"model-00001-of-00003.safetensors", "tensor h", "too large for F16", "2 of 3"}, [&] {
+                 writer.write_floats("h", std::vector<float>{1e6F, 1.0F, -65520.0F});
+               });
+  expect_error(ErrorKind::input, {"model-00002-of-00003.safetensors", "tensor w", "finite", "nan at index 1"},
+               [&] {
+                 writer.write_floats("w", std::vector<float>{1.0F, std::nanf(""), 2.0F});
+               });
+  expect_error(ErrorKind::input, {"tensor h", "finite", "-inf at index 2"}, [&] {
+    writer.write_floats("h", std::vector<float>{1.0F, 2.0F, -infinity});
+  });
+  EXPECT_THROW(writer.write_floats("h", std::vector<float>{1.0F}), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("w", std::vector<float>{1.0F}), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("i", std::vector<float>{1.0F, 2.0F, 3.0F}), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("x", std::vector<float>{1.0F}), std::invalid_argument);
+  EXPECT_THROW(writer.write("x", bytes_of("abc")), std::invalid_argument);
+  EXPECT_THROW(writer.finish(), std::logic_error);
+  EXPECT_THROW(CheckpointWriter(folder / "c", {{"a", DType::u8, {1}}, {"a", DType::u8, {1}}}, 1),
+               std::invalid_argument);
+}
+
+TEST(CheckpointWriter, UnfinishedShardsLeaveNothing) {
+  const TempFolder folder;
+  {
+    CheckpointWriter writer(folder.path(), {{"a", DType::u8, {3}}, {"b", DType::u8, {3}}}, 3);
+    writer.write("a", bytes_of("abc"));
+  }
+  EXPECT_TRUE(fs::is_empty(folder.path()));
+}
+
+}  // namespace
+}  // namespace relatent

@@ -1,0 +1,279 @@
+#include "formats/files.h"
+
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <limits>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "tests/support/expect_error.h"
+#include "tests/support/temp_folder.h"
+
+namespace relatent {
+namespace {
+
+namespace fs = std::filesystem;
+using testing_support::bytes_of;
+using testing_support::expect_error;
+using testing_support::read_bytes;
+using testing_support::TempFolder;
+using testing_support::text_of;
+
+std::string random_bytes(std::size_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::string bytes(size, '\0');
+  std::generate(bytes.begin(), bytes.end(), [&random] { return static_cast<char>(random()); });
+  return bytes;
+}
+
+std::size_t entries(const fs::path& folder) {
+  return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
+}
+
+TEST(MappedFile, ShowsTheBytes) {
+  const TempFolder folder;
+  const std::string bytes = random_bytes(100'003, 1);
+  const fs::path path = folder.write("a", bytes);
+  MappedFile file = MappedFile::open(path);
+  EXPECT_EQ(text_of(file.bytes()), bytes);
+  EXPECT_EQ(file.path(), path);
+
+  // Releasing changes nothing that can be read, wherever the range lies.
+  for (const std::size_t offset : {0UL, 1UL, 4096UL, 5000UL, 100'000UL, 100'003UL, ~0UL}) {
+    for (const std::size_t size : {0UL, 1UL, 4096UL, 50'000UL, ~0UL}) {
+      file.release(offset, size);
+    }
+  }
+  EXPECT_EQ(text_of(file.bytes()), bytes);
+
+  MappedFile moved = std::move(file);
+  EXPECT_EQ(text_of(moved.bytes()), bytes);
+  MappedFile assigned;
+  assigned = std::move(moved);
+  EXPECT_EQ(text_of(assigned.bytes()), bytes);
+  EXPECT_TRUE(MappedFile().bytes().empty());
+}
+
+TEST(MappedFile, TakesAnEmptyFile) {
+  const TempFolder folder;
+  EXPECT_TRUE(MappedFile::open(folder.write("empty", "")).bytes().empty());
+}
+
+TEST(MappedFile, RefusesWhatIsNoRegularFile) {
+  const TempFolder folder;
+  expect_error(ErrorKind::input, {"missing", "cannot open", "No such file"},
+               [&] { MappedFile::open(folder / "missing"); });
+  expect_error(ErrorKind::input, {folder.path().string(), "expected a regular file", "found a folder"},
+               [&] { MappedFile::open(folder.path()); });
+  ASSERT_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
+  expect_error(ErrorKind::input, {"pipe", "expected a regular file", "found a pipe"},
+               [&] { MappedFile::open(folder / "pipe"); });
+  expect_error(ErrorKind::input, {"/dev/null", "found a device"}, [&] { MappedFile::open("/dev/null"); });
+  if (::geteuid() != 0) {
+    const fs::path locked = folder.write("locked", "x");
+    ::chmod(locked.c_str(), 0);
+    expect_error(ErrorKind::machine, {"locked", "cannot open", "Permission denied"},
+                 [&] { MappedFile::open(locked); });
+  }
+}
+
+TEST(ReadText, ReadsUpToItsLimit) {
+  const TempFolder folder;
+  const fs::path path = folder.write("a.txt", std::string("one\0two", 7));
+  EXPECT_EQ(read_text(path, 7), std::string("one\0two", 7));
+  EXPECT_EQ(read_text(folder.write("empty", ""), 0), "");
+  expect_error(ErrorKind::input, {"a.txt", "too large", "at most 6 bytes", "found 7"},
+               [&] { read_text(path, 6); });
+  expect_error(ErrorKind::input, {"missing"}, [&] { read_text(folder / "missing", 6); });
+}
+
+TEST(PendingFile, AppearsOnlyAtCommit) {
+  const TempFolder folder;
+  const fs::path path = folder / "out";
+  {
+    PendingFile file(path);
+    EXPECT_EQ(file.partial_path(), folder / "out.partial");
+    EXPECT_EQ(file.path(), path);
+    file.write_at(3, bytes_of("def"));
+    file.write_at(0, bytes_of("abc"));
+    EXPECT_FALSE(fs::exists(path));
+    EXPECT_TRUE(fs::exists(file.partial_path()));
+    file.commit();
+    EXPECT_EQ(read_bytes(path), "abcdef");
+    EXPECT_THROW(file.write_at(0, bytes_of("x")), std::logic_error);
+    EXPECT_THROW(file.reserve(1), std::logic_error);
+    EXPECT_THROW(file.copy_at(0, path, 0, 1), std::logic_error);
+    EXPECT_THROW(file.commit(), std::logic_error);
+  }
+  EXPECT_EQ(read_bytes(path), "abcdef");
+  EXPECT_EQ(entries(folder.path()), 1U);
+}
+
+TEST(PendingFile, LeavesNothingWithoutCommit) {
+  const TempFolder folder;
+  const fs::path path = folder.write("out", "old");
+  {
+    PendingFile file(path);
+    file.write_at(0, bytes_of("new"));
+    const PendingFile moved(std::move(file));
+    EXPECT_TRUE(fs::exists(folder / "out.partial"));
+  }
+  EXPECT_EQ(read_bytes(path), "old");
+  EXPECT_EQ(entries(folder.path()), 1U);
+}
+
+TEST(PendingFile, ReplacesAtCommitAndForgetsOldPartials) {
+  const TempFolder folder;
+  const fs::path path = folder.write("out", "old and long");
+  folder.write("out.partial", "left over from an interrupted run");
+  PendingFile file(path);
+  file.write_at(0, bytes_of("new"));
+  file.commit();
+  EXPECT_EQ(read_bytes(path), "new");
+}
+
+TEST(PendingFile, ReserveSetsTheLength) {
+  const TempFolder folder;
+  PendingFile file(folder / "out");
+  file.reserve(1000);
+  EXPECT_EQ(fs::file_size(file.partial_path()), 1000U);
+  file.reserve(10);
+  EXPECT_EQ(fs::file_size(file.partial_path()), 10U);
+  file.reserve(0);
+  EXPECT_EQ(fs::file_size(file.partial_path()), 0U);
+  expect_error(ErrorKind::machine, {"out.partial", "bytes"},
+               [&] { file.reserve(std::numeric_limits<std::uint64_t>::max()); });
+  expect_error(ErrorKind::machine, {"out.partial", "cannot reserve"},
+               [&] { file.reserve(std::uint64_t{1} << 62U); });
+}
+
+TEST(PendingFile, CannotBeCreated) {
+  const TempFolder folder;
+  expect_error(ErrorKind::machine, {"no/out.partial", "cannot create"},
+               [&] { const PendingFile file(folder / "no/out"); });
+  fs::create_symlink(folder / "elsewhere", folder / "link.partial");
+  expect_error(ErrorKind::machine, {"link.partial", "cannot create"},
+               [&] { const PendingFile file(folder / "link"); });
+  EXPECT_FALSE(fs::exists(folder / "elsewhere"));
+}
+
+void check_copies(const fs::path& source, const std::string& bytes, const fs::path& target) {
+  PendingFile file(target);
+  file.reserve(bytes.size() + 7);
+  const std::size_t cut = 12'345;
+  file.copy_at(7 + cut, source, cut, bytes.size() - cut);
+  file.copy_at(7, source, 0, cut);
+  file.copy_at(3, source, 9, 0);
+  file.write_at(0, bytes_of("header!"));
+  file.commit();
+  EXPECT_TRUE(read_bytes(target) == "header!" + bytes);
+}
+
+TEST(PendingFile, CopiesRanges) {
+  const TempFolder folder;
+  const std::string bytes = random_bytes(9'000'001, 2);
+  check_copies(folder.write("source", bytes), bytes, folder / "target");
+}
+
+TEST(PendingFile, CopiesAcrossFilesystems) {
+  const fs::path memory = "/dev/shm";
+  if (::access(memory.c_str(), W_OK) != 0) {
+    GTEST_SKIP() << "no second filesystem";
+  }
+  const TempFolder folder;
+  const fs::path other = memory / folder.path().filename();
+  fs::create_directory(other);
+  const std::string bytes = random_bytes(9'000'001, 3);
+  check_copies(folder.write("source", bytes), bytes, other / "target");
+  fs::remove_all(other);
+}
+
+TEST(PendingFile, CopyRefusesAShortSource) {
+  const TempFolder folder;
+  const fs::path source = folder.write("source", "12345");
+  PendingFile file(folder / "target");
+  expect_error(ErrorKind::input, {"source", "ends too early", "expected 6 bytes", "found 5"},
+               [&] { file.copy_at(0, source, 3, 3); });
+  expect_error(ErrorKind::input, {"source", "ends too early"}, [&] { file.copy_at(0, source, 6, 0); });
+  expect_error(ErrorKind::machine, {"source"}, [&] { file.copy_at(0, source, ~0ULL, 2); });
+  expect_error(ErrorKind::input, {"missing"}, [&] { file.copy_at(0, folder / "missing", 0, 1); });
+}
+
+TEST(WriteText, WritesAndReplaces) {
+  const TempFolder folder;
+  write_text(folder / "a", "first, longer");
+  write_text(folder / "a", "second");
+  EXPECT_EQ(read_bytes(folder / "a"), "second");
+  write_text(folder / "empty", "");
+  EXPECT_EQ(read_bytes(folder / "empty"), "");
+  EXPECT_EQ(entries(folder.path()), 2U);
+}
+
+TEST(PendingFolder, AppearsOnlyAtCommit) {
+  const TempFolder folder;
+  for (const std::string& name : {std::string("out"), std::string("with-slash/")}) {
+    const fs::path path = folder / name;
+    const fs::path bare = folder / name.substr(0, name.find('/'));
+    PendingFolder pending(path);
+    EXPECT_EQ(pending.staging(), fs::path(bare.string() + ".partial"));
+    write_text(pending.staging() / "a", "text");
+    EXPECT_FALSE(fs::exists(bare));
+    pending.commit();
+    EXPECT_EQ(read_bytes(bare / "a"), "text");
+    EXPECT_FALSE(fs::exists(pending.staging()));
+    EXPECT_THROW(pending.commit(), std::logic_error);
+  }
+  EXPECT_EQ(entries(folder.path()), 2U);
+}
+
+TEST(PendingFolder, LeavesNothingWithoutCommit) {
+  const TempFolder folder;
+  {
+    const PendingFolder pending(folder / "out");
+    write_text(pending.staging() / "a", "text");
+    fs::create_directory(pending.staging() / "deeper");
+  }
+  EXPECT_EQ(entries(folder.path()), 0U);
+}
+
+TEST(PendingFolder, RefusesATakenName) {
+  const TempFolder folder;
+  fs::create_directory(folder / "folder");
+  folder.write("file", "");
+  fs::create_symlink("nowhere", folder / "link");
+  fs::create_directory(folder / "left.partial");
+  folder.write("left.partial/keep", "x");
+  for (const char* name : {"folder", "folder/", "file", "link"}) {
+    expect_error(ErrorKind::usage, {"exists already"}, [&] { const PendingFolder pending(folder / name); });
+  }
+  expect_error(ErrorKind::usage, {"left.partial", "interrupted run", "delete it"},
+               [&] { const PendingFolder pending(folder / "left"); });
+  EXPECT_EQ(read_bytes(folder / "left.partial/keep"), "x");
+  expect_error(ErrorKind::usage, {"parent folder", "does not exist"},
+               [&] { const PendingFolder pending(folder / "no/out"); });
+  expect_error(ErrorKind::usage, {"parent folder"},
+               [&] { const PendingFolder pending(folder / "file/out"); });
+  expect_error(ErrorKind::usage, {"empty"}, [&] { const PendingFolder pending(""); });
+}
+
+TEST(PendingFolder, ReplacesNothingAtCommit) {
+  const TempFolder folder;
+  {
+    PendingFolder pending(folder / "out");
+    write_text(pending.staging() / "a", "text");
+    fs::create_directory(folder / "out");
+    expect_error(ErrorKind::usage, {"out", "appeared"}, [&] { pending.commit(); });
+  }
+  EXPECT_EQ(entries(folder / "out"), 0U);
+  EXPECT_EQ(entries(folder.path()), 1U);
+}
+
+}  // namespace
+}  // namespace relatent
