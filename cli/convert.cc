@@ -20,6 +20,7 @@ struct Options {
   std::string method;
   std::string dtype;
   std::string fold = "auto";
+  std::string balance_columns = "head";
   std::string calibration;
   ConvertOptions convert;
   bool dry_run = false;
@@ -102,6 +103,9 @@ ConvertOptions resolve(const Options& options) {
   if (!options.dtype.empty()) {
     out.dtype = dtype_from_torch(options.dtype);
   }
+  if (options.balance_columns == "pca") {
+    out.balance_columns = TransmlaOptions::Columns::pca;
+  }
   if (options.fold != "auto") {
     try {
       std::size_t used = 0;
@@ -176,6 +180,10 @@ void add_convert(CLI::App& app, Command& chosen) {
   command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")->capture_default_str();
   command->add_option("--balance", convert.balance, "transmla: key norm over value norm after balancing; 0 = off")
       ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--balance-columns", options->balance_columns,
+                      "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the authors' code does")
+      ->check(CLI::IsMember({"head", "pca"}))
       ->capture_default_str();
   command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
   command->add_option("--engine", convert.engine, "Who is to load the result")

@@ -251,7 +251,7 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
     case Method::lossless:
       return assemble_mla(maps, known, lossless_rotary_key(maps), lossless_latent(maps), std::nullopt);
     case Method::transmla: {
-      const TransmlaOptions options{shape.rope_dim, recipe.fold, options_.balance};
+      const TransmlaOptions options{shape.rope_dim, recipe.fold, options_.balance, options_.balance_columns};
       const TransmlaKey key = transmla_rotary_key(maps, known, options);
       std::optional<LowRankQuery> query;
       if (shape.q_rank) {

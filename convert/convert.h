@@ -13,6 +13,7 @@
 #include "convert/calibrate/calibrate.h"
 #include "convert/engines/engine.h"
 #include "convert/latent/maps.h"
+#include "convert/latent/transmla.h"
 #include "convert/model/model.h"
 
 namespace relatent {
@@ -32,6 +33,7 @@ struct ConvertOptions {
   // transmla only.
   std::optional<Index> fold;  // none = try them and keep the best
   double balance = 1;
+  TransmlaOptions::Columns balance_columns = TransmlaOptions::Columns::head;
   std::optional<Index> q_rank;
   std::string engine = "transformers";
   std::optional<DType> dtype;  // none = as the source
