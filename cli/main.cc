@@ -52,8 +52,8 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    const int code = app.exit(error);
-    return code == 0 ? 0 : exit_usage;
+    // --help and --version arrive here too, with code 0.
+    return error.get_exit_code() == 0 ? app.exit(error) : complain(exit_usage, error.what());
   }
   relatent::set_num_threads(threads);
   return guarded(chosen);

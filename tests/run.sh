@@ -28,7 +28,7 @@ make_python() {
 }
 
 install_packages "${BUILD_PACKAGES[@]}" python3 python3-venv
-build_release
+build_release all
 step "unit tests" ctest --preset release
 make_python
 step "engine tests" env RELATENT_BIN="$ROOT/build/release/cli/relatent" \

@@ -7,6 +7,7 @@
 
 #include "convert/model/forward.h"
 #include "formats/error.h"
+#include "linalg/moments.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -15,7 +16,6 @@ namespace {
 // Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums are
 // formed in the same order for any thread count.
 constexpr Index batch_tokens = 8192;
-constexpr Index tile = 256;
 
 LayerMoments observe_layer(const Layer& layer, Stream& stream) {
   const auto& attention = std::get<GqaAttention>(layer.attention);
@@ -47,36 +47,13 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
   }
   const auto tokens = static_cast<double>(out.tokens);
   out.second_moment /= tokens;
-  out.second_moment.triangularView<Eigen::StrictlyUpper>() = out.second_moment.transpose();
+  mirror_lower(out.second_moment);
   out.mean /= tokens;
   out.distance_mass /= tokens;
   return out;
 }
 
 }  // namespace
-
-void add_second_moment(const MatrixF& x, MatrixD& sum) {
-  const Index hidden = x.cols();
-  const Index tiles = (hidden + tile - 1) / tile;
-  std::vector<std::pair<Index, Index>> lower;
-  for (Index i = 0; i < tiles; ++i) {
-    for (Index j = 0; j <= i; ++j) {
-      lower.emplace_back(i * tile, j * tile);
-    }
-  }
-  parallel_for(lower.size(), [&](std::size_t t) {
-    const auto [row, col] = lower[t];
-    const Index rows = std::min(tile, hidden - row);
-    const Index cols = std::min(tile, hidden - col);
-    const MatrixD left = x.middleCols(row, rows).cast<double>();
-    if (row == col) {
-      sum.block(row, col, rows, cols).selfadjointView<Eigen::Lower>().rankUpdate(left.transpose());
-      return;
-    }
-    const MatrixD right = x.middleCols(col, cols).cast<double>();
-    sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
-  });
-}
 
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
                const LayerProgress& progress) {

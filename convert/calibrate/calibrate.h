@@ -20,7 +20,4 @@ using LayerProgress = std::function<void(Index, Index)>;
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
                const LayerProgress& progress);
 
-// Adds Σ x xᵀ over the rows of x to the lower triangle of sum [hidden, hidden], in float64.
-void add_second_moment(const MatrixF& x, MatrixD& sum);
-
 }  // namespace relatent

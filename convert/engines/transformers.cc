@@ -220,12 +220,27 @@ NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
   if (mean_square > 0) {
     out.scale = std::exp2(-std::round(std::log2(mean_square) / 2));
   }
-  out.beta = round_to(dtype, std::exp2(power) * std::sqrt(size));
   const double rest = (mean_square > 0 ? mean_square : 1.0) * out.scale * out.scale * static_cast<double>(rank);
-  const double rms = std::sqrt((out.beta * out.beta + rest) / size + eps);
-  out.gain = std::exp2(power) / out.scale;
-  out.correction = rms / std::exp2(power);
-  out.constant = out.beta / rms;
+  const auto rms_of = [&](double beta) { return std::sqrt((beta * beta + rest) / size + eps); };
+  // A correction of less than half a unit in the last place would be rounded away in kv_b, so among the betas of one
+  // octave take the one whose rms the dtype itself holds best.
+  const int mantissa_bits = dtype == DType::bf16 ? 7 : dtype == DType::f16 ? 10 : 0;
+  const double wanted = std::exp2(power) * std::sqrt(size);
+  const double octave = std::exp2(std::floor(std::log2(wanted)));
+  double best = 2;
+  for (int i = 0; i < (1 << mantissa_bits); ++i) {
+    const double beta =
+        mantissa_bits == 0 ? round_to(dtype, wanted) : octave * (1 + std::ldexp(static_cast<double>(i), -mantissa_bits));
+    const double gain = mantissa_bits == 0 ? std::exp2(power) : round_to(dtype, rms_of(beta));
+    const double correction = rms_of(beta) / gain;
+    if (std::abs(correction - 1) < best) {
+      best = std::abs(correction - 1);
+      out.beta = beta;
+      out.gain = gain / out.scale;
+      out.correction = correction;
+      out.constant = beta / rms_of(beta);
+    }
+  }
   return out;
 }
 

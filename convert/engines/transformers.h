@@ -15,12 +15,12 @@ namespace relatent {
 std::unique_ptr<Engine> make_transformers_engine();
 
 // How a latent survives RMSNorm. Coordinates are multiplied by `scale` (a power of two that brings their mean square
-// near 1) and joined by a constant `beta`; the norm divides by `rms`; gain * (scale c) / rms * correction = c.
+// near 1) and joined by a constant `beta`; the norm divides by rms, and gain * (scale c) / rms * correction = c.
 struct NormUndo {
   double scale = 1;       // on the down-projection
   double beta = 0;        // bias of the constant coordinate, exact in the dtype
-  double gain = 1;        // on the norm weight, a power of two, so exact in the dtype
-  double correction = 1;  // on the up-projection
+  double gain = 1;        // on the norm weight, exact in the dtype
+  double correction = 1;  // on the up-projection: what rounding beta and gain left, at most 2e-5 away from 1
   double constant = 1;    // value of the constant coordinate after the norm with gain 1
 };
 // rank without the constant coordinate; mean_square 0 = unknown, taken as 1.

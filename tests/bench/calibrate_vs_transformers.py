@@ -1,9 +1,9 @@
 """How long `relatent calibrate` takes beside transformers' own forward pass over the same tokens.
 
-Both in float32 with the same number of threads on the same machine, in alternation, so that whatever else the
-machine does falls on both. The two clocks favour transformers: of relatent the whole command is timed, of
-transformers the forward pass alone, without imports and loading, and without the output head, which calibration
-does not need either (--head adds it).
+Both in float32 with the same number of threads on the same machine, in alternation, so that
+whatever else the machine does falls on both. The two clocks favour transformers: of relatent the
+whole command is timed, of transformers the forward pass alone, warmed up, without imports and
+loading, and without the output head, which calibration does not need either (--head adds it).
 """
 
 import argparse
@@ -30,7 +30,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4, help="sequences per forward of transformers")
+    parser.add_argument(
+        "--batch", type=int, default=4, help="sequences per forward of transformers"
+    )
     parser.add_argument("--head", action="store_true", help="transformers forms the logits, too")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -43,7 +45,9 @@ def forward(options: argparse.Namespace) -> None:
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(options.threads)
     whole = AutoModelForCausalLM.from_pretrained(
         options.model, dtype=torch.float32, local_files_only=True
@@ -51,8 +55,9 @@ def forward(options: argparse.Namespace) -> None:
     model = whole if options.head else whole.model
     tokens = np.load(options.tokens)[: options.sequences * options.length].astype(np.int64)
     ids = torch.from_numpy(tokens).reshape(options.sequences, options.length)
-    start = time.perf_counter()
     with torch.no_grad():
+        model(ids[:1, :64], use_cache=False)
+        start = time.perf_counter()
         for batch in ids.split(options.batch):
             model(batch, use_cache=False)
     print(json.dumps({"seconds": time.perf_counter() - start}))

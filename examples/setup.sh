@@ -1,0 +1,50 @@
+# What the quick start and the test script share. Sourced by them, from any folder; ROOT is the checkout.
+# shellcheck shell=bash disable=SC2034
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+BUILD_PACKAGES=(
+  cmake make g++ pkg-config
+  libeigen3-dev liblapacke-dev libopenblas-dev libhdf5-dev libxxhash-dev
+  libcli11-dev nlohmann-json3-dev libgtest-dev libgmock-dev
+)
+
+# Says what the next command does, shows it, runs it.
+step() {
+  local what="$1"
+  shift
+  printf '\n# %s\n$' "$what"
+  printf ' %q' "$@"
+  printf '\n'
+  "$@"
+}
+
+# Installs those of the named Debian packages that are missing; touches nothing when none is.
+install_packages() {
+  if ! command -v dpkg-query >/dev/null; then
+    echo "not a Debian system: make sure that the equivalents of these are installed: $*"
+    return
+  fi
+  local package missing=()
+  for package in "$@"; do
+    if [[ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null || true)" != installed ]]; then
+      missing+=("$package")
+    fi
+  done
+  if ((${#missing[@]} == 0)); then
+    return
+  fi
+  echo "installing Debian packages: ${missing[*]}"
+  local as_root=(env DEBIAN_FRONTEND=noninteractive)
+  if ((EUID != 0)); then
+    as_root=(sudo "${as_root[@]}")
+  fi
+  "${as_root[@]}" apt-get update -q
+  "${as_root[@]}" apt-get install -q -y --no-install-recommends "${missing[@]}"
+}
+
+# Configures the release preset and builds the named targets. Run from the checkout.
+build_release() {
+  step "configure" cmake --preset release
+  step "build" cmake --build --preset release --target "$@"
+}

@@ -1,0 +1,122 @@
+"""Fixtures of the engine tests.
+
+Larger models take part when RELATENT_MODELS names a folder that has them.
+"""
+
+import os
+from collections.abc import Hashable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import pytest
+import torch
+
+import support
+
+# Single tokens through small models: threads that wait for each other cost more than they bring.
+torch.set_num_threads(1)
+
+MODELS = ("llama-3m", "llama-26m", "qwen2-13m")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not os.access(support.binary(), os.X_OK):
+        pytest.exit(f"no program at {support.binary()}: build it first or set RELATENT_BIN", 2)
+
+
+def pytest_report_header() -> list[str]:
+    models = os.environ.get("RELATENT_MODELS")
+    larger = (
+        f"larger models from {models}" if models else "RELATENT_MODELS is not set: llama-3m ONLY"
+    )
+    return [f"relatent: {support.binary()}", larger]
+
+
+def find_model(name: str) -> Path:
+    if name == "llama-3m":
+        return support.EXAMPLES / name
+    models = os.environ.get("RELATENT_MODELS")
+    if not models:
+        pytest.skip(
+            f"{name} NOT TESTED: RELATENT_MODELS must name a folder that holds models/{name}"
+        )
+    folder = Path(models).resolve() / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} NOT TESTED: there is no {folder}")
+    return folder
+
+
+class Workbench:
+    """Makes conversions, calibrations and logits once per session and hands them out again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._made: dict[Hashable, Path] = {}
+
+    def new_path(self, suffix: str = "") -> Path:
+        return self.folder / f"{len(list(self.folder.iterdir())):03}{suffix}"
+
+    def calibration(self, source: Path) -> Path:
+        key = ("calibration", source)
+        if key not in self._made:
+            out = self.new_path(".h5")
+            support.relatent(
+                *("calibrate", source, "--tokens", support.CALIBRATION_TOKENS, "-o", out),
+                *("--sequences", 8, "--length", 256, "--quiet"),
+            )
+            self._made[key] = out
+        return self._made[key]
+
+    def convert(self, source: Path, method: str, *options: Any) -> Path:
+        key = (source, method, *options)
+        if key not in self._made:
+            calibration = (
+                ("--calibration", self.calibration(source)) if method == "transmla" else ()
+            )
+            out = self.new_path()
+            support.relatent(
+                *("convert", source, "-o", out, "--method", method),
+                *calibration,
+                *options,
+                "--quiet",
+            )
+            self._made[key] = out
+        return self._made[key]
+
+    @cache
+    def our_logits(self, folder: Path) -> torch.Tensor:
+        out = self.new_path(".npy")
+        support.relatent(
+            *("logits", folder, "--tokens", support.VALIDATION_TOKENS, *support.SPAN, "-o", out)
+        )
+        logits = np.load(out)
+        out.unlink()
+        assert logits.dtype == np.float32
+        assert logits.shape[:2] == (support.SEQUENCES, support.LENGTH)
+        return torch.from_numpy(logits)
+
+    @cache
+    def their_logits(self, folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return support.logits_of(support.load(folder, dtype), support.validation_ids())
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def source(request: pytest.FixtureRequest) -> Path:
+    """Every model in turn."""
+    return find_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Path:
+    """The one model that is always there, for what does not depend on the model."""
+    return find_model("llama-3m")

@@ -1,0 +1,156 @@
+#include "linalg/threads.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "linalg/decompose.h"
+#include "tests/support/thread_count.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::ThreadCount;
+
+// Whether `wanted` pieces can be under way at the same moment: each waits until all have begun.
+bool run_together(std::size_t wanted) {
+  std::atomic<std::size_t> begun{0};
+  std::atomic<bool> all{true};
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  parallel_for(wanted, [&](std::size_t) {
+    ++begun;
+    while (begun < wanted) {
+      if (std::chrono::steady_clock::now() > deadline) {
+        all = false;
+        return;
+      }
+      std::this_thread::yield();
+    }
+  });
+  return all;
+}
+
+TEST(Threads, CountIsWhatWasSet) {
+  const ThreadCount restored(3);
+  EXPECT_EQ(num_threads(), 3);
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  set_num_threads(0);
+  EXPECT_EQ(num_threads(), cores);
+  set_num_threads(-4);
+  EXPECT_EQ(num_threads(), cores);
+}
+
+TEST(Threads, EveryPieceRunsOnce) {
+  for (const int threads : {1, 2, 7}) {
+    const ThreadCount count(threads);
+    for (const std::size_t pieces : {0U, 1U, 3U, 1000U}) {
+      std::vector<std::atomic<int>> runs(pieces);
+      std::mutex guard;
+      std::set<std::thread::id> seen;
+      parallel_for(pieces, [&](std::size_t i) {
+        ++runs.at(i);
+        const std::scoped_lock lock(guard);
+        seen.insert(std::this_thread::get_id());
+      });
+      EXPECT_TRUE(std::all_of(runs.begin(), runs.end(), [](const auto& n) { return n == 1; }))
+          << threads << " threads, " << pieces << " pieces";
+      EXPECT_LE(seen.size(), static_cast<std::size_t>(threads));
+    }
+  }
+}
+
+TEST(Threads, PiecesRunAtTheSameTime) {
+  const ThreadCount count(3);
+  EXPECT_TRUE(run_together(3));
+}
+
+TEST(Threads, ExceptionReachesTheCaller) {
+  for (const int threads : {1, 2, 5}) {
+    const ThreadCount count(threads);
+    const auto thrown_by = [](std::size_t first_bad) -> std::string {
+      try {
+        parallel_for(40, [&](std::size_t i) {
+          if (i >= first_bad) {
+            throw std::domain_error("piece failed");
+          }
+        });
+      } catch (const std::domain_error& error) {
+        return error.what();
+      }
+      return "";
+    };
+    EXPECT_EQ(thrown_by(0), "piece failed") << threads;
+    EXPECT_EQ(thrown_by(39), "piece failed") << threads;
+    EXPECT_EQ(thrown_by(40), "") << threads;
+    // Threads are not lost to a failure.
+    EXPECT_TRUE(run_together(static_cast<std::size_t>(threads)));
+  }
+}
+
+TEST(Threads, PiecesAfterAFailureAreSkipped) {
+  const ThreadCount count(1);
+  std::size_t last = 0;
+  EXPECT_THROW(parallel_for(40,
+                            [&](std::size_t i) {
+                              last = i;
+                              if (i == 5) {
+                                throw std::domain_error("piece failed");
+                              }
+                            }),
+               std::domain_error);
+  EXPECT_EQ(last, 5U);
+}
+
+TEST(Threads, NestedCallsRunSerially) {
+  const ThreadCount count(4);
+  for (const std::size_t outer : {1U, 2U, 9U}) {
+    std::atomic<int> foreign{0};
+    std::atomic<int> unordered{0};
+    std::atomic<int> runs{0};
+    parallel_for(outer, [&](std::size_t) {
+      const std::thread::id here = std::this_thread::get_id();
+      std::size_t next = 0;
+      std::mutex guard;
+      parallel_for(50, [&](std::size_t i) {
+        const std::scoped_lock lock(guard);
+        foreign += std::this_thread::get_id() == here ? 0 : 1;
+        unordered += i == next++ ? 0 : 1;
+        ++runs;
+      });
+    });
+    EXPECT_EQ(foreign, 0) << outer << " outer pieces";
+    EXPECT_EQ(unordered, 0) << outer << " outer pieces";
+    EXPECT_EQ(runs, static_cast<int>(outer) * 50);
+  }
+  EXPECT_TRUE(run_together(4));
+}
+
+// Large enough for OpenBLAS to use threads of its own if it were allowed to.
+TEST(Threads, ResultsDoNotDependOnTheCount) {
+  const MatrixD a = MatrixD::NullaryExpr(190, 190, [](Index i, Index j) {
+    return 1.0 / static_cast<double>(1 + i + j) + (i == j ? 0.01 * static_cast<double>(i) : 0.0);
+  });
+  const auto compute = [&](int threads) {
+    const ThreadCount count(threads);
+    std::vector<MatrixD> out(5);
+    parallel_for(
+        4, [&](std::size_t i) { out[i] = symmetric_eigenpairs(a, static_cast<Index>(10 + i)).vectors; });
+    out[4] = symmetric_eigenpairs(a).vectors * a;
+    return out;
+  };
+  const std::vector<MatrixD> one = compute(1);
+  for (const int threads : {2, 5}) {
+    EXPECT_TRUE(compute(threads) == one) << threads;
+  }
+}
+
+}  // namespace
+}  // namespace relatent

@@ -1,0 +1,205 @@
+// Checkpoints small enough to write by the dozen.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "formats/checkpoint.h"
+#include "formats/files.h"
+#include "formats/npy.h"
+#include "tests/support/samples.h"
+
+namespace relatent::testing_support {
+
+// No two sizes of a tensor are equal, so that a transposed one is noticed.
+struct TinyOptions {
+  std::string model_type = "llama";  // llama, mistral or qwen2, which has biases on q, k and v
+  Index hidden = 24;
+  Index layers = 3;
+  Index heads = 6;
+  Index kv_heads = 2;
+  Index head_dim = 8;
+  Index vocab = 50;
+  Index intermediate = 40;
+  bool q_bias = false;
+  bool kv_bias = false;
+  bool o_bias = false;
+  bool tied = false;
+  DType dtype = DType::f32;
+  std::uint32_t seed = 1;
+};
+
+// A checkpoint in memory, to be altered at will before it is written.
+struct TinyModel {
+  struct Tensor {
+    DType dtype = DType::f32;
+    std::vector<std::int64_t> shape;
+    std::vector<float> values;
+  };
+
+  nlohmann::ordered_json config;
+  std::map<std::string, Tensor> tensors;
+  DType dtype = DType::f32;
+
+  void put(const std::string& name, const std::vector<std::int64_t>& shape, const MatrixF& values) {
+    tensors[name] = {dtype, shape, {values.data(), values.data() + values.size()}};
+  }
+  void put(const std::string& name, const MatrixF& values) {
+    put(name, {values.rows(), values.cols()}, values);
+  }
+  void put_vector(const std::string& name, const RowVectorF& values) { put(name, {values.size()}, values); }
+  void put(const std::string& name, const Linear& linear) {
+    put(name + ".weight", linear.weight);
+    if (linear.bias.size() > 0) {
+      put_vector(name + ".bias", linear.bias);
+    }
+  }
+
+  // What CheckpointWriter would refuse (NaN) is written too.
+  void write(const std::filesystem::path& folder) const {
+    std::filesystem::create_directories(folder);
+    write_text(folder / "config.json", config.dump(2));
+    std::vector<TensorSpec> specs;
+    for (const auto& [name, tensor] : tensors) {
+      specs.push_back({name, tensor.dtype, tensor.shape});
+    }
+    CheckpointWriter writer(folder, specs, std::numeric_limits<std::uint64_t>::max());
+    for (const TensorSpec& spec : specs) {
+      std::vector<std::byte> bytes(spec.bytes());
+      if (is_float(spec.dtype)) {
+        encode_floats(spec.dtype, tensors.at(spec.name).values, bytes);
+      }
+      writer.write(spec.name, bytes);
+    }
+    writer.finish();
+  }
+};
+
+inline std::string layer_name(Index layer, const std::string& rest) {
+  return "model.layers." + std::to_string(layer) + "." + rest;
+}
+
+inline nlohmann::ordered_json tiny_config(const TinyOptions& options) {
+  nlohmann::ordered_json config;
+  config["model_type"] = options.model_type;
+  config["bos_token_id"] = 0;
+  config["eos_token_id"] = {1, 2};
+  config["dtype"] = torch_name(options.dtype);
+  config["head_dim"] = options.head_dim;
+  config["hidden_act"] = "silu";
+  config["hidden_size"] = options.hidden;
+  config["initializer_range"] = 0.05;
+  config["intermediate_size"] = options.intermediate;
+  config["max_position_embeddings"] = 128;
+  config["num_attention_heads"] = options.heads;
+  config["num_hidden_layers"] = options.layers;
+  config["num_key_value_heads"] = options.kv_heads;
+  config["rms_norm_eps"] = 1e-5;
+  config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 100.0}};
+  config["tie_word_embeddings"] = options.tied;
+  config["vocab_size"] = options.vocab;
+  return config;
+}
+
+// Everything of a model but its attention: the part that families share.
+inline TinyModel tiny_body(const TinyOptions& options, Random& random) {
+  TinyModel model;
+  model.config = tiny_config(options);
+  model.dtype = options.dtype;
+  const auto gain = [&] { return RowVectorF(random.row(options.hidden, 0.2).array() + 1.0F); };
+  model.put("model.embed_tokens.weight", random.matrix(options.vocab, options.hidden));
+  model.put_vector("model.norm.weight", gain());
+  if (!options.tied) {
+    model.put("lm_head", random.linear(options.vocab, options.hidden, false));
+  }
+  for (Index i = 0; i < options.layers; ++i) {
+    model.put_vector(layer_name(i, "input_layernorm.weight"), gain());
+    model.put_vector(layer_name(i, "post_attention_layernorm.weight"), gain());
+    model.put(layer_name(i, "mlp.gate_proj"), random.linear(options.intermediate, options.hidden, false));
+    model.put(layer_name(i, "mlp.up_proj"), random.linear(options.intermediate, options.hidden, false));
+    model.put(layer_name(i, "mlp.down_proj"), random.linear(options.hidden, options.intermediate, false));
+  }
+  return model;
+}
+
+inline TinyModel tiny_model(const TinyOptions& options = {}) {
+  Random random(options.seed);
+  TinyModel model = tiny_body(options, random);
+  const bool always = options.model_type == "qwen2";
+  for (Index i = 0; i < options.layers; ++i) {
+    const Index q = options.heads * options.head_dim;
+    const Index kv = options.kv_heads * options.head_dim;
+    model.put(layer_name(i, "self_attn.q_proj"), random.linear(q, options.hidden, options.q_bias || always));
+    model.put(layer_name(i, "self_attn.k_proj"),
+              random.linear(kv, options.hidden, options.kv_bias || always));
+    model.put(layer_name(i, "self_attn.v_proj"),
+              random.linear(kv, options.hidden, options.kv_bias || always));
+    model.put(layer_name(i, "self_attn.o_proj"), random.linear(options.hidden, q, options.o_bias));
+  }
+  return model;
+}
+
+struct TinyLatentOptions {
+  TinyOptions body;  // heads, hidden and so on; what it says of grouped-query attention is not used
+  Index rank = 11;
+  Index nope_dim = 5;
+  Index rope_dim = 6;
+  Index v_dim = 7;
+  std::optional<Index> q_rank;
+  bool attention_bias = false;
+  bool interleave = true;
+};
+
+// A deepseek_v3 checkpoint of dense layers.
+inline TinyModel tiny_latent_model(const TinyLatentOptions& options = {}) {
+  Random random(options.body.seed);
+  TinyModel model = tiny_body(options.body, random);
+  const Index hidden = options.body.hidden;
+  const Index heads = options.body.heads;
+  model.config["model_type"] = "deepseek_v3";
+  model.config["attention_bias"] = options.attention_bias;
+  model.config["first_k_dense_replace"] = options.body.layers;
+  model.config["num_key_value_heads"] = heads;
+  model.config["kv_lora_rank"] = options.rank;
+  model.config["qk_nope_head_dim"] = options.nope_dim;
+  model.config["qk_rope_head_dim"] = options.rope_dim;
+  model.config["v_head_dim"] = options.v_dim;
+  model.config["q_lora_rank"] =
+      options.q_rank ? nlohmann::ordered_json(*options.q_rank) : nlohmann::ordered_json(nullptr);
+  model.config["rope_interleave"] = options.interleave;
+  for (Index i = 0; i < options.body.layers; ++i) {
+    const std::string self = layer_name(i, "self_attn.");
+    const Index q_rows = heads * (options.nope_dim + options.rope_dim);
+    if (options.q_rank) {
+      model.put(self + "q_a_proj", random.linear(*options.q_rank, hidden, options.attention_bias));
+      model.put_vector(self + "q_a_layernorm.weight", random.row(*options.q_rank, 0.2).array() + 1.0F);
+      model.put(self + "q_b_proj", random.linear(q_rows, *options.q_rank, false));
+    } else {
+      model.put(self + "q_proj", random.linear(q_rows, hidden, false));
+    }
+    model.put(self + "kv_a_proj_with_mqa",
+              random.linear(options.rank + options.rope_dim, hidden, options.attention_bias));
+    model.put_vector(self + "kv_a_layernorm.weight", random.row(options.rank, 0.2).array() + 1.0F);
+    model.put(self + "kv_b_proj",
+              random.linear(heads * (options.nope_dim + options.v_dim), options.rank, false));
+    model.put(self + "o_proj", random.linear(hidden, heads * options.v_dim, options.attention_bias));
+  }
+  return model;
+}
+
+inline Sequences random_sequences(std::uint32_t seed, Index count, Index length, Index vocab) {
+  std::mt19937 engine(seed);
+  Sequences out{count, length, std::vector<std::int32_t>(static_cast<std::size_t>(count * length))};
+  std::generate(out.tokens.begin(), out.tokens.end(),
+                [&] { return static_cast<std::int32_t>(engine() % static_cast<std::uint32_t>(vocab)); });
+  return out;
+}
+
+}  // namespace relatent::testing_support
