@@ -20,7 +20,7 @@ struct NormUndo {
   double scale = 1;       // on the down-projection
   double beta = 0;        // bias of the constant coordinate, exact in the dtype
   double gain = 1;        // on the norm weight, exact in the dtype
-  double correction = 1;  // on the up-projection: what rounding beta and gain left, at most 2e-5 away from 1
+  double correction = 1;  // on the up-projection: what rounding beta and gain left, at most 2e-3 away from 1
   double constant = 1;    // value of the constant coordinate after the norm with gain 1
 };
 // rank without the constant coordinate; mean_square 0 = unknown, taken as 1.

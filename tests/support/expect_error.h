@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <exception>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,9 @@ void expect_error(ErrorKind kind, const std::vector<std::string>& parts, Body&& 
     for (const std::string& part : parts) {
       EXPECT_NE(sentence.find(part), std::string::npos) << "no \"" << part << "\" in: " << sentence;
     }
+    return;
+  } catch (const std::exception& other) {
+    ADD_FAILURE() << "not an Error: " << other.what();
     return;
   }
   ADD_FAILURE() << "nothing was thrown";

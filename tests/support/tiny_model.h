@@ -147,12 +147,12 @@ inline TinyModel tiny_model(const TinyOptions& options = {}) {
 }
 
 struct TinyLatentOptions {
-  TinyOptions body;  // heads, hidden and so on; what it says of grouped-query attention is not used
+  TinyOptions body = {};  // heads, hidden and so on; what it says of grouped-query attention is not used
   Index rank = 11;
   Index nope_dim = 5;
   Index rope_dim = 6;
   Index v_dim = 7;
-  std::optional<Index> q_rank;
+  std::optional<Index> q_rank = {};
   bool attention_bias = false;
   bool interleave = true;
 };

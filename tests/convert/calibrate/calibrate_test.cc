@@ -1,0 +1,110 @@
+#include "convert/calibrate/calibrate.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "convert/model/forward.h"
+#include "tests/support/expect_error.h"
+#include "tests/support/reference.h"
+#include "tests/support/temp_folder.h"
+#include "tests/support/thread_count.h"
+#include "tests/support/tiny_model.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::expect_error;
+using testing_support::kFloatNoise;
+using testing_support::random_sequences;
+using testing_support::read_bytes;
+using testing_support::relative_error;
+using testing_support::TempFolder;
+using testing_support::ThreadCount;
+using testing_support::tiny_model;
+
+void ignore(Index /*done*/, Index /*all*/) {}
+
+TEST(Calibrate, MomentsAreThoseOfTheModelsOwnInputs) {
+  // 150 sequences of 60 are more than one batch of tokens.
+  for (const auto& [sequence_count, length] : {std::pair<Index, Index>{4, 9}, {150, 60}}) {
+    const TempFolder folder;
+    tiny_model({.layers = 2, .q_bias = true, .kv_bias = true}).write(folder / "model");
+    const Model model = Model::open(folder / "model");
+    const Sequences sequences = random_sequences(2, sequence_count, length, 50);
+    std::vector<std::pair<Index, Index>> progress;
+    calibrate(model, sequences, folder / "moments.h5",
+              [&](Index done, Index all) { progress.emplace_back(done, all); });
+    EXPECT_EQ(progress, (std::vector<std::pair<Index, Index>>{{1, 2}, {2, 2}}));
+
+    const CalibrationFile file = CalibrationFile::open(folder / "moments.h5");
+    EXPECT_EQ(file.header().source_fingerprint, model.checkpoint().fingerprint());
+    EXPECT_EQ(nlohmann::ordered_json::parse(file.header().source_config), model.checkpoint().config());
+    EXPECT_EQ(file.header().model_type, "llama");
+    EXPECT_EQ(file.header().hidden_size, 24);
+    EXPECT_EQ(file.header().num_hidden_layers, 2);
+    EXPECT_EQ(file.header().num_attention_heads, 6);
+    EXPECT_EQ(file.sequences().tokens, sequences.tokens);
+    EXPECT_EQ(file.sequences().length, length);
+
+    Stream stream(model, sequences);
+    for (Index i = 0; i < 2; ++i) {
+      const Layer layer = model.layer(i);
+      const auto& attention = std::get<GqaAttention>(layer.attention);
+      const LayerMoments found = file.layer(i);
+      EXPECT_EQ(found.tokens, sequence_count * length);
+      MatrixD second = MatrixD::Zero(24, 24);
+      VectorD mean = VectorD::Zero(24);
+      MatrixD mass = MatrixD::Zero(6, length);
+      for (Index s = 0; s < sequence_count; ++s) {
+        const MatrixF x = normed(layer.input_norm, stream.sequence(s));
+        for (Index n = 0; n < length; ++n) {
+          const VectorD here = testing_support::position_of(x, n);
+          second += here * here.transpose();
+          mean += here;
+        }
+        testing_support::mix_by_the_book(attention, x, &mass);
+      }
+      const auto tokens = static_cast<double>(sequence_count * length);
+      // The inputs are the very same numbers, so only the order of double sums differs.
+      EXPECT_LE(relative_error(found.second_moment, second / tokens), 1e-12);
+      EXPECT_TRUE(found.second_moment == found.second_moment.transpose());
+      EXPECT_LE(relative_error(found.mean, mean / tokens), 1e-12);
+      EXPECT_LE(relative_error(found.distance_mass, mass / tokens), kFloatNoise);
+      for (Index h = 0; h < 6; ++h) {
+        EXPECT_NEAR(found.distance_mass.row(h).sum(), 1, kFloatNoise);
+      }
+      run_layer(layer, stream);
+    }
+  }
+}
+
+TEST(Calibrate, BytesDoNotDependOnTheThreads) {
+  const TempFolder folder;
+  tiny_model({.kv_bias = true, .dtype = DType::bf16}).write(folder / "model");
+  const Model model = Model::open(folder / "model");
+  const Sequences sequences = random_sequences(3, 90, 100, 50);
+  const auto run = [&](int threads) {
+    const ThreadCount count(threads);
+    const auto path = folder / ("moments" + std::to_string(threads) + ".h5");
+    calibrate(model, sequences, path, ignore);
+    return read_bytes(path);
+  };
+  const std::string one = run(1);
+  EXPECT_TRUE(run(2) == one);
+  EXPECT_TRUE(run(3) == one);
+}
+
+TEST(Calibrate, RefusesALatentModel) {
+  const TempFolder folder;
+  testing_support::tiny_latent_model().write(folder / "model");
+  const Model model = Model::open(folder / "model");
+  expect_error(ErrorKind::input, {"config.json", "grouped-query", "deepseek_v3"},
+               [&] { calibrate(model, random_sequences(4, 2, 5, 50), folder / "moments.h5", ignore); });
+  EXPECT_FALSE(std::filesystem::exists(folder / "moments.h5"));
+}
+
+}  // namespace
+}  // namespace relatent

@@ -1,0 +1,107 @@
+#include "convert/latent/maps.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "tests/support/samples.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::gqa_samples;
+using testing_support::GqaSample;
+using testing_support::Random;
+using testing_support::relative_error;
+using testing_support::with_ones;
+
+constexpr double kFloatEpsilon = std::numeric_limits<float>::epsilon();
+constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
+
+TEST(Maps, ActLikeTheLayersLinears) {
+  for (const GqaSample& sample : gqa_samples()) {
+    SCOPED_TRACE(sample.name);
+    Random random(1);
+    const GqaAttention attention = testing_support::random_gqa(random, sample);
+    const LayerMaps maps = maps_of(attention);
+    const MatrixF x = testing_support::sample_inputs(random, 12, sample.hidden);
+    const MatrixD columns = with_ones(x);
+    EXPECT_LE(relative_error(maps.q * columns, attention.q(x).transpose()), 16 * kFloatEpsilon);
+    EXPECT_LE(relative_error(maps.k * columns, attention.k(x).transpose()), 16 * kFloatEpsilon);
+    EXPECT_LE(relative_error(maps.v * columns, attention.v(x).transpose()), 16 * kFloatEpsilon);
+    EXPECT_TRUE(maps.o == attention.o.weight.cast<double>());
+    EXPECT_EQ(maps.has_q_bias, sample.q_bias);
+    EXPECT_EQ(maps.has_o_bias, sample.o_bias);
+    ASSERT_EQ(maps.o_bias.size(), sample.hidden);
+    if (sample.o_bias) {
+      EXPECT_TRUE(maps.o_bias == attention.o.bias.transpose().cast<double>());
+    } else {
+      EXPECT_TRUE(maps.o_bias.isZero(0));
+    }
+    EXPECT_EQ(maps.heads, sample.heads);
+    EXPECT_EQ(maps.kv_heads, sample.kv_heads);
+    EXPECT_EQ(maps.head_dim, sample.head_dim);
+    EXPECT_EQ(maps.pairs(), sample.head_dim / 2);
+    EXPECT_EQ(maps.key_dim(), sample.kv_heads * sample.head_dim);
+    EXPECT_EQ(maps.scale, static_cast<double>(attention.scale));
+    EXPECT_EQ(maps.rotary.inv_freq, attention.rotary.inv_freq);
+    EXPECT_EQ(maps.rotary.attention_factor, attention.rotary.attention_factor);
+    for (Index h = 0; h < sample.heads; ++h) {
+      EXPECT_EQ(maps.group_of(h), attention.group_of(h));
+      EXPECT_TRUE(maps.query_of(h) == maps.q.middleRows(h * sample.head_dim, sample.head_dim));
+    }
+  }
+}
+
+TEST(Moments, OfACalibratedLayerCoverTheConstant) {
+  Random random(2);
+  const MatrixF x = testing_support::sample_inputs(random, 40, 5);
+  LayerMoments layer;
+  layer.tokens = 40;
+  layer.second_moment = x.cast<double>().transpose() * x.cast<double>() / 40;
+  layer.mean = x.cast<double>().colwise().mean().transpose();
+  layer.distance_mass = random.matrix_d(3, 4);
+  const Moments moments = moments_of(layer);
+  const MatrixD columns = with_ones(x);
+  EXPECT_LE(relative_error(moments.second, columns * columns.transpose() / 40), 16 * kEpsilon);
+  EXPECT_EQ(moments.second(5, 5), 1);
+  EXPECT_TRUE(moments.second == moments.second.transpose());
+  EXPECT_TRUE(moments.distance_mass == layer.distance_mass);
+}
+
+TEST(Moments, WithoutDataAreThoseOfUncorrelatedInputs) {
+  Random random(3);
+  const RmsNorm norm{random.row(7), 1e-5F};
+  const Moments moments = moments_without_data(norm, 3, 50);
+  ASSERT_EQ(moments.second.rows(), 8);
+  ASSERT_EQ(moments.second.cols(), 8);
+  for (Index i = 0; i < 8; ++i) {
+    for (Index j = 0; j < 8; ++j) {
+      const double gain = i < 7 ? static_cast<double>(norm.gain(i)) : 1;
+      EXPECT_DOUBLE_EQ(moments.second(i, j), i == j ? gain * gain : 0) << i << " " << j;
+    }
+  }
+  ASSERT_EQ(moments.distance_mass.rows(), 3);
+  ASSERT_EQ(moments.distance_mass.cols(), 50);
+  for (Index h = 0; h < 3; ++h) {
+    EXPECT_NEAR(moments.distance_mass.row(h).sum(), 1, 50 * kEpsilon);
+    for (Index delta = 0; delta < 50; ++delta) {
+      EXPECT_NEAR(moments.distance_mass(h, delta) * static_cast<double>(1 + delta),
+                  moments.distance_mass(h, 0), 8 * kEpsilon);
+    }
+  }
+}
+
+TEST(Moments, SecondMomentOfAMapIsThatOfItsOutputs) {
+  Random random(4);
+  const MatrixF x = testing_support::sample_inputs(random, 30, 6);
+  const Moments moments = testing_support::sample_moments(random, x, 2);
+  const MatrixD map = random.matrix_d(4, 7);
+  const MatrixD y = map * with_ones(x);
+  const MatrixD found = second_moment(map, moments);
+  EXPECT_LE(relative_error(found, y * y.transpose() / 30), 64 * kEpsilon);
+  EXPECT_TRUE(found == found.transpose());
+}
+
+}  // namespace
+}  // namespace relatent

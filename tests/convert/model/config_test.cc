@@ -1,0 +1,232 @@
+#include "convert/model/config.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "tests/support/expect_error.h"
+#include "tests/support/tiny_model.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+using testing_support::expect_error;
+using testing_support::TinyLatentOptions;
+
+ModelConfig parse(const Json& config) {
+  return parse_config(config, "folder/config.json");
+}
+
+Json gqa_config() {
+  return testing_support::tiny_config({.tied = true, .dtype = DType::bf16});
+}
+Json mla_config() {
+  return testing_support::tiny_latent_model({.q_rank = 9}).config;
+}
+
+TEST(Config, ReadsGroupedQueryModels) {
+  for (const char* type : {"llama", "mistral", "qwen2"}) {
+    Json config = gqa_config();
+    config["model_type"] = type;
+    const ModelConfig found = parse(config);
+    EXPECT_EQ(found.model_type, type);
+    EXPECT_EQ(found.hidden_size, 24);
+    EXPECT_EQ(found.num_hidden_layers, 3);
+    EXPECT_EQ(found.num_attention_heads, 6);
+    EXPECT_EQ(found.intermediate_size, 40);
+    EXPECT_EQ(found.vocab_size, 50);
+    EXPECT_EQ(found.max_position_embeddings, 128);
+    EXPECT_EQ(found.rms_norm_eps, 1e-5);
+    EXPECT_TRUE(found.tie_word_embeddings);
+    EXPECT_EQ(found.sliding_window, std::nullopt);
+    EXPECT_EQ(found.dtype, DType::bf16);
+    EXPECT_EQ(found.rotary.inv_freq.size(), 4U);
+    EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(100.0, -0.25), 1e-7);
+    ASSERT_TRUE(found.gqa);
+    EXPECT_FALSE(found.mla);
+    EXPECT_EQ(found.gqa->num_key_value_heads, 2);
+    EXPECT_EQ(found.gqa->head_dim, 8);
+    EXPECT_EQ(found.cache_numbers(), 2 * 2 * 8);
+    EXPECT_EQ(found.cache_bytes_per_token(), 2 * 2 * 8 * 3 * 2);
+    // Two heads on one device, one on each of two, and copies beyond.
+    EXPECT_EQ(found.cache_bytes_per_token_on_device(1), 192);
+    EXPECT_EQ(found.cache_bytes_per_token_on_device(2), 96);
+    EXPECT_EQ(found.cache_bytes_per_token_on_device(8), 96);
+  }
+}
+
+TEST(Config, UnevenHeadsRoundUpOnADevice) {
+  Json config = gqa_config();
+  config["num_key_value_heads"] = 3;
+  EXPECT_EQ(parse(config).cache_bytes_per_token_on_device(2), 2 * 2 * 8 * 3 * 2);
+}
+
+TEST(Config, ReadsLatentModels) {
+  const ModelConfig found = parse(mla_config());
+  EXPECT_FALSE(found.gqa);
+  ASSERT_TRUE(found.mla);
+  EXPECT_EQ(found.mla->kv_lora_rank, 11);
+  EXPECT_EQ(found.mla->qk_nope_head_dim, 5);
+  EXPECT_EQ(found.mla->qk_rope_head_dim, 6);
+  EXPECT_EQ(found.mla->v_head_dim, 7);
+  EXPECT_EQ(found.mla->q_lora_rank, 9);
+  EXPECT_FALSE(found.mla->attention_bias);
+  EXPECT_TRUE(found.mla->rope_interleave);
+  EXPECT_EQ(found.mla->scale_factor, 1.0);
+  EXPECT_EQ(found.rotary.inv_freq.size(), 3U);
+  EXPECT_EQ(found.cache_numbers(), 17);
+  EXPECT_EQ(found.cache_bytes_per_token(), 17 * 3 * 4);
+  EXPECT_EQ(found.cache_bytes_per_token_on_device(4), 17 * 3 * 4);
+
+  Json config = mla_config();
+  config["q_lora_rank"] = nullptr;
+  config["qk_nope_head_dim"] = 0;
+  config["rope_interleave"] = false;
+  config["attention_bias"] = true;
+  const ModelConfig other = parse(config);
+  EXPECT_EQ(other.mla->q_lora_rank, std::nullopt);
+  EXPECT_EQ(other.mla->qk_nope_head_dim, 0);
+  EXPECT_FALSE(other.mla->rope_interleave);
+  EXPECT_TRUE(other.mla->attention_bias);
+}
+
+// DeepSeek multiplies the softmax scale by the square of 0.1 mscale_all_dim ln(factor) + 1.
+TEST(Config, ScaledRotationScalesTheSoftmaxOfLatentModels) {
+  const Json yarn = {{"rope_type", "yarn"}, {"rope_theta", 100.0},
+                     {"factor", 40.0},      {"original_max_position_embeddings", 64},
+                     {"mscale", 1.0},       {"mscale_all_dim", 0.7}};
+  const double mscale = 0.1 * 0.7 * std::log(40.0) + 1;
+  Json config = mla_config();
+  config["rope_parameters"] = yarn;
+  EXPECT_DOUBLE_EQ(parse(config).mla->scale_factor, mscale * mscale);
+  config = mla_config();
+  config.erase("rope_parameters");
+  config["rope_scaling"] = yarn;
+  EXPECT_DOUBLE_EQ(parse(config).mla->scale_factor, mscale * mscale);
+  config["rope_scaling"].erase("mscale_all_dim");
+  EXPECT_EQ(parse(config).mla->scale_factor, 1.0);
+  config["rope_scaling"] = {{"rope_type", "default"}, {"factor", 40.0}, {"mscale_all_dim", 0.7}};
+  EXPECT_EQ(parse(config).mla->scale_factor, 1.0);
+}
+
+TEST(Config, FillsInWhatMayBeLeftOut) {
+  Json config = gqa_config();
+  for (const char* key : {"num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
+                          "dtype", "hidden_act", "rope_parameters"}) {
+    config.erase(key);
+  }
+  const ModelConfig found = parse(config);
+  EXPECT_EQ(found.gqa->num_key_value_heads, 6);
+  EXPECT_EQ(found.gqa->head_dim, 4);
+  EXPECT_EQ(found.max_position_embeddings, 2048);
+  EXPECT_FALSE(found.tie_word_embeddings);
+  EXPECT_EQ(found.dtype, DType::f32);
+  EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), 0.01, 1e-8);
+}
+
+TEST(Config, EitherNameOfTheDtype) {
+  Json config = gqa_config();
+  config.erase("dtype");
+  config["torch_dtype"] = "float16";
+  EXPECT_EQ(parse(config).dtype, DType::f16);
+  config["dtype"] = "bfloat16";
+  EXPECT_EQ(parse(config).dtype, DType::bf16);
+}
+
+TEST(Config, SlidingWindows) {
+  Json config = gqa_config();
+  config["sliding_window"] = 32;
+  EXPECT_EQ(parse(config).sliding_window, 32);
+  config["use_sliding_window"] = true;
+  EXPECT_EQ(parse(config).sliding_window, 32);
+  config["use_sliding_window"] = false;
+  EXPECT_EQ(parse(config).sliding_window, std::nullopt);
+  config["use_sliding_window"] = nullptr;
+  config["sliding_window"] = nullptr;
+  EXPECT_EQ(parse(config).sliding_window, std::nullopt);
+}
+
+TEST(Config, SizesMustBePositiveWholeNumbers) {
+  const std::vector<const char*> gqa_sizes = {"hidden_size", "num_hidden_layers", "num_attention_heads",
+                                              "intermediate_size", "vocab_size"};
+  const std::vector<const char*> mla_sizes = {"kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+                                              "v_head_dim"};
+  for (const bool latent : {false, true}) {
+    for (const char* key : latent ? mla_sizes : gqa_sizes) {
+      Json config = latent ? mla_config() : gqa_config();
+      config.erase(key);
+      expect_error(ErrorKind::input, {"folder/config.json", key, "a positive whole number", "nothing"},
+                   [&] { parse(config); });
+    }
+  }
+  for (const char* key : {"hidden_size", "max_position_embeddings", "num_key_value_heads", "head_dim"}) {
+    for (const char* value : {"\"24\"", "24.5", "-8", "0", "true", "[24]", "1048577", "9223372036854775807",
+                              "18446744073709551615", "1e3"}) {
+      SCOPED_TRACE(std::string(key) + " " + value);
+      Json config = gqa_config();
+      config[key] = Json::parse(value);
+      expect_error(ErrorKind::input, {"folder/config.json", key, "a positive whole number"},
+                   [&] { parse(config); });
+    }
+  }
+}
+
+TEST(Config, Refusals) {
+  struct Case {
+    std::string changes;  // merged into the config
+    std::vector<std::string> parts;
+    bool latent = false;
+  };
+  const std::vector<Case> cases = {
+      {R"({"model_type": "gpt2"})", {"model_type", "llama, mistral, qwen2, deepseek_v3", "gpt2"}},
+      {R"({"model_type": 3})", {"model_type", "a string", "3"}},
+      {R"({"model_type": null})", {"model_type", "a string", "null"}},
+      {R"({"rms_norm_eps": null})", {"rms_norm_eps", "a number", "null"}},
+      {R"({"rms_norm_eps": "1e-5"})", {"rms_norm_eps", "a number"}},
+      {R"({"tie_word_embeddings": "yes"})", {"tie_word_embeddings", "true or false", "yes"}},
+      {R"({"hidden_act": "gelu"})", {"hidden_act", "silu", "gelu"}},
+      {R"({"hidden_act": 1})", {"hidden_act"}},
+      {R"({"dtype": "int8"})", {"dtype", "bfloat16, float16 or float32", "int8"}},
+      {R"({"dtype": null, "torch_dtype": "float8"})", {"torch_dtype", "float8"}},
+      {R"({"quantization_config": {"bits": 4}})", {"quantization_config", "unquantised"}},
+      {R"({"num_key_value_heads": 4})", {"num_key_value_heads", "a divisor of num_attention_heads = 6", "4"}},
+      {R"({"num_key_value_heads": 12})", {"num_key_value_heads", "a divisor", "12"}},
+      {R"({"head_dim": null, "hidden_size": 25})", {"head_dim", "not a multiple"}},
+      {R"({"head_dim": 7})", {"rotary size", "even", "7"}},
+      {R"({"sliding_window": "all"})", {"sliding_window"}},
+      {R"({"sliding_window": 8, "use_sliding_window": 1})", {"use_sliding_window", "true or false"}},
+      {R"({"partial_rotary_factor": 0.5})", {"partial_rotary_factor"}},
+      {R"({"rope_parameters": {"rope_type": "spiral"}})", {"rope_type", "spiral"}},
+      {R"({"first_k_dense_replace": 2})", {"first_k_dense_replace", "num_hidden_layers = 3", "2"}, true},
+      {R"({"first_k_dense_replace": null})", {"first_k_dense_replace", "found 0"}, true},
+      {R"({"q_lora_rank": 0})", {"q_lora_rank"}, true},
+      {R"({"q_lora_rank": "9"})", {"q_lora_rank"}, true},
+      {R"({"attention_bias": 1})", {"attention_bias", "true or false"}, true},
+      {R"({"qk_rope_head_dim": 5})", {"rotary size", "even", "5"}, true},
+      {R"({"rope_parameters": {"rope_type": "yarn", "factor": "40", "mscale_all_dim": 1}})",
+       {"factor"},
+       true},
+      {R"({"rope_parameters": {"rope_type": "yarn", "factor": 40, "mscale_all_dim": "1"}})",
+       {"mscale_all_dim"},
+       true},
+  };
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.changes);
+    Json config = test.latent ? mla_config() : gqa_config();
+    const Json changes = Json::parse(test.changes);
+    for (const auto& [key, value] : changes.items()) {
+      config[key] = value;
+    }
+    std::vector<std::string> parts = test.parts;
+    parts.emplace_back("folder/config.json");
+    expect_error(ErrorKind::input, parts, [&] { parse(config); });
+  }
+}
+
+}  // namespace
+}  // namespace relatent

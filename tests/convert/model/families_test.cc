@@ -1,0 +1,214 @@
+#include "convert/model/families.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "convert/model/config.h"
+#include "tests/support/expect_error.h"
+#include "tests/support/temp_folder.h"
+#include "tests/support/tiny_model.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::expect_error;
+using testing_support::layer_name;
+using testing_support::TempFolder;
+using testing_support::tiny_latent_model;
+using testing_support::tiny_model;
+using testing_support::TinyLatentOptions;
+using testing_support::TinyModel;
+
+std::vector<PlacedTensor> place(const TinyModel& model) {
+  const TempFolder folder;
+  model.write(folder.path());
+  const Checkpoint checkpoint = Checkpoint::open(folder.path());
+  return place_tensors(checkpoint, parse_config(checkpoint.config(), checkpoint.config_path()));
+}
+
+TEST(Families, AreFoundByModelType) {
+  ASSERT_NE(find_family("qwen2"), nullptr);
+  EXPECT_EQ(find_family("qwen2")->architecture, "Qwen2ForCausalLM");
+  EXPECT_FALSE(find_family("llama")->latent);
+  EXPECT_TRUE(find_family("deepseek_v3")->latent);
+  EXPECT_EQ(find_family("deepseek_v2"), nullptr);
+  EXPECT_EQ(find_family(""), nullptr);
+  EXPECT_EQ(known_model_types(), "llama, mistral, qwen2, deepseek_v3");
+}
+
+TEST(Families, AttentionIsWhatAConversionReplaces) {
+  for (const Role role : {Role::q_weight, Role::q_bias, Role::k_bias, Role::v_weight, Role::o_weight,
+                          Role::o_bias, Role::q_a_norm, Role::kv_a_bias, Role::kv_b_weight}) {
+    EXPECT_TRUE(is_attention(role));
+  }
+  for (const Role role : {Role::embed_tokens, Role::final_norm, Role::lm_head, Role::input_norm,
+                          Role::post_attention_norm, Role::gate_weight, Role::down_bias, Role::inv_freq}) {
+    EXPECT_FALSE(is_attention(role));
+  }
+}
+
+TEST(Families, EveryTensorHasItsPlace) {
+  std::vector<TinyModel> models = {
+      tiny_model(),
+      tiny_model({.tied = true, .dtype = DType::bf16}),
+      tiny_model({.q_bias = true, .kv_bias = true, .o_bias = true, .dtype = DType::f16}),
+      tiny_model({.model_type = "mistral"}),
+      tiny_model({.model_type = "qwen2", .tied = true}),
+      tiny_latent_model(),
+      tiny_latent_model({.attention_bias = true}),
+      tiny_latent_model({.q_rank = 9}),
+      tiny_latent_model({.q_rank = 9, .attention_bias = true}),
+  };
+  // Old checkpoints hold a buffer, tied ones the head a second time, some llamas biases in the MLP.
+  models[1].put_vector(layer_name(2, "self_attn.rotary_emb.inv_freq"), RowVectorF::Ones(4));
+  models[1].put("lm_head.weight", MatrixF::Ones(50, 24));
+  models[0].put_vector(layer_name(1, "mlp.down_proj.bias"), RowVectorF::Ones(24));
+  models[0].put_vector(layer_name(1, "mlp.gate_proj.bias"), RowVectorF::Ones(40));
+  for (const TinyModel& model : models) {
+    const std::vector<PlacedTensor> placed = place(model);
+    std::set<std::string> names;
+    std::set<std::pair<Role, Index>> places;
+    for (const PlacedTensor& tensor : placed) {
+      EXPECT_TRUE(model.tensors.contains(tensor.name)) << tensor.name;
+      names.insert(tensor.name);
+      places.emplace(tensor.role, tensor.layer_idx);
+      const bool in_layer = tensor.name.find(".layers.") != std::string::npos;
+      EXPECT_EQ(tensor.layer_idx >= 0, in_layer) << tensor.name;
+      if (in_layer) {
+        EXPECT_NE(tensor.name.find(".layers." + std::to_string(tensor.layer_idx) + "."), std::string::npos);
+      }
+      EXPECT_EQ(is_attention(tensor.role),
+                tensor.name.find("self_attn") != std::string::npos && tensor.role != Role::inv_freq)
+          << tensor.name;
+    }
+    EXPECT_EQ(names.size(), model.tensors.size());
+    EXPECT_EQ(placed.size(), model.tensors.size());
+    EXPECT_EQ(places.size(), placed.size());
+  }
+}
+
+TEST(Families, RolesOfTheNames) {
+  struct Case {
+    const char* name;
+    Role role;
+    Index layer_idx;
+  };
+  const std::vector<PlacedTensor> placed = place(tiny_latent_model({.q_rank = 9, .attention_bias = true}));
+  for (const Case& test :
+       {Case{"model.embed_tokens.weight", Role::embed_tokens, -1}, Case{"lm_head.weight", Role::lm_head, -1},
+        Case{"model.layers.2.post_attention_layernorm.weight", Role::post_attention_norm, 2},
+        Case{"model.layers.0.mlp.up_proj.weight", Role::up_weight, 0},
+        Case{"model.layers.1.self_attn.q_a_layernorm.weight", Role::q_a_norm, 1},
+        Case{"model.layers.1.self_attn.q_b_proj.weight", Role::q_weight, 1},
+        Case{"model.layers.1.self_attn.kv_a_proj_with_mqa.bias", Role::kv_a_bias, 1},
+        Case{"model.layers.2.self_attn.o_proj.bias", Role::o_bias, 2}}) {
+    const auto at = std::find_if(placed.begin(), placed.end(),
+                                 [&](const PlacedTensor& tensor) { return tensor.name == test.name; });
+    ASSERT_NE(at, placed.end()) << test.name;
+    EXPECT_EQ(at->role, test.role) << test.name;
+    EXPECT_EQ(at->layer_idx, test.layer_idx) << test.name;
+  }
+}
+
+TEST(Families, Refusals) {
+  struct Case {
+    std::string name;
+    TinyModel model;
+    std::function<void(TinyModel&)> spoil;
+    std::vector<std::string> parts;
+  };
+  const auto drop = [](const std::string& name) {
+    return [name](TinyModel& model) { ASSERT_EQ(model.tensors.erase(name), 1U) << name; };
+  };
+  const auto add = [](const std::string& name, std::vector<std::int64_t> shape) {
+    return [name, shape](TinyModel& model) {
+      Index size = 1;
+      for (const std::int64_t n : shape) {
+        size *= n;
+      }
+      model.put(name, shape, MatrixF::Ones(1, size));
+    };
+  };
+  const std::string q_bias = layer_name(1, "self_attn.q_proj.bias");
+  const std::string k_weight = layer_name(2, "self_attn.k_proj.weight");
+  const std::vector<Case> cases = {
+      {"a stranger",
+       tiny_model(),
+       add("model.extra.weight", {3}),
+       {"no place in a llama model", "model.extra.weight"}},
+      {"a layer too many",
+       tiny_model(),
+       add(layer_name(3, "input_layernorm.weight"), {24}),
+       {"no place", "model.layers.3.input_layernorm.weight"}},
+      {"two strangers",
+       tiny_model(),
+       [](TinyModel& model) {
+         model.put_vector("a.scales", RowVectorF::Ones(2));
+         model.put_vector("b.zeros", RowVectorF::Ones(2));
+       },
+       {"a.scales, b.zeros"}},
+      {"a bias in mistral",
+       tiny_model({.model_type = "mistral"}),
+       add(q_bias, {48}),
+       {"no place in a mistral", q_bias}},
+      {"qwen2 without a bias",
+       tiny_model({.model_type = "qwen2"}),
+       drop(q_bias),
+       {"qwen2", "missing", q_bias}},
+      {"no k_proj", tiny_model(), drop(k_weight), {"missing", k_weight}},
+      {"no embedding",
+       tiny_model({.tied = true}),
+       drop("model.embed_tokens.weight"),
+       {"model.embed_tokens.weight"}},
+      {"no head", tiny_model(), drop("lm_head.weight"), {"missing", "lm_head.weight"}},
+      {"transposed",
+       tiny_model(),
+       add(k_weight, {24, 16}),
+       {k_weight, "[16, 24] by config.json", "[24, 16]"}},
+      {"one dimension too few", tiny_model(), add(k_weight, {16 * 24}), {k_weight, "shape", "[384]"}},
+      {"a bias of another size", tiny_model(), add(q_bias, {47}), {q_bias, "[48]", "[47]"}},
+      {"whole numbers",
+       tiny_model(),
+       [&](TinyModel& model) { model.tensors.at(k_weight).dtype = DType::i32; },
+       {k_weight, "dtype", "BF16, F16, F32 or F64", "I32"}},
+      {"a bias that the config denies",
+       tiny_latent_model(),
+       add(layer_name(0, "self_attn.kv_a_proj_with_mqa.bias"), {17}),
+       {"no place", "kv_a_proj_with_mqa.bias"}},
+      {"a bias that the config promises",
+       tiny_latent_model({.attention_bias = true}),
+       drop(layer_name(0, "self_attn.o_proj.bias")),
+       {"missing", "o_proj.bias"}},
+      {"a query of the other kind",
+       tiny_latent_model({.q_rank = 9}),
+       [](TinyModel& model) { model.config["q_lora_rank"] = nullptr; },
+       {"no place", "q_a_proj.weight"}},
+      {"a latent norm of another size",
+       tiny_latent_model(),
+       add(layer_name(0, "self_attn.kv_a_layernorm.weight"), {12}),
+       {"kv_a_layernorm.weight", "[11]", "[12]"}},
+  };
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.name);
+    EXPECT_NO_THROW(place(test.model));
+    TinyModel spoilt = test.model;
+    test.spoil(spoilt);
+    expect_error(ErrorKind::input, test.parts, [&] { place(spoilt); });
+  }
+}
+
+TEST(Families, LongListsOfStrangersAreCutShort) {
+  TinyModel model = tiny_model();
+  for (int i = 10; i < 30; ++i) {
+    model.put_vector("extra." + std::to_string(i), RowVectorF::Ones(1));
+  }
+  expect_error(ErrorKind::input, {"extra.10, extra.11", "and 8 more"}, [&] { place(model); });
+}
+
+}  // namespace
+}  // namespace relatent

@@ -1,0 +1,25 @@
+// Closed-form refits of a linear map by ridge regression: no gradients, no training.
+#pragma once
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// Sums over tokens of a feature vector a (what the map reads) and of the error e that the map's output should make good.
+struct RefitSums {
+  MatrixD feature_moment;  // [F, F], Σ a aᵀ (lower triangle)
+  MatrixD error_moment;    // [out, F], Σ e aᵀ
+
+  RefitSums(Index outputs, Index features);
+  void add(const MatrixF& features, const MatrixF& errors);
+};
+
+// Δ = E Aᵀ (A Aᵀ + ρ I)⁻¹ with ρ = ridge * mean diagonal of A Aᵀ: the change of the map that leaves the least squared
+// error. ρ is raised tenfold at a time, to at most the mean diagonal itself, while the system is not positive definite; [out, F].
+MatrixD refit_delta(const RefitSums& sums, double ridge);
+
+// The linear map M with x_source ≈ M x_converted, x's being inputs of the same layer on the two streams:
+// M = I + (E[x_s x_cᵀ] - E[x_c x_cᵀ]) (E[x_c x_cᵀ] + ρ I)⁻¹, so that ρ → ∞ leaves the input alone. [D, D]
+MatrixD realignment(const MatrixD& cross_moment, const MatrixD& converted_moment, double ridge);
+
+}  // namespace relatent

@@ -1,0 +1,36 @@
+// A layer of the trained example model with inputs that it really gets: random weights have no structure to
+// lose.
+#pragma once
+
+#include <variant>
+
+#include "convert/calibrate/calibrate.h"
+#include "convert/model/forward.h"
+#include "convert/model/model.h"
+#include "tests/support/samples.h"
+
+namespace relatent::testing_support {
+
+// x is the first of the sequences; the moments are over all of them.
+inline LayerSample trained_layer(Index layer_idx, Index length = 128, Index count = 6) {
+  const Model model = Model::open(RELATENT_EXAMPLES "/llama-3m");
+  const Sequences sequences =
+      read_sequences(RELATENT_EXAMPLES "/tokens/calibration.npy", length, count, model.config().vocab_size);
+  Stream stream(model, sequences);
+  for (Index i = 0; i < layer_idx; ++i) {
+    run_layer(model.layer(i), stream);
+  }
+  LayerSample out;
+  out.attention = std::get<GqaAttention>(model.attention(layer_idx));
+  out.maps = maps_of(out.attention);
+  const MatrixF x = normed(model.input_norm(layer_idx), stream.hidden());
+  const MatrixD columns = with_ones(x);
+  out.moments.second = columns * columns.transpose() / static_cast<double>(x.rows());
+  out.x = x.topRows(length);
+  DistanceMass mass{MatrixD::Zero(out.attention.heads, length)};
+  mix_heads(out.attention, out.x, RotaryTable(out.attention.rotary, length), &mass);
+  out.moments.distance_mass = mass.sum / static_cast<double>(length);
+  return out;
+}
+
+}  // namespace relatent::testing_support
