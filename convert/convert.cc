@@ -154,7 +154,9 @@ void Conversion::make_plan() {
   LatentShape& shape = plan_.shape;
   shape.heads = config.num_attention_heads;
   shape.v_dim = config.gqa->head_dim;
-  shape.has_q_bias = source_.has(Role::q_bias, 0);
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    shape.has_q_bias = shape.has_q_bias || source_.has(Role::q_bias, i);
+  }
   choose_sizes(options_, *config.gqa, shape);
   if (shape.q_rank) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
@@ -353,7 +355,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
       if (!rotary) {
         rotary = done[i]->rotary;
       }
-      engine_->write_attention(*done[i], first + static_cast<Index>(i), plan_.dtype, writer);
+      engine_->write_attention(*done[i], plan_.shape, first + static_cast<Index>(i), plan_.dtype, writer);
       progress(first + static_cast<Index>(i) + 1, layers);
     }
   }

@@ -17,6 +17,18 @@ namespace {
 int g_threads = 0;
 thread_local bool t_inside_piece = false;
 
+// Marks this thread as working on a piece for as long as it lives.
+class InsidePiece {
+ public:
+  InsidePiece() : before_(t_inside_piece) { t_inside_piece = true; }
+  InsidePiece(const InsidePiece&) = delete;
+  InsidePiece& operator=(const InsidePiece&) = delete;
+  ~InsidePiece() { t_inside_piece = before_; }
+
+ private:
+  bool before_;
+};
+
 void make_blas_serial() {
   static const bool done = [] {
     if (openblas_set_num_threads != nullptr) {
@@ -48,6 +60,7 @@ void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& bo
   make_blas_serial();
   const std::size_t workers = std::min<std::size_t>(static_cast<std::size_t>(num_threads()), pieces);
   if (workers <= 1 || t_inside_piece) {
+    const InsidePiece inside;
     for (std::size_t i = 0; i < pieces; ++i) {
       body(i);
     }
@@ -57,7 +70,7 @@ void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& bo
   std::mutex guard;
   std::exception_ptr first_failure;
   const auto work = [&] {
-    t_inside_piece = true;
+    const InsidePiece inside;
     for (std::size_t i = next.fetch_add(1); i < pieces; i = next.fetch_add(1)) {
       try {
         body(i);
@@ -69,7 +82,6 @@ void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& bo
         next = pieces;
       }
     }
-    t_inside_piece = false;
   };
   std::vector<std::thread> threads;
   threads.reserve(workers - 1);

@@ -40,8 +40,8 @@ class Engine {
   // config.json of the converted checkpoint. source_config is the source's.
   virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
                                         const LatentShape& shape, const Rotary& rotary, DType dtype) const = 0;
-  // Writes all attention tensors of a layer that has `shape`.
-  virtual void write_attention(const LatentAttention& attention, Index layer_idx, DType dtype,
+  // Writes all attention tensors of a layer. `shape` says which there are: a layer may lack a bias that others have.
+  virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, Index layer_idx, DType dtype,
                                CheckpointWriter& out) const = 0;
 };
 

@@ -126,11 +126,12 @@ class TransformersEngine final : public Engine {
     return out;
   }
 
-  void write_attention(const LatentAttention& a, Index layer_idx, DType dtype, CheckpointWriter& out) const override {
+  void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType dtype,
+                       CheckpointWriter& out) const override {
     const auto put = [&](const char* rest, const auto& values) {
       out.write_floats(attention_name(layer_idx, rest), {values.data(), static_cast<std::size_t>(values.size())});
     };
-    write_query(a, dtype, put);
+    write_query(a, shape, dtype, put);
 
     const LatentBranch& branch = a.branches.front();
     const Index rank = branch.down.out();
@@ -168,14 +169,14 @@ class TransformersEngine final : public Engine {
   }
 
   template <typename Put>
-  static void write_query(const LatentAttention& a, DType dtype, const Put& put) {
+  static void write_query(const LatentAttention& a, const LatentShape& shape, DType dtype, const Put& put) {
     const Index n = a.nope_dim;
     const Index p = a.rope_dim;
     // Engines multiply scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
     const double rescale = static_cast<double>(a.scale) * std::sqrt(static_cast<double>(n + p));
     MatrixF q = a.q.weight * static_cast<float>(rescale);
     const bool compressed = a.q_down.out() > 0;
-    if (!compressed && a.q.bias.size() == 0) {
+    if (!compressed && !shape.has_q_bias) {
       for (Index h = 0; h < a.heads; ++h) {
         to_pairs(q, h * (n + p) + n, p);
       }

@@ -11,15 +11,26 @@ namespace {
 // Directions of a metric below this part of its largest eigenvalue are raised to it.
 constexpr double metric_floor = 1e-8;
 
-// Scales a metric so that it gives unit variance in all to what it measures.
-void normalise(SymmetricRoot& metric, const MatrixD& covariance, double weight) {
-  const MatrixD half = metric.root * covariance;
-  const double variance = half.cwiseProduct(metric.root).sum();
-  if (variance > 0) {
-    const double factor = weight / std::sqrt(variance);
-    metric.root *= factor;
-    metric.inverse /= factor;
+// What is left of the keys below this part of their own variance is rounding, and deserves no rank.
+constexpr double rounding = 1e-20;
+
+double variance_in(const MatrixD& metric, const MatrixD& covariance) {
+  const MatrixD half = metric * covariance;
+  return half.cwiseProduct(metric).sum();
+}
+
+// Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the variance
+// is rounding against that of `whole`.
+void normalise(SymmetricRoot& metric, const MatrixD& covariance, const MatrixD& whole, double weight) {
+  const double variance = variance_in(metric.root, covariance);
+  if (!(variance > rounding * variance_in(metric.root, whole))) {
+    metric.root.setZero();
+    metric.inverse.setZero();
+    return;
   }
+  const double factor = weight / std::sqrt(variance);
+  metric.root *= factor;
+  metric.inverse /= factor;
 }
 
 }  // namespace
@@ -59,7 +70,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
       whole.root.block(g, g, d, d) = block.root;
       whole.inverse.block(g, g, d, d) = block.inverse;
     }
-    normalise(whole, covariance.block(offset, offset, keys, keys), value ? 1.0 : options.lambda);
+    normalise(whole, covariance.block(offset, offset, keys, keys), second_moment(value ? maps.v : maps.k, moments),
+              value ? 1.0 : options.lambda);
     metric.block(offset, offset, keys, keys) = whole.root;
     inverse.block(offset, offset, keys, keys) = whole.inverse;
   }

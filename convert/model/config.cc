@@ -77,7 +77,7 @@ std::optional<Index> parse_sliding_window(const Reader& in) {
   return in.size("sliding_window");
 }
 
-MlaGeometry parse_mla(const Reader& in, const Json& config) {
+MlaGeometry parse_mla(const Reader& in, const Json& config, const std::filesystem::path& path) {
   MlaGeometry mla;
   mla.kv_lora_rank = in.size("kv_lora_rank");
   mla.qk_nope_head_dim = in.count("qk_nope_head_dim");
@@ -94,9 +94,11 @@ MlaGeometry parse_mla(const Reader& in, const Json& config) {
     if (rope == config.end() || !rope->is_object()) {
       continue;
     }
-    const bool plain = rope->value("rope_type", rope->value("type", std::string("default"))) == "default";
-    const double all_dim = rope->contains("mscale_all_dim") ? rope->at("mscale_all_dim").get<double>() : 0.0;
-    const double factor = rope->contains("factor") ? rope->at("factor").get<double>() : 1.0;
+    const Reader parameters(*rope, path);
+    const char* type_key = parameters.find("rope_type") != nullptr ? "rope_type" : "type";
+    const bool plain = parameters.find(type_key) == nullptr || parameters.text(type_key) == "default";
+    const double all_dim = parameters.find("mscale_all_dim") != nullptr ? parameters.number("mscale_all_dim") : 0;
+    const double factor = parameters.find("factor") != nullptr ? parameters.number("factor") : 1;
     if (!plain && all_dim != 0 && factor > 1) {
       const double mscale = 0.1 * all_dim * std::log(factor) + 1;
       mla.scale_factor = mscale * mscale;
@@ -154,7 +156,7 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
                 "convert the unquantised source and quantise the result"});
   }
   if (family->latent) {
-    out.mla = parse_mla(in, config);
+    out.mla = parse_mla(in, config, config_path);
     const Index dense = in.find("first_k_dense_replace") == nullptr ? 0 : in.count("first_k_dense_replace");
     if (dense < out.num_hidden_layers) {
       fail_input({config_path, "", "first_k_dense_replace",

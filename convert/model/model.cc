@@ -40,6 +40,10 @@ MatrixF Model::matrix(Role role, Index layer_idx) const {
   const std::string& name = name_of(role, layer_idx);
   MatrixF out = checkpoint_.read_matrix(name);
   checkpoint_.release(name);
+  if (!out.allFinite()) {
+    fail_input({checkpoint_.file_of(name).path(), name, "holds a value that is not finite", "finite weights",
+                "NaN or infinity", ""});
+  }
   return out;
 }
 

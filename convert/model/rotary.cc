@@ -162,7 +162,10 @@ Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem:
   if (!(base > 0)) {
     fail_input({config_path, "", "rope_theta", "a positive number", std::to_string(base), ""});
   }
-  const double partial = rope.number_or("partial_rotary_factor", config.value("partial_rotary_factor", 1.0));
+  if (!parameters.contains("partial_rotary_factor") && config.contains("partial_rotary_factor")) {
+    parameters["partial_rotary_factor"] = config.at("partial_rotary_factor");
+  }
+  const double partial = rope.number_or("partial_rotary_factor", 1);
   if (partial != 1.0) {
     fail_input({config_path, "", "partial_rotary_factor", "1 (every coordinate rotated)", std::to_string(partial), ""});
   }
@@ -172,7 +175,10 @@ Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem:
   if (type == nullptr) {
     type = rope.find("type");
   }
-  if (type != nullptr && type->is_string()) {
+  if (type != nullptr && !type->is_null()) {
+    if (!type->is_string()) {
+      fail_input({config_path, "", "rope_type", "a string", type->dump(), ""});
+    }
     out.rope_type = type->get<std::string>();
   }
   std::vector<double> freq = geometric(base, rotary_dim);

@@ -120,6 +120,10 @@ TEST(Threads, NestedCallsRunSerially) {
       std::size_t next = 0;
       std::mutex guard;
       parallel_for(50, [&](std::size_t i) {
+        if (i == 0) {
+          // Time for other threads to take pieces, were there any.
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        }
         const std::scoped_lock lock(guard);
         foreign += std::this_thread::get_id() == here ? 0 : 1;
         unordered += i == next++ ? 0 : 1;

@@ -189,7 +189,7 @@ Model write_and_open(const LatentAttention& layer, const LatentShape& shape, DTy
     writer.write_floats(name, tensor.values);
   }
   for (Index i = 0; i < 2; ++i) {
-    engine->write_attention(layer, i, dtype, writer);
+    engine->write_attention(layer, shape, i, dtype, writer);
   }
   // Throws when a tensor is missing; writing one that was not announced, or of another size, has thrown
   // before.
