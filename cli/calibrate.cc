@@ -54,9 +54,12 @@ int run(const Options& options) {
 
 void add_calibrate(CLI::App& app, Command& chosen) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("calibrate", "Run the source over tokens once and keep what conversion needs");
+  CLI::App* command =
+      app.add_subcommand("calibrate", "Run the source over tokens once and keep what conversion needs");
   command->add_option("model", options->model, "Checkpoint folder")->required();
-  command->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")->required();
+  command
+      ->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")
+      ->required();
   command->add_option("-o,--output", options->output, "HDF5 file to write")->required();
   command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
       ->check(CLI::NonNegativeNumber);

@@ -40,7 +40,9 @@ const char* fate_text(Fate fate) {
   return "";
 }
 
-std::string shape_words(const std::vector<std::int64_t>& shape) { return shape_text(shape); }
+std::string shape_words(const std::vector<std::int64_t>& shape) {
+  return shape_text(shape);
+}
 
 Json plan_json(const Conversion& conversion) {
   const ConvertPlan& plan = conversion.plan();
@@ -76,7 +78,8 @@ void print_plan(const Conversion& conversion) {
   }
   for (const PlannedTensor& tensor : plan.tensors) {
     std::printf("%-*s  %-16s %-5s %12llu  %s\n", static_cast<int>(widest), tensor.spec.name.c_str(),
-                shape_words(tensor.spec.shape).c_str(), std::string(safetensors_name(tensor.spec.dtype)).c_str(),
+                shape_words(tensor.spec.shape).c_str(),
+                std::string(safetensors_name(tensor.spec.dtype)).c_str(),
                 static_cast<unsigned long long>(tensor.spec.bytes()), fate_text(tensor.fate));
   }
   for (const std::string& name : plan.left_out) {
@@ -87,7 +90,8 @@ void print_plan(const Conversion& conversion) {
   }
   std::printf("cache per token and layer: %td numbers, source %td (%.1f %%)\n", plan.converted_cache_numbers,
               plan.source_cache_numbers,
-              100.0 * static_cast<double>(plan.converted_cache_numbers) / static_cast<double>(plan.source_cache_numbers));
+              100.0 * static_cast<double>(plan.converted_cache_numbers) /
+                  static_cast<double>(plan.source_cache_numbers));
   std::printf("needs %s of disk and about %s of memory\n", bytes_text(plan.output_bytes).c_str(),
               bytes_text(plan.memory_bytes).c_str());
 }
@@ -150,12 +154,14 @@ int run(const Options& options) {
   }
   if (!options.quiet) {
     const ConvertPlan& plan = conversion.plan();
-    std::fprintf(stderr, "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
-                 "peak memory %s: %s\n",
-                 std::string(method_name(conversion.options().method)).c_str(), report.rope_dim, report.kv_rank,
-                 report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
-                 plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
-                 conversion.options().output.c_str());
+    std::fprintf(
+        stderr,
+        "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
+        "peak memory %s: %s\n",
+        std::string(method_name(conversion.options().method)).c_str(), report.rope_dim, report.kv_rank,
+        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
+        plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
+        conversion.options().output.c_str());
   }
   return 0;
 }
@@ -168,33 +174,46 @@ void add_convert(CLI::App& app, Command& chosen) {
   CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
   command->add_option("model", convert.source, "Source checkpoint folder")->required();
   command->add_option("-o,--output", convert.output, "Folder to make; must not exist")->required();
-  command->add_option("--to", options->to, "Target form")->check(CLI::IsMember({"mla"}))->capture_default_str();
-  command->add_option("--method", options->method, "lossless: same cache, same output; transmla: the published "
-                      "conversion; weights-only: without calibration")
+  command->add_option("--to", options->to, "Target form")
+      ->check(CLI::IsMember({"mla"}))
+      ->capture_default_str();
+  command
+      ->add_option("--method", options->method,
+                   "lossless: same cache, same output; transmla: the published "
+                   "conversion; weights-only: without calibration")
       ->check(CLI::IsMember({"lossless", "transmla", "weights-only"}))
       ->required();
   command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
   command->add_option("--rank", convert.rank, "Size of the latent");
   command->add_option("--rope-dim", convert.rope_dim, "Size of the rotary key (default: the head size)");
-  command->add_option("--kv-budget", convert.kv_budget, "(rank + rotary) as a part of the source's cache, e.g. 0.25");
-  command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")->capture_default_str();
-  command->add_option("--balance", convert.balance, "transmla: key norm over value norm after balancing; 0 = off")
+  command->add_option("--kv-budget", convert.kv_budget,
+                      "(rank + rotary) as a part of the source's cache, e.g. 0.25");
+  command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")
+      ->capture_default_str();
+  command
+      ->add_option("--balance", convert.balance,
+                   "transmla: key norm over value norm after balancing; 0 = off")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command->add_option("--balance-columns", options->balance_columns,
-                      "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the authors' code does")
+  command
+      ->add_option("--balance-columns", options->balance_columns,
+                   "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
+                   "authors' code does")
       ->check(CLI::IsMember({"head", "pca"}))
       ->capture_default_str();
   command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
   command->add_option("--engine", convert.engine, "Who is to load the result")
       ->check(CLI::IsMember({"transformers"}))
       ->capture_default_str();
-  command->add_option("--dtype", options->dtype, "Weights as bfloat16, float16 or float32 (default: as the source)")
+  command
+      ->add_option("--dtype", options->dtype,
+                   "Weights as bfloat16, float16 or float32 (default: as the source)")
       ->check(CLI::IsMember({"bfloat16", "float16", "float32"}));
   command->add_option("--max-shard-size", convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
       ->transform(CLI::AsSizeValue(true))
       ->default_str("5GB");
-  command->add_flag("--dry-run", options->dry_run, "Print what would be written and what it takes; write nothing");
+  command->add_flag("--dry-run", options->dry_run,
+                    "Print what would be written and what it takes; write nothing");
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

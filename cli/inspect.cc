@@ -87,11 +87,13 @@ void print_table(const Options& options, const Model& model) {
     std::printf("attention: GQA, %td query heads on %td key/value heads of %td\n", c.num_attention_heads,
                 c.gqa->num_key_value_heads, c.gqa->head_dim);
   } else {
-    std::printf("attention: MLA, %td heads, latent %td + rotary key %td, nope %td, v %td\n", c.num_attention_heads,
-                c.mla->kv_lora_rank, c.mla->qk_rope_head_dim, c.mla->qk_nope_head_dim, c.mla->v_head_dim);
+    std::printf("attention: MLA, %td heads, latent %td + rotary key %td, nope %td, v %td\n",
+                c.num_attention_heads, c.mla->kv_lora_rank, c.mla->qk_rope_head_dim, c.mla->qk_nope_head_dim,
+                c.mla->v_head_dim);
   }
   std::printf("rope: %s; %zu tensors, %s as %s\n\n", c.rotary.rope_type.c_str(), model.tensors().size(),
-              bytes_text(model.checkpoint().tensor_bytes()).c_str(), std::string(torch_name(c.dtype)).c_str());
+              bytes_text(model.checkpoint().tensor_bytes()).c_str(),
+              std::string(torch_name(c.dtype)).c_str());
   std::printf("cache bytes per token and device %10s %10s %10s %10s\n", "TP 1", "TP 2", "TP 4", "TP 8");
   const auto line = [](const char* name, const auto& bytes) {
     std::printf("  %-30s", name);

@@ -38,10 +38,15 @@ int run(const Options& options) {
 
 void add_logits(CLI::App& app, Command& chosen) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("logits", "Write a model's logits, to compare with another engine's");
+  CLI::App* command =
+      app.add_subcommand("logits", "Write a model's logits, to compare with another engine's");
   command->add_option("model", options->model, "Checkpoint folder")->required();
-  command->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")->required();
-  command->add_option("-o,--output", options->output, "float32 .npy to write: [sequence, position, vocabulary]")->required();
+  command
+      ->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")
+      ->required();
+  command
+      ->add_option("-o,--output", options->output, "float32 .npy to write: [sequence, position, vocabulary]")
+      ->required();
   command->add_option("--sequences", options->sequences, "Number of sequences")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

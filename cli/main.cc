@@ -36,7 +36,9 @@ int guarded(const relatent::Command& command) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app("relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close they are");
+  CLI::App app(
+      "relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close "
+      "they are");
   app.set_version_flag("--version", "relatent " RELATENT_VERSION);
   app.require_subcommand(1);
   int threads = 0;

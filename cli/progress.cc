@@ -38,8 +38,8 @@ void Progress::operator()(Index done, Index total) {
   last_ = now;
   const double seconds = std::chrono::duration<double>(now - start_).count();
   const double left = seconds / static_cast<double>(done) * static_cast<double>(total - done);
-  std::fprintf(stderr, "%s%s: layer %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "", what_.c_str(),
-               done, total, seconds, left, terminal_ ? "" : "\n");
+  std::fprintf(stderr, "%s%s: layer %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "",
+               what_.c_str(), done, total, seconds, left, terminal_ ? "" : "\n");
   std::fflush(stderr);
   open_line_ = terminal_;
 }

@@ -1,4 +1,5 @@
-// What people see while they wait and how numbers are printed. Everything here goes to stderr; stdout is for results.
+// What people see while they wait and how numbers are printed. Everything here goes to stderr; stdout is for
+// results.
 #pragma once
 
 #include <chrono>

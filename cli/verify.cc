@@ -31,7 +31,8 @@ void row(const char* what, const std::string& source, const std::string& convert
 
 void print_table(const Options& options, const Verification& v, FILE* out) {
   std::fprintf(out, "%s  against  %s\n", options.converted.c_str(), options.source.c_str());
-  std::fprintf(out, "%lld predicted tokens of %s\n\n", static_cast<long long>(v.logits.tokens), options.tokens.c_str());
+  std::fprintf(out, "%lld predicted tokens of %s\n\n", static_cast<long long>(v.logits.tokens),
+               options.tokens.c_str());
   row("", "source", "converted", out);
   row("perplexity", number_text("%.4f", v.source_ppl), number_text("%.4f", v.converted_ppl), out);
   row("nats lost", "", number_text("%.6f", v.nats), out);
@@ -40,14 +41,16 @@ void print_table(const Options& options, const Verification& v, FILE* out) {
   row("same most likely token", "", number_text("%.3f %%", 100 * v.logits.top1_agreement), out);
   row("largest logit difference", "", number_text("%.3e", v.logits.max_abs_logit_diff), out);
   row("relative logit error", "", number_text("%.3e", v.logits.rel_logit_error), out);
-  row("cache bytes per token", std::to_string(v.source_cache_bytes), std::to_string(v.converted_cache_bytes), out);
+  row("cache bytes per token", std::to_string(v.source_cache_bytes), std::to_string(v.converted_cache_bytes),
+      out);
   for (std::size_t i = 1; i < reported_tp.size(); ++i) {
     const std::string what = "  per device at TP " + std::to_string(reported_tp[i]);
     row(what.c_str(), std::to_string(v.source_per_device[i]), std::to_string(v.converted_per_device[i]), out);
   }
   std::fprintf(out, "\n  %-10s %22s %22s\n", "layer", "attention rel. error", "residual rel. error");
   for (std::size_t i = 0; i < v.layers.size(); ++i) {
-    std::fprintf(out, "  %-10zu %22.3e %22.3e\n", i, v.layers[i].attention_rel_error, v.layers[i].residual_rel_error);
+    std::fprintf(out, "  %-10zu %22.3e %22.3e\n", i, v.layers[i].attention_rel_error,
+                 v.layers[i].residual_rel_error);
   }
 }
 
@@ -69,7 +72,8 @@ int run(const Options& options) {
   }
   int code = 0;
   if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
-    std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl, *options.max_kl);
+    std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl,
+                 *options.max_kl);
     code = 1;
   }
   if (options.max_nats && !(v.nats <= *options.max_nats)) {
@@ -86,7 +90,9 @@ void add_verify(CLI::App& app, Command& chosen) {
   CLI::App* command = app.add_subcommand("verify", "Run source and converted side by side, from their files");
   command->add_option("source", options->source, "Source checkpoint folder")->required();
   command->add_option("converted", options->converted, "Converted checkpoint folder")->required();
-  command->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")->required();
+  command
+      ->add_option("--tokens", options->tokens, "Token ids: one-dimensional .npy of uint16, int32 or int64")
+      ->required();
   command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();

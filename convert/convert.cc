@@ -22,7 +22,9 @@ namespace {
 constexpr Index assumed_length = 1024;
 constexpr Index fold_sequences = 8;
 
-std::string text(Index n) { return std::to_string(n); }
+std::string text(Index n) {
+  return std::to_string(n);
+}
 
 // Why a source tensor is not in the output, or nothing when it is.
 std::string_view redundant(Role role, const ModelConfig& config) {
@@ -46,9 +48,11 @@ void check_source(const Model& source) {
     fail_input({path, "", "model_type", "a grouped-query model", config.model_type, ""});
   }
   if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
-    fail_input({path, "", "sliding_window", "none, or at least max_position_embeddings", text(*config.sliding_window),
-                "latent engines attend to every position: set max_position_embeddings to the window, within which "
-                "the two are the same"});
+    fail_input(
+        {path, "", "sliding_window", "none, or at least max_position_embeddings",
+         text(*config.sliding_window),
+         "latent engines attend to every position: set max_position_embeddings to the window, within which "
+         "the two are the same"});
   }
   for (const PlacedTensor& tensor : source.tensors()) {
     if (is_mlp_bias(tensor.role)) {
@@ -67,7 +71,8 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   }
   if (options.method == Method::lossless) {
     if (options.rank || options.rope_dim || options.kv_budget) {
-      fail_usage("--method lossless fixes rank and rotary size: leave out --rank, --rope-dim and --kv-budget");
+      fail_usage(
+          "--method lossless fixes rank and rotary size: leave out --rank, --rope-dim and --kv-budget");
     }
     shape.rope_dim = keys;
     shape.rank = keys;
@@ -76,8 +81,8 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   shape.nope_dim = gqa.head_dim;
   shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
   if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
-    fail_usage("--rope-dim " + text(shape.rope_dim) + " must be an even number from 2 to num_key_value_heads * head_dim = " +
-               text(keys));
+    fail_usage("--rope-dim " + text(shape.rope_dim) +
+               " must be an even number from 2 to num_key_value_heads * head_dim = " + text(keys));
   }
   if (options.rank && options.kv_budget) {
     fail_usage("--rank and --kv-budget both decide the size of the latent: give one");
@@ -88,7 +93,8 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
     if (!(*options.kv_budget > 0 && *options.kv_budget <= 1)) {
       fail_usage("--kv-budget must lie above 0 and at most at 1");
     }
-    shape.rank = static_cast<Index>(std::floor(*options.kv_budget * static_cast<double>(2 * keys))) - shape.rope_dim;
+    shape.rank =
+        static_cast<Index>(std::floor(*options.kv_budget * static_cast<double>(2 * keys))) - shape.rope_dim;
     if (shape.rank <= 0) {
       fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rope_dim));
     }
@@ -101,7 +107,8 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   }
   if (options.method == Method::transmla) {
     // The smallest fold always fits when the rotary size does.
-    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)), options.balance},
+    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
+                    options.balance},
                    gqa.head_dim);
   }
   if (options.q_rank) {
@@ -116,7 +123,8 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
   const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
   const std::uint64_t maps = (2 * heads + 2 * keys) * hidden;
   const std::uint64_t moments = shape.nope_dim > 0 ? 3 * hidden * hidden : hidden * hidden;
-  const std::uint64_t algebra = shape.nope_dim > 0 ? 6 * keys * hidden + 8 * 4 * keys * keys : 2 * keys * keys;
+  const std::uint64_t algebra =
+      shape.nope_dim > 0 ? 6 * keys * hidden + 8 * 4 * keys * keys : 2 * keys * keys;
   return 12 * maps + 8 * (moments + algebra) + 12 * output_values;
 }
 
@@ -135,7 +143,9 @@ std::string_view method_name(Method method) {
 }
 
 Conversion::Conversion(ConvertOptions options)
-    : options_(std::move(options)), source_(Model::open(options_.source)), engine_(make_engine(options_.engine)) {
+    : options_(std::move(options)),
+      source_(Model::open(options_.source)),
+      engine_(make_engine(options_.engine)) {
   if (!engine_) {
     fail_usage("--engine " + options_.engine + " is not one of: " + std::string(known_engines()));
   }
@@ -172,7 +182,8 @@ void Conversion::make_plan() {
   std::uint64_t attention_values = 0;
   std::vector<PlacedTensor> ordered = source_.tensors();
   const auto rank_of = [&](const PlacedTensor& t) {
-    return t.layer_idx >= 0 ? t.layer_idx + 1 : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
+    return t.layer_idx >= 0 ? t.layer_idx + 1
+                            : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
   };
   std::stable_sort(ordered.begin(), ordered.end(),
                    [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
@@ -219,7 +230,8 @@ void Conversion::check_calibration() const {
   const std::string found = source_.checkpoint().fingerprint();
   if (calibration_->header().source_fingerprint != found) {
     fail_input({calibration_->path(), "", "made from another checkpoint than " + options_.source.string(),
-                "fingerprint " + found, calibration_->header().source_fingerprint, "run `relatent calibrate` on it"});
+                "fingerprint " + found, calibration_->header().source_fingerprint,
+                "run `relatent calibrate` on it"});
   }
 }
 
@@ -227,7 +239,8 @@ Moments Conversion::moments(Index layer_idx) const {
   if (calibration_) {
     return moments_of(calibration_->layer(layer_idx));
   }
-  return moments_without_data(source_.input_norm(layer_idx), source_.config().num_attention_heads, assumed_length);
+  return moments_without_data(source_.input_norm(layer_idx), source_.config().num_attention_heads,
+                              assumed_length);
 }
 
 Conversion::Recipe Conversion::make_recipe() const {
@@ -259,7 +272,8 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
       if (shape.q_rank) {
         query = transmla_query(maps, known, *shape.q_rank);
       }
-      return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
+      return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank),
+                          query);
     }
     case Method::weights_only: {
       const MatrixC gamma = expected_rotation(maps, known);
@@ -287,8 +301,8 @@ Index Conversion::choose_fold() const {
       const RotaryKey key = transmla_rotary_key(maps, known, {plan_.shape.rope_dim, fold, 0}).key;
       // Nothing is lost but rotation: the latent is all keys and values.
       const Index keys = maps.key_dim();
-      JointLatent all{MatrixD(2 * keys, maps.k.cols()), MatrixD::Zero(keys, 2 * keys), MatrixD::Zero(keys, 2 * keys),
-                      VectorD::Zero(keys)};
+      JointLatent all{MatrixD(2 * keys, maps.k.cols()), MatrixD::Zero(keys, 2 * keys),
+                      MatrixD::Zero(keys, 2 * keys), VectorD::Zero(keys)};
       all.down << key.residual * maps.k, maps.v;
       all.key_up.leftCols(keys).setIdentity();
       all.value_up.rightCols(keys).setIdentity();
@@ -342,7 +356,8 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   const Index layers = config.num_hidden_layers;
   const Index at_once = std::max(1, num_threads());
   for (Index first = 0; first < layers; first += at_once) {
-    std::vector<std::optional<LatentAttention>> done(static_cast<std::size_t>(std::min(at_once, layers - first)));
+    std::vector<std::optional<LatentAttention>> done(
+        static_cast<std::size_t>(std::min(at_once, layers - first)));
     // HDF5 is not for several threads at once.
     std::vector<Moments> known;
     for (std::size_t i = 0; i < done.size(); ++i) {
@@ -367,8 +382,10 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     copy.copy_at(0, file, 0, size);
     copy.commit();
   }
-  write_text(folder.staging() / "config.json",
-             engine_->config(source_.checkpoint().config(), config, plan_.shape, *rotary, plan_.dtype).dump(2) + "\n");
+  write_text(
+      folder.staging() / "config.json",
+      engine_->config(source_.checkpoint().config(), config, plan_.shape, *rotary, plan_.dtype).dump(2) +
+          "\n");
   folder.commit();
   report.bytes_written = writer.bytes_written();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

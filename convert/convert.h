@@ -26,7 +26,8 @@ struct ConvertOptions {
   std::filesystem::path output;
   Method method = Method::lossless;
   std::optional<std::filesystem::path> calibration;
-  // Size of the latent, and of the rotary key. A budget is (rank + rope_dim) / (2 K d), rounded down to whole numbers.
+  // Size of the latent, and of the rotary key. A budget is (rank + rope_dim) / (2 K d), rounded down to whole
+  // numbers.
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
@@ -55,14 +56,14 @@ struct PlannedTensor {
 // Everything that config, index and headers decide.
 struct ConvertPlan {
   LatentShape shape;
-  std::vector<PlannedTensor> tensors;            // in the order in which they are written
-  std::vector<std::string> left_out;             // source tensors that the config makes redundant, with the reason
+  std::vector<PlannedTensor> tensors;  // in the order in which they are written
+  std::vector<std::string> left_out;   // source tensors that the config makes redundant, with the reason
   std::vector<std::filesystem::path> side_files;  // carried along untouched
   DType dtype = DType::f32;                       // of converted tensors and of the config
   Index source_cache_numbers = 0;                 // per token and layer
   Index converted_cache_numbers = 0;
-  std::uint64_t output_bytes = 0;                 // of tensors and side files
-  std::uint64_t memory_bytes = 0;                 // estimate of the peak beyond mapped file pages
+  std::uint64_t output_bytes = 0;  // of tensors and side files
+  std::uint64_t memory_bytes = 0;  // estimate of the peak beyond mapped file pages
 };
 
 struct ConvertReport {
@@ -82,17 +83,18 @@ class Conversion {
   };
 
  public:
-  // Opens the source and plans. Throws Error: usage when options contradict each other or the source's sizes, input when
-  // the source is not readable, not a GQA model, or holds something that has no place in the target (by name).
+  // Opens the source and plans. Throws Error: usage when options contradict each other or the source's sizes,
+  // input when the source is not readable, not a GQA model, or holds something that has no place in the
+  // target (by name).
   explicit Conversion(ConvertOptions options);
 
   const Model& source() const { return source_; }
   const ConvertPlan& plan() const { return plan_; }
   const ConvertOptions& options() const { return options_; }
 
-  // Converts and writes. The output folder appears under its name only when it is complete; on any error nothing is
-  // left. Throws Error: usage when the output exists already, input when the calibration belongs to another model or a
-  // weight is not finite, machine when writing fails.
+  // Converts and writes. The output folder appears under its name only when it is complete; on any error
+  // nothing is left. Throws Error: usage when the output exists already, input when the calibration belongs
+  // to another model or a weight is not finite, machine when writing fails.
   ConvertReport run(const LayerProgress& progress) const;
 
  private:

@@ -10,7 +10,8 @@
 namespace relatent {
 namespace {
 
-// Tokens whose features are held before they are folded into the sums; fixed, so that sums are formed in one order.
+// Tokens whose features are held before they are folded into the sums; fixed, so that sums are formed in one
+// order.
 constexpr Index batch_tokens = 8192;
 
 // Calls body(first sequence, count) for batches of sequences.
@@ -73,8 +74,10 @@ void TwinStreams::attention(const Layer& source, LatentAttention& converted, con
     MatrixF errors(count * length, source_.hidden().cols());
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const Index s = first + static_cast<Index>(i);
-      source_.sequence(s) += gqa.o(mix_heads(gqa, normed(source.input_norm, source_.sequence(s)), source_table));
-      const MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), converted_table);
+      source_.sequence(s) +=
+          gqa.o(mix_heads(gqa, normed(source.input_norm, source_.sequence(s)), source_table));
+      const MatrixF a =
+          mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), converted_table);
       mixed.block(s * length, 0, length, features) = a;
       mixed.block(s * length, features, length, 1).setOnes();
       errors.middleRows(static_cast<Index>(i) * length, length) =

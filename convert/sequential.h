@@ -1,5 +1,5 @@
-// The source's and the converted model's residual streams side by side, one layer at a time, with closed-form refits on
-// the way: every layer is fitted to the stream that the converted layers before it really produce.
+// The source's and the converted model's residual streams side by side, one layer at a time, with closed-form
+// refits on the way: every layer is fitted to the stream that the converted layers before it really produce.
 #pragma once
 
 #include <cstdint>
@@ -11,10 +11,11 @@
 namespace relatent {
 
 struct RefitOptions {
-  bool output = true;      // o_proj, after the attention is converted
-  bool mlp = true;         // down_proj, after that
-  bool realign = true;     // q, k and v read the converted stream through the linear map that best restores the source's
-  double ridge = 1e-4;     // of the refits, against the mean squared feature
+  bool output = true;  // o_proj, after the attention is converted
+  bool mlp = true;     // down_proj, after that
+  bool realign =
+      true;  // q, k and v read the converted stream through the linear map that best restores the source's
+  double ridge = 1e-4;  // of the refits, against the mean squared feature
   double realign_ridge = 1e-2;
 };
 
@@ -30,10 +31,11 @@ class TwinStreams {
   TwinStreams(const Model& source, const Sequences& sequences);
 
   InputMoments input_moments(const RmsNorm& input_norm) const;
-  // Runs the attention of `source` on its stream and `converted` on the other; refits converted.o when asked, and moves
-  // both streams past the attention.
+  // Runs the attention of `source` on its stream and `converted` on the other; refits converted.o when asked,
+  // and moves both streams past the attention.
   void attention(const Layer& source, LatentAttention& converted, const RefitOptions& options);
-  // Runs the MLPs, refits the converted one's down projection when asked, and moves both streams past the layer.
+  // Runs the MLPs, refits the converted one's down projection when asked, and moves both streams past the
+  // layer.
   void mlp(const Layer& source, Linear& down, const RefitOptions& options);
 
   const Stream& source() const { return source_; }

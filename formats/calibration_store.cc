@@ -34,8 +34,8 @@ std::recursive_mutex& library_mutex() {
 class LibraryLock {
  public:
   LibraryLock() : lock_(library_mutex()) {
-    // After a write that failed on a full disk the library crashes when it cleans up at exit; nothing of ours is left for
-    // it to clean.
+    // After a write that failed on a full disk the library crashes when it cleans up at exit; nothing of ours
+    // is left for it to clean.
     [[maybe_unused]] static const herr_t no_cleanup = H5dont_atexit();
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);  // it would print to stderr by itself
   }

@@ -30,8 +30,8 @@ void check(lapack_int status, std::string_view routine, Index rows, Index cols) 
 template <typename Matrix>
 void check_input(const Matrix& a, std::string_view routine) {
   if (a.rows() != a.cols()) {
-    throw std::invalid_argument(std::string(routine) + " needs a square matrix, got " + std::to_string(a.rows()) +
-                                " x " + std::to_string(a.cols()));
+    throw std::invalid_argument(std::string(routine) + " needs a square matrix, got " +
+                                std::to_string(a.rows()) + " x " + std::to_string(a.cols()));
   }
   if (!a.allFinite()) {
     throw NumericalError(std::string(routine) + " got a " + std::to_string(a.rows()) + " x " +
@@ -69,8 +69,8 @@ Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view
   check_input(a, name);
   const Index n = a.rows();
   if (k < 0 || k > n) {
-    throw std::invalid_argument(std::string(name) + ": " + std::to_string(k) + " eigenpairs of a matrix of order " +
-                                std::to_string(n));
+    throw std::invalid_argument(std::string(name) + ": " + std::to_string(k) +
+                                " eigenpairs of a matrix of order " + std::to_string(n));
   }
   if (k == 0) {
     k = n;
@@ -86,8 +86,8 @@ Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view
   Matrix vectors(n, k);
   std::vector<lapack_int> support(2 * static_cast<std::size_t>(n));
   lapack_int found = 0;
-  check(routine(k == n ? 'A' : 'I', to_lapack(n), work, to_lapack(n - k + 1), to_lapack(n), found, ascending, vectors,
-                support),
+  check(routine(k == n ? 'A' : 'I', to_lapack(n), work, to_lapack(n - k + 1), to_lapack(n), found, ascending,
+                vectors, support),
         name, n, n);
   if (found != k) {
     throw NumericalError(std::string(name) + " found " + std::to_string(found) + " of " + std::to_string(k) +
@@ -104,21 +104,23 @@ Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view
 }  // namespace
 
 Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k) {
-  return leading_eigenpairs(a, k, "dsyevr",
-                            [](char range, lapack_int n, MatrixD& work, lapack_int first, lapack_int last,
-                               lapack_int& found, VectorD& values, MatrixD& vectors, std::vector<lapack_int>& support) {
-                              return LAPACKE_dsyevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first,
-                                                    last, 0, &found, values.data(), vectors.data(), n, support.data());
-                            });
+  return leading_eigenpairs(
+      a, k, "dsyevr",
+      [](char range, lapack_int n, MatrixD& work, lapack_int first, lapack_int last, lapack_int& found,
+         VectorD& values, MatrixD& vectors, std::vector<lapack_int>& support) {
+        return LAPACKE_dsyevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first, last, 0,
+                              &found, values.data(), vectors.data(), n, support.data());
+      });
 }
 
 Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, Index k) {
-  return leading_eigenpairs(a, k, "zheevr",
-                            [](char range, lapack_int n, MatrixC& work, lapack_int first, lapack_int last,
-                               lapack_int& found, VectorD& values, MatrixC& vectors, std::vector<lapack_int>& support) {
-                              return LAPACKE_zheevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first,
-                                                    last, 0, &found, values.data(), vectors.data(), n, support.data());
-                            });
+  return leading_eigenpairs(
+      a, k, "zheevr",
+      [](char range, lapack_int n, MatrixC& work, lapack_int first, lapack_int last, lapack_int& found,
+         VectorD& values, MatrixC& vectors, std::vector<lapack_int>& support) {
+        return LAPACKE_zheevr(LAPACK_COL_MAJOR, 'V', range, 'L', n, work.data(), n, 0, 0, first, last, 0,
+                              &found, values.data(), vectors.data(), n, support.data());
+      });
 }
 
 SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
@@ -155,8 +157,8 @@ MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
   }
   MatrixD factor = a;
   factor.diagonal().array() += ridge * a.diagonal().mean();
-  check(LAPACKE_dposv(LAPACK_COL_MAJOR, 'L', to_lapack(n), to_lapack(b.cols()), factor.data(), to_lapack(n), x.data(),
-                      to_lapack(n)),
+  check(LAPACKE_dposv(LAPACK_COL_MAJOR, 'L', to_lapack(n), to_lapack(b.cols()), factor.data(), to_lapack(n),
+                      x.data(), to_lapack(n)),
         "dposv", n, n);
   return x;
 }
@@ -175,8 +177,8 @@ ThinQr thin_qr(const MatrixD& a) {
     return out;
   }
   std::vector<double> tau(static_cast<std::size_t>(m));
-  check(LAPACKE_dgeqrf(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), out.q.data(), to_lapack(n), tau.data()), "dgeqrf",
-        n, m);
+  check(LAPACKE_dgeqrf(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), out.q.data(), to_lapack(n), tau.data()),
+        "dgeqrf", n, m);
   out.r = out.q.topRows(m).triangularView<Eigen::Upper>();
   check(LAPACKE_dorgqr(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), to_lapack(m), out.q.data(), to_lapack(n),
                        tau.data()),

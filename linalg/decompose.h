@@ -8,16 +8,16 @@
 
 namespace relatent {
 
-// A decomposition that could not be computed: the routine did not converge, or its input holds NaN or infinity.
-// what() names the routine, the matrix shape and LAPACK's status.
+// A decomposition that could not be computed: the routine did not converge, or its input holds NaN or
+// infinity. what() names the routine, the matrix shape and LAPACK's status.
 class NumericalError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
 // Leading eigenpairs of a symmetric or Hermitian matrix, largest eigenvalue first.
-// Each eigenvector is scaled so that its entry of largest modulus (the first of them on a tie) is real and positive:
-// eigenvectors are then a function of the matrix alone and not of LAPACK's choice of sign.
+// Each eigenvector is scaled so that its entry of largest modulus (the first of them on a tie) is real and
+// positive: eigenvectors are then a function of the matrix alone and not of LAPACK's choice of sign.
 template <typename Matrix>
 struct Eigenpairs {
   VectorD values;  // [k]
@@ -29,16 +29,17 @@ struct Eigenpairs {
 Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k = 0);
 Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, Index k = 0);
 
-// Symmetric square root of a positive semi-definite matrix and its inverse, by eigendecomposition. Eigenvalues below
-// floor * (largest eigenvalue) are raised to it, so that the inverse exists. A zero matrix gives identities.
+// Symmetric square root of a positive semi-definite matrix and its inverse, by eigendecomposition.
+// Eigenvalues below floor * (largest eigenvalue) are raised to it, so that the inverse exists. A zero matrix
+// gives identities.
 struct SymmetricRoot {
   MatrixD root;     // [n, n]
   MatrixD inverse;  // [n, n]
 };
 SymmetricRoot symmetric_root(const MatrixD& a, double floor);
 
-// Solves (a + ridge * mean(diag a) * I) x = b for symmetric positive semi-definite a [n, n] and b [n, m]. LAPACK dposv;
-// a ridge too small to make the matrix positive definite throws NumericalError.
+// Solves (a + ridge * mean(diag a) * I) x = b for symmetric positive semi-definite a [n, n] and b [n, m].
+// LAPACK dposv; a ridge too small to make the matrix positive definite throws NumericalError.
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge);
 
 // Thin QR of a [n, m] with n >= m: returns Q [n, m] with orthonormal columns and R [m, m] upper triangular.

@@ -61,6 +61,8 @@ void add_cross_moment(const MatrixF& y, const MatrixF& x, MatrixD& sum) {
   });
 }
 
-void mirror_lower(MatrixD& m) { m.triangularView<Eigen::StrictlyUpper>() = m.transpose(); }
+void mirror_lower(MatrixD& m) {
+  m.triangularView<Eigen::StrictlyUpper>() = m.transpose();
+}
 
 }  // namespace relatent

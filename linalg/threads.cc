@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-// OpenBLAS keeps a thread pool of its own; one thread per call keeps results independent of our thread count. Another
-// BLAS may not have the switch, hence the weak declaration.
+// OpenBLAS keeps a thread pool of its own; one thread per call keeps results independent of our thread count.
+// Another BLAS may not have the switch, hence the weak declaration.
 extern "C" void openblas_set_num_threads(int threads) __attribute__((weak));
 
 namespace relatent {

@@ -9,12 +9,13 @@
 
 namespace relatent {
 
-// Number of threads that parallel_for uses; 0 restores the default (all cores). Not thread-safe: set it at start.
+// Number of threads that parallel_for uses; 0 restores the default (all cores). Not thread-safe: set it at
+// start.
 void set_num_threads(int threads);
 int num_threads();
 
-// Calls body(i) for every i in [0, pieces), in any order, from up to num_threads() threads, and returns when all are
-// done. The first exception thrown by a piece is rethrown; pieces not yet begun are then skipped.
+// Calls body(i) for every i in [0, pieces), in any order, from up to num_threads() threads, and returns when
+// all are done. The first exception thrown by a piece is rethrown; pieces not yet begun are then skipped.
 // Calls from inside a piece run serially.
 void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& body);
 

@@ -13,8 +13,8 @@
 namespace relatent {
 namespace {
 
-// Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums are
-// formed in the same order for any thread count.
+// Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums
+// are formed in the same order for any thread count.
 constexpr Index batch_tokens = 8192;
 
 LayerMoments observe_layer(const Layer& layer, Stream& stream) {

@@ -8,6 +8,8 @@ std::unique_ptr<Engine> make_engine(std::string_view name) {
   return name == "transformers" ? make_transformers_engine() : nullptr;
 }
 
-std::string_view known_engines() { return "transformers"; }
+std::string_view known_engines() {
+  return "transformers";
+}
 
 }  // namespace relatent

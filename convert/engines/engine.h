@@ -19,8 +19,8 @@ struct LatentShape {
   Index nope_dim = 0;
   Index rope_dim = 0;
   Index v_dim = 0;
-  Index rank = 0;                // of the latent, all branches together, without what an engine adds
-  std::optional<Index> q_rank;   // of a low-rank query, likewise
+  Index rank = 0;               // of the latent, all branches together, without what an engine adds
+  std::optional<Index> q_rank;  // of a low-rank query, likewise
   bool has_q_bias = false;
 };
 
@@ -38,11 +38,13 @@ class Engine {
   virtual std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
                                                     Index layer_idx, DType dtype) const = 0;
   // config.json of the converted checkpoint. source_config is the source's.
-  virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
-                                        const LatentShape& shape, const Rotary& rotary, DType dtype) const = 0;
-  // Writes all attention tensors of a layer. `shape` says which there are: a layer may lack a bias that others have.
-  virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, Index layer_idx, DType dtype,
-                               CheckpointWriter& out) const = 0;
+  virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config,
+                                        const ModelConfig& source, const LatentShape& shape,
+                                        const Rotary& rotary, DType dtype) const = 0;
+  // Writes all attention tensors of a layer. `shape` says which there are: a layer may lack a bias that
+  // others have.
+  virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, Index layer_idx,
+                               DType dtype, CheckpointWriter& out) const = 0;
 };
 
 // nullptr when there is no engine of that name.

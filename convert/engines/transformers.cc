@@ -47,8 +47,8 @@ class TransformersEngine final : public Engine {
 
   Index cache_numbers(const LatentShape& shape) const override { return shape.rank + 1 + shape.rope_dim; }
 
-  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape, Index layer_idx,
-                                            DType dtype) const override {
+  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
+                                            Index layer_idx, DType dtype) const override {
     const Index hidden = source.hidden_size;
     const Index q_rows = shape.heads * (shape.nope_dim + shape.rope_dim);
     const Index kv_rows = shape.rank + 1 + shape.rope_dim;
@@ -74,8 +74,8 @@ class TransformersEngine final : public Engine {
     return out;
   }
 
-  Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape, const Rotary& rotary,
-              DType dtype) const override {
+  Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
+              const Rotary& rotary, DType dtype) const override {
     Json out;
     out["architectures"] = {"DeepseekV3ForCausalLM"};
     out["model_type"] = "deepseek_v3";
@@ -92,9 +92,10 @@ class TransformersEngine final : public Engine {
     out["head_dim"] = shape.rope_dim;
     out["hidden_act"] = "silu";
     out["hidden_size"] = source.hidden_size;
-    out["initializer_range"] = source_config.contains("initializer_range") && source_config["initializer_range"].is_number()
-                                   ? source_config["initializer_range"].get<double>()
-                                   : 0.02;
+    out["initializer_range"] =
+        source_config.contains("initializer_range") && source_config["initializer_range"].is_number()
+            ? source_config["initializer_range"].get<double>()
+            : 0.02;
     out["intermediate_size"] = source.intermediate_size;
     out["kv_lora_rank"] = shape.rank + 1;
     out["max_position_embeddings"] = source.max_position_embeddings;
@@ -129,7 +130,8 @@ class TransformersEngine final : public Engine {
   void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType dtype,
                        CheckpointWriter& out) const override {
     const auto put = [&](const char* rest, const auto& values) {
-      out.write_floats(attention_name(layer_idx, rest), {values.data(), static_cast<std::size_t>(values.size())});
+      out.write_floats(attention_name(layer_idx, rest),
+                       {values.data(), static_cast<std::size_t>(values.size())});
     };
     write_query(a, shape, dtype, put);
 
@@ -159,8 +161,8 @@ class TransformersEngine final : public Engine {
   }
 
  private:
-  // A query bias needs the constant coordinate of a query latent, so an uncompressed query with a bias passes x through
-  // as its own latent.
+  // A query bias needs the constant coordinate of a query latent, so an uncompressed query with a bias passes
+  // x through as its own latent.
   static std::optional<Index> stored_q_rank(const LatentShape& shape, Index hidden) {
     if (shape.q_rank) {
       return *shape.q_rank + 1;
@@ -213,25 +215,27 @@ class TransformersEngine final : public Engine {
 }  // namespace
 
 NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
-  // float16 ends at 65504, so the constant must stay smaller there: rms is then constant to about 2^-17 rather than
-  // 2^-33, still far finer than the dtype itself.
+  // float16 ends at 65504, so the constant must stay smaller there: rms is then constant to about 2^-17
+  // rather than 2^-33, still far finer than the dtype itself.
   const double power = dtype == DType::f16 ? 8 : 16;
   const auto size = static_cast<double>(rank + 1);
   NormUndo out;
   if (mean_square > 0) {
     out.scale = std::exp2(-std::round(std::log2(mean_square) / 2));
   }
-  const double rest = (mean_square > 0 ? mean_square : 1.0) * out.scale * out.scale * static_cast<double>(rank);
+  const double rest =
+      (mean_square > 0 ? mean_square : 1.0) * out.scale * out.scale * static_cast<double>(rank);
   const auto rms_of = [&](double beta) { return std::sqrt((beta * beta + rest) / size + eps); };
-  // A correction of less than half a unit in the last place would be rounded away in kv_b, so among the betas of one
-  // octave take the one whose rms the dtype itself holds best.
+  // A correction of less than half a unit in the last place would be rounded away in kv_b, so among the betas
+  // of one octave take the one whose rms the dtype itself holds best.
   const int mantissa_bits = dtype == DType::bf16 ? 7 : dtype == DType::f16 ? 10 : 0;
   const double wanted = std::exp2(power) * std::sqrt(size);
   const double octave = std::exp2(std::floor(std::log2(wanted)));
   double best = 2;
   for (int i = 0; i < (1 << mantissa_bits); ++i) {
-    const double beta =
-        mantissa_bits == 0 ? round_to(dtype, wanted) : octave * (1 + std::ldexp(static_cast<double>(i), -mantissa_bits));
+    const double beta = mantissa_bits == 0
+                            ? round_to(dtype, wanted)
+                            : octave * (1 + std::ldexp(static_cast<double>(i), -mantissa_bits));
     const double gain = mantissa_bits == 0 ? std::exp2(power) : round_to(dtype, rms_of(beta));
     const double correction = rms_of(beta) / gain;
     if (std::abs(correction - 1) < best) {
@@ -245,6 +249,8 @@ NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
   return out;
 }
 
-std::unique_ptr<Engine> make_transformers_engine() { return std::make_unique<TransformersEngine>(); }
+std::unique_ptr<Engine> make_transformers_engine() {
+  return std::make_unique<TransformersEngine>();
+}
 
 }  // namespace relatent

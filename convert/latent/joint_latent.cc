@@ -19,8 +19,8 @@ double variance_in(const MatrixD& metric, const MatrixD& covariance) {
   return half.cwiseProduct(metric).sum();
 }
 
-// Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the variance
-// is rounding against that of `whole`.
+// Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the
+// variance is rounding against that of `whole`.
 void normalise(SymmetricRoot& metric, const MatrixD& covariance, const MatrixD& whole, double weight) {
   const double variance = variance_in(metric.root, covariance);
   if (!(variance > rounding * variance_in(metric.root, whole))) {
@@ -60,8 +60,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
         const auto o = maps.o.middleCols(h * d, d);
         squared.block(g, g, d, d) += o.transpose() * o;
       } else {
-        squared.block(g, g, d, d) += second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
-                                                   moments);
+        squared.block(g, g, d, d) +=
+            second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
       }
     }
     SymmetricRoot whole{MatrixD::Zero(keys, keys), MatrixD::Zero(keys, keys)};
@@ -70,8 +70,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
       whole.root.block(g, g, d, d) = block.root;
       whole.inverse.block(g, g, d, d) = block.inverse;
     }
-    normalise(whole, covariance.block(offset, offset, keys, keys), second_moment(value ? maps.v : maps.k, moments),
-              value ? 1.0 : options.lambda);
+    normalise(whole, covariance.block(offset, offset, keys, keys),
+              second_moment(value ? maps.v : maps.k, moments), value ? 1.0 : options.lambda);
     metric.block(offset, offset, keys, keys) = whole.root;
     inverse.block(offset, offset, keys, keys) = whole.inverse;
   }

@@ -14,8 +14,8 @@ struct JointLatentOptions {
 //   A_K² = blockdiag_κ Σ_{h in κ} E[q̃_h q̃_hᵀ],  A_V² = blockdiag_κ Σ_{h in κ} W_{O,h}ᵀ W_{O,h},
 //   M = blockdiag(λ A_K / √tr(A_K S_rr A_K), A_V / √tr(A_V S_vv A_V)),
 // the latent is the rank leading eigenvectors P of M S M: down = Pᵀ M Y, up = M⁻¹ P. S is the covariance of
-// y = [r; v]: a constant in a leftover key cancels in the softmax, and one in a value comes out of the attention unchanged, as value_shift.
-// q̃ = content_query q. rank ≤ 2 K d.
+// y = [r; v]: a constant in a leftover key cancels in the softmax, and one in a value comes out of the
+// attention unchanged, as value_shift. q̃ = content_query q. rank ≤ 2 K d.
 JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
                          const JointLatentOptions& options);
 

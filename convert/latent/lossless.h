@@ -5,8 +5,8 @@
 
 namespace relatent {
 
-// Every key coordinate keeps its rotation: p = K d with the list of frequencies repeated per group, pair g d/2 + f
-// belonging to group g; query of head h is zero outside its group. No leftover (n = 0).
+// Every key coordinate keeps its rotation: p = K d with the list of frequencies repeated per group, pair g
+// d/2 + f belonging to group g; query of head h is zero outside its group. No leftover (n = 0).
 RotaryKey lossless_rotary_key(const LayerMaps& maps);
 
 // The latent is the values themselves, rank K d.

@@ -1,9 +1,9 @@
-// The linear maps of one attention layer in double precision, and what is known of its inputs: all that the algebra in
-// this folder works on. It knows no files.
+// The linear maps of one attention layer in double precision, and what is known of its inputs: all that the
+// algebra in this folder works on. It knows no files.
 //
-// Notation (H heads, K groups, d head size, D hidden size): biases are the last column of a map, which acts on [x; 1].
-// Keys of all groups are stacked to K d numbers, group by group; pair f of a head is (f, f + d/2), read as one complex
-// number that RoPE at position n multiplies by exp(i θ_f n).
+// Notation (H heads, K groups, d head size, D hidden size): biases are the last column of a map, which acts
+// on [x; 1]. Keys of all groups are stacked to K d numbers, group by group; pair f of a head is (f, f + d/2),
+// read as one complex number that RoPE at position n multiplies by exp(i θ_f n).
 #pragma once
 
 #include <vector>
@@ -44,8 +44,8 @@ struct Moments {
 
 Moments moments_of(const LayerMoments& layer);
 
-// What is known without calibration: x = gain ⊙ u with u of unit second moment and zero mean, and attention mass that
-// falls as 1 / (1 + Δ) over `length` positions.
+// What is known without calibration: x = gain ⊙ u with u of unit second moment and zero mean, and attention
+// mass that falls as 1 / (1 + Δ) over `length` positions.
 Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index length);
 
 // How the keys' rotation is kept: a rotary key shared by all heads, and what is left over without rotation.

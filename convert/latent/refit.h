@@ -5,7 +5,8 @@
 
 namespace relatent {
 
-// Sums over tokens of a feature vector a (what the map reads) and of the error e that the map's output should make good.
+// Sums over tokens of a feature vector a (what the map reads) and of the error e that the map's output should
+// make good.
 struct RefitSums {
   MatrixD feature_moment;  // [F, F], Σ a aᵀ (lower triangle)
   MatrixD error_moment;    // [out, F], Σ e aᵀ
@@ -14,8 +15,9 @@ struct RefitSums {
   void add(const MatrixF& features, const MatrixF& errors);
 };
 
-// Δ = E Aᵀ (A Aᵀ + ρ I)⁻¹ with ρ = ridge * mean diagonal of A Aᵀ: the change of the map that leaves the least squared
-// error. ρ is raised tenfold at a time, to at most the mean diagonal itself, while the system is not positive definite; [out, F].
+// Δ = E Aᵀ (A Aᵀ + ρ I)⁻¹ with ρ = ridge * mean diagonal of A Aᵀ: the change of the map that leaves the least
+// squared error. ρ is raised tenfold at a time, to at most the mean diagonal itself, while the system is not
+// positive definite; [out, F].
 MatrixD refit_delta(const RefitSums& sums, double ridge);
 
 // The linear map M with x_source ≈ M x_converted, x's being inputs of the same layer on the two streams:

@@ -15,7 +15,8 @@ using Complex = std::complex<double>;
 // Weights below this part of the largest are raised to it, so that the way back exists.
 constexpr double weight_floor = 1e-9;
 
-// Writes the real form of multiplication by z into rows (row, row + row_half) and columns (col, col + col_half).
+// Writes the real form of multiplication by z into rows (row, row + row_half) and columns (col, col +
+// col_half).
 void put_complex(MatrixD& m, Index row, Index row_half, Index col, Index col_half, Complex z) {
   m(row, col) = z.real();
   m(row, col + col_half) = -z.imag();
@@ -133,8 +134,8 @@ RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration, 
     }
   }
   out.residual = MatrixD::Identity(maps.key_dim(), maps.key_dim()) - write * out.read;
-  // The attention factor multiplies rotated scores once for the query and once for the key; what is not rotated must
-  // carry it itself.
+  // The attention factor multiplies rotated scores once for the query and once for the key; what is not
+  // rotated must carry it itself.
   const double unrotated = static_cast<double>(maps.rotary.attention_factor) * maps.rotary.attention_factor;
   for (Index h = 0; h < maps.heads; ++h) {
     out.query.emplace_back(write.middleRows(maps.group_of(h) * d, d).transpose());

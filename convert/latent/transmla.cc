@@ -16,12 +16,13 @@ void check_transmla(const TransmlaOptions& options, Index head_dim) {
   }
   const Index collapse = head_dim / options.rope_dim;
   if (options.fold <= 0 || (head_dim / 2) % options.fold != 0 || options.fold % collapse != 0) {
-    fail_usage("--fold " + text(options.fold) + " must be a multiple of head size / rotary size = " + text(collapse) +
-               " and divide the " + text(head_dim / 2) + " frequencies of a head");
+    fail_usage("--fold " + text(options.fold) + " must be a multiple of head size / rotary size = " +
+               text(collapse) + " and divide the " + text(head_dim / 2) + " frequencies of a head");
   }
 }
 
-TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments, const TransmlaOptions& options) {
+TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
+                                const TransmlaOptions& options) {
   check_transmla(options, maps.head_dim);
   const Index d = maps.head_dim;
   const Index half = maps.pairs();
@@ -108,8 +109,8 @@ JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const
   moment.leftCols(left) /= ratio;
   y.topRows(left) /= ratio;
   const MatrixD basis = symmetric_eigenpairs(moment, rank).vectors;
-  return {basis.transpose() * y, key.leftover.transpose() * basis.topRows(left) * ratio, basis.bottomRows(keys),
-          VectorD::Zero(keys)};
+  return {basis.transpose() * y, key.leftover.transpose() * basis.topRows(left) * ratio,
+          basis.bottomRows(keys), VectorD::Zero(keys)};
 }
 
 LowRankQuery transmla_query(const LayerMaps& maps, const Moments& moments, Index q_rank) {

@@ -7,27 +7,32 @@ namespace relatent {
 
 struct TransmlaOptions {
   Index rope_dim = 0;  // divides head_dim; the list keeps every (head_dim / rope_dim)-th frequency
-  Index fold = 1;      // neighbouring frequencies that share one PCA; a multiple of head_dim / rope_dim that divides
-                       // head_dim / 2
-  double balance = 1;  // keys are divided by (mean key norm) / (balance * mean value norm); 0 turns balancing off
-  // Whose columns the key norm is a mean over: the leftover keys as heads see them, or the coordinates of the PCA, as in
-  // the authors' code. The first weighs keys less.
+  Index fold = 1;      // neighbouring frequencies that share one PCA; a multiple of head_dim / rope_dim that
+                       // divides head_dim / 2
+  double balance =
+      1;  // keys are divided by (mean key norm) / (balance * mean value norm); 0 turns balancing off
+  // Whose columns the key norm is a mean over: the leftover keys as heads see them, or the coordinates of the
+  // PCA, as in the authors' code. The first weighs keys less.
   enum class Columns { head, pca } columns = Columns::head;
 };
 
 // Throws Error (usage) naming the option when the sizes do not fit together.
 void check_transmla(const TransmlaOptions& options, Index head_dim);
 
-// RoRoPE with FreqFold: per fold of frequencies, the real eigenvectors of the key moment (real and imaginary parts added)
-// over all groups; the leading fold / collapse of them become rotary coordinates, collapse = head_dim / rope_dim.
+// RoRoPE with FreqFold: per fold of frequencies, the real eigenvectors of the key moment (real and imaginary
+// parts added) over all groups; the leading fold / collapse of them become rotary coordinates, collapse =
+// head_dim / rope_dim.
 struct TransmlaKey {
   RotaryKey key;
-  MatrixD leftover;  // [K d - rope_dim, K d], orthonormal rows: the coordinates of the PCA that lose their rotation
+  MatrixD leftover;  // [K d - rope_dim, K d], orthonormal rows: the coordinates of the PCA that lose their
+                     // rotation
 };
-TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments, const TransmlaOptions& options);
+TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
+                                const TransmlaOptions& options);
 
-// Balanced key-value PCA: leading eigenvectors of E[y yᵀ], y = [leftover k / ratio; v], where ratio brings the mean
-// root mean square of the leftover's columns to `balance` times that of the values. rank ≤ 2 K d - rope_dim.
+// Balanced key-value PCA: leading eigenvectors of E[y yᵀ], y = [leftover k / ratio; v], where ratio brings
+// the mean root mean square of the leftover's columns to `balance` times that of the values. rank ≤ 2 K d -
+// rope_dim.
 JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const TransmlaKey& key,
                             const TransmlaOptions& options, Index rank);
 

@@ -18,10 +18,11 @@ struct SoftmaxShape {
   Index window = 0;
 };
 
-// out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. mass_by_age, when given,
-// receives the attention mass with Δ counted down: its entry T - 1 - Δ. scratch is reused between calls.
-void attend(const ConstBlock& q, const ConstBlock& k, const ConstBlock& v, SoftmaxShape shape, MatrixF& scratch,
-            double* mass_by_age, Block out) {
+// out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. mass_by_age,
+// when given, receives the attention mass with Δ counted down: its entry T - 1 - Δ. scratch is reused between
+// calls.
+void attend(const ConstBlock& q, const ConstBlock& k, const ConstBlock& v, SoftmaxShape shape,
+            MatrixF& scratch, double* mass_by_age, Block out) {
   const Index length = q.rows();
   VectorF mass = VectorF::Zero(mass_by_age != nullptr ? length : 0);
   for (Index first = 0; first < length; first += query_block) {
@@ -78,7 +79,8 @@ Index LatentAttention::total_rank() const {
   return rank;
 }
 
-MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table, DistanceMass* mass) {
+MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
+                  DistanceMass* mass) {
   const Index d = attention.head_dim;
   MatrixF q = attention.q(x);
   MatrixF k = attention.k(x);
@@ -91,8 +93,9 @@ MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryT
   for (Index h = 0; h < attention.heads; ++h) {
     const Index g = attention.group_of(h);
     by_age.setZero();
-    attend(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d), {attention.scale, attention.window},
-           scratch, mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * d, d));
+    attend(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d),
+           {attention.scale, attention.window}, scratch, mass != nullptr ? by_age.data() : nullptr,
+           out.middleCols(h * d, d));
     if (mass != nullptr) {
       mass->sum.row(h) += by_age.reverse().transpose();
     }
@@ -132,8 +135,8 @@ MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const Rota
     for (Index i = 0; i < branch.head_count; ++i) {
       const Index h = branch.first_head + i;
       key.leftCols(n) = expanded.middleCols(i * (n + w), n);
-      attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w), {attention.scale, 0},
-             scratch, nullptr, out.middleCols(h * w, w));
+      attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w),
+             {attention.scale, 0}, scratch, nullptr, out.middleCols(h * w, w));
     }
   }
   return out;

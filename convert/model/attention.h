@@ -67,7 +67,7 @@ struct LatentAttention {
   Linear q_down;
   RmsNorm q_norm;
   double q_mean_square = 0;  // E|z|² / size of what q acts on (q_down x, or x), as above
-  Linear q;           // [heads * (n + p), hidden or q rank]: per head n content rows, then p rotary rows (half-split)
+  Linear q;  // [heads * (n + p), hidden or q rank]: per head n content rows, then p rotary rows (half-split)
   Linear rotary_key;  // [p, hidden], half-split
   std::vector<LatentBranch> branches;
   Linear o;  // [hidden, heads * w]
@@ -83,9 +83,9 @@ struct DistanceMass {
   MatrixD sum;  // [heads, length], column = Δ
 };
 
-// Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before o_proj,
-// [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass, when given, is
-// added to; only GQA fills it.
+// Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before
+// o_proj, [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass,
+// when given, is added to; only GQA fills it.
 MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass = nullptr);
 MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table);

@@ -88,7 +88,8 @@ MlaGeometry parse_mla(const Reader& in, const Json& config, const std::filesyste
   }
   mla.attention_bias = in.flag_or("attention_bias", false);
   mla.rope_interleave = in.flag_or("rope_interleave", true);
-  // Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim ln(factor) + 1.
+  // Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim
+  // ln(factor) + 1.
   for (const char* key : {"rope_scaling", "rope_parameters"}) {
     const auto rope = config.find(key);
     if (rope == config.end() || !rope->is_object()) {
@@ -97,7 +98,8 @@ MlaGeometry parse_mla(const Reader& in, const Json& config, const std::filesyste
     const Reader parameters(*rope, path);
     const char* type_key = parameters.find("rope_type") != nullptr ? "rope_type" : "type";
     const bool plain = parameters.find(type_key) == nullptr || parameters.text(type_key) == "default";
-    const double all_dim = parameters.find("mscale_all_dim") != nullptr ? parameters.number("mscale_all_dim") : 0;
+    const double all_dim =
+        parameters.find("mscale_all_dim") != nullptr ? parameters.number("mscale_all_dim") : 0;
     const double factor = parameters.find("factor") != nullptr ? parameters.number("factor") : 1;
     if (!plain && all_dim != 0 && factor > 1) {
       const double mscale = 0.1 * all_dim * std::log(factor) + 1;
@@ -128,7 +130,8 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
   out.model_type = in.text("model_type");
   const Family* family = find_family(out.model_type);
   if (family == nullptr) {
-    fail_input({config_path, "", "model_type", "one of " + known_model_types(), "\"" + out.model_type + "\"", ""});
+    fail_input(
+        {config_path, "", "model_type", "one of " + known_model_types(), "\"" + out.model_type + "\"", ""});
   }
   out.hidden_size = in.size("hidden_size");
   out.num_hidden_layers = in.size("num_hidden_layers");
@@ -159,9 +162,10 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
     out.mla = parse_mla(in, config, config_path);
     const Index dense = in.find("first_k_dense_replace") == nullptr ? 0 : in.count("first_k_dense_replace");
     if (dense < out.num_hidden_layers) {
-      fail_input({config_path, "", "first_k_dense_replace",
-                  "at least num_hidden_layers = " + std::to_string(out.num_hidden_layers) + " (dense layers only)",
-                  std::to_string(dense), ""});
+      fail_input(
+          {config_path, "", "first_k_dense_replace",
+           "at least num_hidden_layers = " + std::to_string(out.num_hidden_layers) + " (dense layers only)",
+           std::to_string(dense), ""});
     }
     out.rotary = parse_rotary(config, out.mla->qk_rope_head_dim, config_path);
   } else {
@@ -172,7 +176,8 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
     }
     gqa.head_dim = in.size_or("head_dim", out.hidden_size / out.num_attention_heads);
     if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
-      in.complain("num_key_value_heads", "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
+      in.complain("num_key_value_heads",
+                  "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
     }
     out.gqa = gqa;
     out.sliding_window = parse_sliding_window(in);

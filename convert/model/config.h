@@ -12,7 +12,8 @@
 
 namespace relatent {
 
-// Grouped-query attention: num_attention_heads queries share num_key_value_heads keys and values of size head_dim.
+// Grouped-query attention: num_attention_heads queries share num_key_value_heads keys and values of size
+// head_dim.
 struct GqaGeometry {
   Index num_key_value_heads = 0;
   Index head_dim = 0;
@@ -50,13 +51,16 @@ struct ModelConfig {
   // Numbers kept per token and layer: 2 K d for GQA, r + p for MLA.
   Index cache_numbers() const;
   // Cache bytes per token over all layers, at the config's dtype.
-  Index cache_bytes_per_token() const { return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype)); }
-  // The same on one of tp tensor-parallel devices: GQA splits (and then repeats) its heads, one latent is held by all.
+  Index cache_bytes_per_token() const {
+    return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype));
+  }
+  // The same on one of tp tensor-parallel devices: GQA splits (and then repeats) its heads, one latent is
+  // held by all.
   Index cache_bytes_per_token_on_device(Index tp) const;
 };
 
-// Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing keys,
-// sizes that do not fit together, an activation other than silu.
+// Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing
+// keys, sizes that do not fit together, an activation other than silu.
 ModelConfig parse_config(const nlohmann::ordered_json& config, const std::filesystem::path& config_path);
 
 }  // namespace relatent

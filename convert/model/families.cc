@@ -13,23 +13,47 @@ namespace {
 using Shape = std::vector<Index>;
 using Config = ModelConfig;
 
-Presence required(const Config& /*config*/) { return Presence::required; }
-Presence optional(const Config& /*config*/) { return Presence::optional; }
-Presence required_if(bool condition) { return condition ? Presence::required : Presence::absent; }
+Presence required(const Config& /*config*/) {
+  return Presence::required;
+}
+Presence optional(const Config& /*config*/) {
+  return Presence::optional;
+}
+Presence required_if(bool condition) {
+  return condition ? Presence::required : Presence::absent;
+}
 // A tied model may store the head again; the embedding is what counts.
-Presence head_presence(const Config& c) { return c.tie_word_embeddings ? Presence::optional : Presence::required; }
-Presence with_q_rank(const Config& c) { return required_if(c.mla->q_lora_rank.has_value()); }
-Presence without_q_rank(const Config& c) { return required_if(!c.mla->q_lora_rank.has_value()); }
-Presence with_bias(const Config& c) { return required_if(c.mla->attention_bias); }
+Presence head_presence(const Config& c) {
+  return c.tie_word_embeddings ? Presence::optional : Presence::required;
+}
+Presence with_q_rank(const Config& c) {
+  return required_if(c.mla->q_lora_rank.has_value());
+}
+Presence without_q_rank(const Config& c) {
+  return required_if(!c.mla->q_lora_rank.has_value());
+}
+Presence with_bias(const Config& c) {
+  return required_if(c.mla->attention_bias);
+}
 Presence with_q_rank_and_bias(const Config& c) {
   return required_if(c.mla->attention_bias && c.mla->q_lora_rank.has_value());
 }
 
-Shape hidden(const Config& c) { return {c.hidden_size}; }
-Shape vocab_by_hidden(const Config& c) { return {c.vocab_size, c.hidden_size}; }
-Shape inner(const Config& c) { return {c.intermediate_size}; }
-Shape inner_by_hidden(const Config& c) { return {c.intermediate_size, c.hidden_size}; }
-Shape hidden_by_inner(const Config& c) { return {c.hidden_size, c.intermediate_size}; }
+Shape hidden(const Config& c) {
+  return {c.hidden_size};
+}
+Shape vocab_by_hidden(const Config& c) {
+  return {c.vocab_size, c.hidden_size};
+}
+Shape inner(const Config& c) {
+  return {c.intermediate_size};
+}
+Shape inner_by_hidden(const Config& c) {
+  return {c.intermediate_size, c.hidden_size};
+}
+Shape hidden_by_inner(const Config& c) {
+  return {c.hidden_size, c.intermediate_size};
+}
 
 // The tensors that every family shares.
 std::vector<TensorRule> with_common(std::vector<TensorRule> attention) {
@@ -47,14 +71,30 @@ std::vector<TensorRule> with_common(std::vector<TensorRule> attention) {
   return rules;
 }
 
-Index q_rows(const Config& c) { return c.num_attention_heads * c.gqa->head_dim; }
-Index kv_rows(const Config& c) { return c.gqa->num_key_value_heads * c.gqa->head_dim; }
-Shape q_shape(const Config& c) { return {q_rows(c), c.hidden_size}; }
-Shape kv_shape(const Config& c) { return {kv_rows(c), c.hidden_size}; }
-Shape o_shape(const Config& c) { return {c.hidden_size, q_rows(c)}; }
-Shape q_bias_shape(const Config& c) { return {q_rows(c)}; }
-Shape kv_bias_shape(const Config& c) { return {kv_rows(c)}; }
-Shape inv_freq_shape(const Config& c) { return {c.gqa->head_dim / 2}; }
+Index q_rows(const Config& c) {
+  return c.num_attention_heads * c.gqa->head_dim;
+}
+Index kv_rows(const Config& c) {
+  return c.gqa->num_key_value_heads * c.gqa->head_dim;
+}
+Shape q_shape(const Config& c) {
+  return {q_rows(c), c.hidden_size};
+}
+Shape kv_shape(const Config& c) {
+  return {kv_rows(c), c.hidden_size};
+}
+Shape o_shape(const Config& c) {
+  return {c.hidden_size, q_rows(c)};
+}
+Shape q_bias_shape(const Config& c) {
+  return {q_rows(c)};
+}
+Shape kv_bias_shape(const Config& c) {
+  return {kv_rows(c)};
+}
+Shape inv_freq_shape(const Config& c) {
+  return {c.gqa->head_dim / 2};
+}
 
 std::vector<TensorRule> gqa_rules(Presence (*qkv_bias)(const Config&)) {
   std::vector<TensorRule> rules = {
@@ -75,16 +115,30 @@ std::vector<TensorRule> gqa_rules(Presence (*qkv_bias)(const Config&)) {
 Index mla_q_rows(const Config& c) {
   return c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->qk_rope_head_dim);
 }
-Shape mla_q_b_shape(const Config& c) { return {mla_q_rows(c), c.mla->q_lora_rank.value_or(c.hidden_size)}; }
-Shape q_a_shape(const Config& c) { return {c.mla->q_lora_rank.value_or(0), c.hidden_size}; }
-Shape q_a_vector_shape(const Config& c) { return {c.mla->q_lora_rank.value_or(0)}; }
-Shape kv_a_shape(const Config& c) { return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim, c.hidden_size}; }
-Shape kv_a_bias_shape(const Config& c) { return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim}; }
-Shape kv_a_norm_shape(const Config& c) { return {c.mla->kv_lora_rank}; }
+Shape mla_q_b_shape(const Config& c) {
+  return {mla_q_rows(c), c.mla->q_lora_rank.value_or(c.hidden_size)};
+}
+Shape q_a_shape(const Config& c) {
+  return {c.mla->q_lora_rank.value_or(0), c.hidden_size};
+}
+Shape q_a_vector_shape(const Config& c) {
+  return {c.mla->q_lora_rank.value_or(0)};
+}
+Shape kv_a_shape(const Config& c) {
+  return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim, c.hidden_size};
+}
+Shape kv_a_bias_shape(const Config& c) {
+  return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim};
+}
+Shape kv_a_norm_shape(const Config& c) {
+  return {c.mla->kv_lora_rank};
+}
 Shape kv_b_shape(const Config& c) {
   return {c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->v_head_dim), c.mla->kv_lora_rank};
 }
-Shape mla_o_shape(const Config& c) { return {c.hidden_size, c.num_attention_heads * c.mla->v_head_dim}; }
+Shape mla_o_shape(const Config& c) {
+  return {c.hidden_size, c.num_attention_heads * c.mla->v_head_dim};
+}
 
 std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more) {
   rules.insert(rules.end(), more.begin(), more.end());
@@ -149,7 +203,9 @@ std::string list_names(const std::set<std::string>& names) {
 
 }  // namespace
 
-bool is_attention(Role role) { return role >= Role::q_weight && role <= Role::kv_b_weight; }
+bool is_attention(Role role) {
+  return role >= Role::q_weight && role <= Role::kv_b_weight;
+}
 
 const Family* find_family(std::string_view model_type) {
   for (const Family& family : families()) {
@@ -194,7 +250,8 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
       const TensorInfo& info = checkpoint.info(name);
       if (info.shape != std::vector<std::int64_t>(shape.begin(), shape.end())) {
         fail_input({checkpoint.file_of(name).path(), name, "shape",
-                    shape_text({shape.begin(), shape.end()}) + " by config.json", shape_text(info.shape), ""});
+                    shape_text({shape.begin(), shape.end()}) + " by config.json", shape_text(info.shape),
+                    ""});
       }
       if (!is_float(info.dtype)) {
         fail_input({checkpoint.file_of(name).path(), name, "dtype", "BF16, F16, F32 or F64",
@@ -204,8 +261,8 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
     }
   }
   if (!unplaced.empty()) {
-    fail_input({checkpoint.folder(), "", "tensors that have no place in a " + config.model_type + " model", "none",
-                list_names(unplaced), ""});
+    fail_input({checkpoint.folder(), "", "tensors that have no place in a " + config.model_type + " model",
+                "none", list_names(unplaced), ""});
   }
   if (!missing.empty()) {
     fail_input({checkpoint.folder(), "", "tensors that a " + config.model_type + " model needs are missing",

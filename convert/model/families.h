@@ -1,4 +1,5 @@
-// The families relatent knows, as data: which tensors a checkpoint holds, their shapes, and what becomes of them.
+// The families relatent knows, as data: which tensors a checkpoint holds, their shapes, and what becomes of
+// them.
 #pragma once
 
 #include <string>
@@ -51,7 +52,7 @@ enum class Presence { required, optional, absent };
 
 struct TensorRule {
   Role role;
-  std::string_view name;                // "{i}" stands for the layer index
+  std::string_view name;  // "{i}" stands for the layer index
   Presence (*presence)(const ModelConfig&);
   // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}.
   std::vector<Index> (*shape)(const ModelConfig&);
@@ -65,7 +66,7 @@ struct Family {
 };
 
 const Family* find_family(std::string_view model_type);  // nullptr when unknown
-std::string known_model_types();                          // "llama, mistral, ..."
+std::string known_model_types();                         // "llama, mistral, ..."
 
 // A tensor of a checkpoint that has been matched to its rule.
 struct PlacedTensor {
@@ -74,8 +75,8 @@ struct PlacedTensor {
   Index layer_idx;  // -1 outside the layers
 };
 
-// Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that names every
-// tensor without a place, every missing one, or the first one whose shape or dtype is wrong.
+// Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that
+// names every tensor without a place, every missing one, or the first one whose shape or dtype is wrong.
 std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const ModelConfig& config);
 
 }  // namespace relatent

@@ -21,10 +21,10 @@ struct Position {
   float converted_peak = -std::numeric_limits<float>::infinity();
   std::int32_t source_top = -1;
   std::int32_t converted_top = -1;
-  double source_sum = 0;     // Σ exp(logit - peak)
+  double source_sum = 0;  // Σ exp(logit - peak)
   double converted_sum = 0;
-  double cross = 0;          // Σ exp(source - source_peak) (source - converted)
-  float source_target = 0;   // logit of the true next token
+  double cross = 0;         // Σ exp(source - source_peak) (source - converted)
+  float source_target = 0;  // logit of the true next token
   float converted_target = 0;
 };
 
@@ -34,8 +34,10 @@ struct Totals {
   double max_abs = 0;
 };
 
-// Folds one slice of logits into the running peak and sum; returns the factor that earlier sums were scaled by.
-double fold(const Eigen::Ref<const RowVectorF>& logits, Index first, float& peak, std::int32_t& top, double& sum) {
+// Folds one slice of logits into the running peak and sum; returns the factor that earlier sums were scaled
+// by.
+double fold(const Eigen::Ref<const RowVectorF>& logits, Index first, float& peak, std::int32_t& top,
+            double& sum) {
   Index at = 0;
   const float here = logits.maxCoeff(&at);
   double factor = 1;
@@ -88,7 +90,8 @@ void run_layer(const Layer& layer, Stream& stream) {
   const RotaryTable table(rotary_of(layer.attention), stream.length());
   parallel_for(static_cast<std::size_t>(stream.count()), [&](std::size_t s) {
     auto hidden = stream.sequence(static_cast<Index>(s));
-    hidden += output_projection(layer.attention)(mix_heads(layer.attention, normed(layer.input_norm, hidden), table));
+    hidden += output_projection(layer.attention)(
+        mix_heads(layer.attention, normed(layer.input_norm, hidden), table));
     add_mlp(layer, hidden);
   });
 }
@@ -136,7 +139,8 @@ LogitComparison compare_logits(const Model& source, const Stream& source_stream,
         total.source_squared += static_cast<double>(ls.row(i).squaredNorm());
         total.max_abs = std::max(total.max_abs, static_cast<double>(diff.cwiseAbs().maxCoeff()));
         here.cross *= fold(ls.row(i), first, here.source_peak, here.source_top, here.source_sum);
-        here.cross += static_cast<double>(((ls.row(i).array() - here.source_peak).exp() * diff.array()).sum());
+        here.cross +=
+            static_cast<double>(((ls.row(i).array() - here.source_peak).exp() * diff.array()).sum());
         fold(lc.row(i), first, here.converted_peak, here.converted_top, here.converted_sum);
         if ((row + i) % length + 1 < length) {
           const Index target = sequences.tokens[at + 1] - first;
@@ -178,7 +182,8 @@ LogitComparison compare_logits(const Model& source, const Stream& source_stream,
   out.converted_nll = converted_nll / static_cast<double>(out.tokens);
   out.mean_kl = kl_sum / static_cast<double>(rows);
   out.top1_agreement = static_cast<double>(agreed) / static_cast<double>(rows);
-  out.rel_logit_error = source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
+  out.rel_logit_error =
+      source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
   return out;
 }
 

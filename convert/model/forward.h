@@ -1,4 +1,5 @@
-// The forward pass over many sequences, layer by layer, so that one layer's weights are all that is ever in memory.
+// The forward pass over many sequences, layer by layer, so that one layer's weights are all that is ever in
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -43,17 +44,17 @@ void run_layer(const Layer& layer, Stream& stream);
 // All logits of one sequence: [length, vocab].
 MatrixF logits_of(const Model& model, const Stream& stream, Index sequence);
 
-// Next-token statistics of one model, or of two side by side, over all sequences: a sequence's last position predicts
-// nothing. Logits are formed a slice of the vocabulary at a time and never stored.
+// Next-token statistics of one model, or of two side by side, over all sequences: a sequence's last position
+// predicts nothing. Logits are formed a slice of the vocabulary at a time and never stored.
 struct LogitComparison {
-  std::int64_t tokens = 0;         // predictions scored
-  double source_nll = 0;           // mean negative log likelihood, nats
+  std::int64_t tokens = 0;  // predictions scored
+  double source_nll = 0;    // mean negative log likelihood, nats
   double converted_nll = 0;
-  double mean_kl = 0;              // KL(source ‖ converted), nats, over all positions
+  double mean_kl = 0;  // KL(source ‖ converted), nats, over all positions
   double max_kl = 0;
-  double top1_agreement = 0;       // share of positions with the same most likely token
+  double top1_agreement = 0;  // share of positions with the same most likely token
   double max_abs_logit_diff = 0;
-  double rel_logit_error = 0;      // ‖converted - source‖ / ‖source‖ over all logits
+  double rel_logit_error = 0;  // ‖converted - source‖ / ‖source‖ over all logits
 };
 LogitComparison compare_logits(const Model& source, const Stream& source_stream, const Model& converted,
                                const Stream& converted_stream, const Sequences& sequences);

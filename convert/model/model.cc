@@ -8,7 +8,8 @@
 namespace relatent {
 namespace {
 
-// transformers builds the norms on the latents without an eps argument, so it is this whatever the config says.
+// transformers builds the norms on the latents without an eps argument, so it is this whatever the config
+// says.
 constexpr float latent_norm_eps = 1e-6F;
 
 // Brings the p rotary rows starting at `first` from interleaved pairs (2j, 2j+1) to halves (j, j + p/2).
@@ -24,7 +25,9 @@ void to_halves(Matrix& m, Index first, Index p) {
 }  // namespace
 
 Model::Model(Checkpoint checkpoint, ModelConfig config)
-    : checkpoint_(std::move(checkpoint)), config_(std::move(config)), tensors_(place_tensors(checkpoint_, config_)) {
+    : checkpoint_(std::move(checkpoint)),
+      config_(std::move(config)),
+      tensors_(place_tensors(checkpoint_, config_)) {
   for (const PlacedTensor& tensor : tensors_) {
     names_[{tensor.role, tensor.layer_idx}] = tensor.name;
   }

@@ -41,7 +41,8 @@ std::vector<double> geometric(double base, Index p) {
   for (Index i = 0; i < p / 2; ++i) {
     // transformers forms the exponent in float32.
     const double exponent = static_cast<float>(2 * i) / static_cast<float>(p);
-    out[static_cast<std::size_t>(i)] = 1.0 / static_cast<double>(static_cast<float>(std::pow(base, exponent)));
+    out[static_cast<std::size_t>(i)] =
+        1.0 / static_cast<double>(static_cast<float>(std::pow(base, exponent)));
   }
   return out;
 }
@@ -74,7 +75,8 @@ double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<doub
   const double fast = rope.number_or("beta_fast", 32);
   const double slow = rope.number_or("beta_slow", 1);
   const auto dim_of = [&](double rotations) {
-    return static_cast<double>(p) * std::log(original / (rotations * 2 * std::numbers::pi)) / (2 * std::log(base));
+    return static_cast<double>(p) * std::log(original / (rotations * 2 * std::numbers::pi)) /
+           (2 * std::log(base));
   };
   double low = dim_of(fast);
   double high = dim_of(slow);
@@ -109,14 +111,17 @@ double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
   const Json* long_list = rope.find("long_factor");
   for (const Json* list : {short_list, long_list}) {
     if (list == nullptr || !list->is_array() || list->size() != freq.size() ||
-        !std::all_of(list->begin(), list->end(), [](const Json& v) { return v.is_number() && v.get<double>() > 0; })) {
-      fail_input({rope.path, "", "longrope factors", "two lists of " + std::to_string(freq.size()) + " positive numbers",
+        !std::all_of(list->begin(), list->end(),
+                     [](const Json& v) { return v.is_number() && v.get<double>() > 0; })) {
+      fail_input({rope.path, "", "longrope factors",
+                  "two lists of " + std::to_string(freq.size()) + " positive numbers",
                   list == nullptr ? "nothing" : std::to_string(list->size()) + " entries", ""});
     }
   }
   if (*short_list != *long_list) {
     fail_input({rope.path, "", "longrope with different short and long factors", "one list of frequencies",
-                "a list that changes with the sequence length", "set long_factor to the list you want to serve with"});
+                "a list that changes with the sequence length",
+                "set long_factor to the list you want to serve with"});
   }
   for (std::size_t i = 0; i < freq.size(); ++i) {
     const float ext = short_list->at(i).get<float>();
@@ -154,7 +159,8 @@ Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem:
   }
   for (const auto& [key, value] : parameters.items()) {
     if (value.is_object()) {
-      fail_input({config_path, "", "rope parameters per layer type", "one set for all layers", "a set for " + key, ""});
+      fail_input({config_path, "", "rope parameters per layer type", "one set for all layers",
+                  "a set for " + key, ""});
     }
   }
   const RopeSource rope{parameters, config, config_path};
@@ -167,7 +173,8 @@ Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem:
   }
   const double partial = rope.number_or("partial_rotary_factor", 1);
   if (partial != 1.0) {
-    fail_input({config_path, "", "partial_rotary_factor", "1 (every coordinate rotated)", std::to_string(partial), ""});
+    fail_input({config_path, "", "partial_rotary_factor", "1 (every coordinate rotated)",
+                std::to_string(partial), ""});
   }
 
   Rotary out;
@@ -195,7 +202,8 @@ Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem:
   } else if (out.rope_type == "longrope") {
     attention_factor = apply_longrope(rope, freq);
   } else if (out.rope_type != "default") {
-    fail_input({config_path, "", "rope_type", "default, linear, llama3, yarn or longrope", out.rope_type, ""});
+    fail_input(
+        {config_path, "", "rope_type", "default, linear, llama3, yarn or longrope", out.rope_type, ""});
   }
   out.attention_factor = static_cast<float>(attention_factor);
   out.inv_freq.assign(freq.begin(), freq.end());

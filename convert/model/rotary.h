@@ -22,13 +22,14 @@ struct Rotary {
 };
 
 // Reads the rotary embedding of a config for vectors of size p = rotary_dim, from `rope_parameters` or from
-// `rope_theta` + `rope_scaling` (`type` is accepted for `rope_type`). Types: default, linear, llama3, yarn, longrope
-// with equal short and long lists; formulas as in transformers' modeling_rope_utils. Throws Error (input) on another
-// type, a missing or non-numeric key, or an odd rotary_dim, naming config_path.
-Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim, const std::filesystem::path& config_path);
+// `rope_theta` + `rope_scaling` (`type` is accepted for `rope_type`). Types: default, linear, llama3, yarn,
+// longrope with equal short and long lists; formulas as in transformers' modeling_rope_utils. Throws Error
+// (input) on another type, a missing or non-numeric key, or an odd rotary_dim, naming config_path.
+Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim,
+                    const std::filesystem::path& config_path);
 
-// The `rope_parameters` that make transformers use exactly this list: type longrope with rope_theta 1, so that every
-// factor is the reciprocal of its frequency. A plain geometric list is not recognised here.
+// The `rope_parameters` that make transformers use exactly this list: type longrope with rope_theta 1, so
+// that every factor is the reciprocal of its frequency. A plain geometric list is not recognised here.
 nlohmann::ordered_json explicit_rope_parameters(const Rotary& rotary, std::int64_t max_position_embeddings);
 
 // Cosines and sines for positions 0 ... length - 1, attention factor included.
@@ -39,7 +40,8 @@ struct RotaryTable {
   RotaryTable(const Rotary& rotary, Index length);
 };
 
-// Rotates `heads` vectors of size p lying at columns first + h * stride ... + p of each row of x; row = position.
+// Rotates `heads` vectors of size p lying at columns first + h * stride ... + p of each row of x; row =
+// position.
 void rotate_in_place(const RotaryTable& table, Index first, Index stride, Index heads, MatrixF& x);
 
 }  // namespace relatent

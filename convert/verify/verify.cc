@@ -20,7 +20,9 @@ double relative(double diff_squared, double source_squared) {
   return source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
 }
 
-double squared(const MatrixF& m) { return m.cast<double>().squaredNorm(); }
+double squared(const MatrixF& m) {
+  return m.cast<double>().squaredNorm();
+}
 
 void check_same(const Model& source, const Model& converted, const char* key, Index expected, Index found) {
   if (expected != found) {
@@ -30,7 +32,8 @@ void check_same(const Model& source, const Model& converted, const char* key, In
   }
 }
 
-LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& converted, Stream& converted_stream) {
+LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& converted,
+                       Stream& converted_stream) {
   const RotaryTable source_table(rotary_of(source.attention), source_stream.length());
   const RotaryTable converted_table(rotary_of(converted.attention), source_stream.length());
   std::vector<SequenceErrors> errors(static_cast<std::size_t>(source_stream.count()));
@@ -47,7 +50,8 @@ LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& 
     add_mlp(source, source_stream.sequence(s));
     add_mlp(converted, converted_stream.sequence(s));
     errors[i] = {squared(from_converted - from_source), squared(from_source),
-                 squared(converted_stream.sequence(s) - source_stream.sequence(s)), squared(source_stream.sequence(s))};
+                 squared(converted_stream.sequence(s) - source_stream.sequence(s)),
+                 squared(source_stream.sequence(s))};
   });
   SequenceErrors sum;
   for (const SequenceErrors& e : errors) {
@@ -56,7 +60,8 @@ LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& 
     sum.residual_diff += e.residual_diff;
     sum.residual_source += e.residual_source;
   }
-  return {relative(sum.attention_diff, sum.attention_source), relative(sum.residual_diff, sum.residual_source)};
+  return {relative(sum.attention_diff, sum.attention_source),
+          relative(sum.residual_diff, sum.residual_source)};
 }
 
 }  // namespace
@@ -108,8 +113,8 @@ nlohmann::ordered_json to_json(const Verification& v) {
   }
   out["layers"] = nlohmann::ordered_json::array();
   for (const LayerFidelity& layer : v.layers) {
-    out["layers"].push_back(
-        {{"attention_rel_error", layer.attention_rel_error}, {"residual_rel_error", layer.residual_rel_error}});
+    out["layers"].push_back({{"attention_rel_error", layer.attention_rel_error},
+                             {"residual_rel_error", layer.residual_rel_error}});
   }
   return out;
 }

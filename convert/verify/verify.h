@@ -16,16 +16,17 @@ namespace relatent {
 inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
 
 struct LayerFidelity {
-  double attention_rel_error = 0;  // ‖attention output difference‖ / ‖source attention output‖, o_proj included
-  double residual_rel_error = 0;   // the same of the residual stream after the layer
+  double attention_rel_error =
+      0;  // ‖attention output difference‖ / ‖source attention output‖, o_proj included
+  double residual_rel_error = 0;  // the same of the residual stream after the layer
 };
 
 struct Verification {
   LogitComparison logits;
   double source_ppl = 0;
   double converted_ppl = 0;
-  double nats = 0;  // ln(converted_ppl / source_ppl)
-  Index source_cache_bytes = 0;     // per token, all layers
+  double nats = 0;               // ln(converted_ppl / source_ppl)
+  Index source_cache_bytes = 0;  // per token, all layers
   Index converted_cache_bytes = 0;
   std::array<Index, reported_tp.size()> source_per_device{};
   std::array<Index, reported_tp.size()> converted_per_device{};

@@ -96,17 +96,25 @@ TEST(Threads, ExceptionReachesTheCaller) {
 }
 
 TEST(Threads, PiecesAfterAFailureAreSkipped) {
-  const ThreadCount count(1);
-  std::size_t last = 0;
-  EXPECT_THROW(parallel_for(40,
-                            [&](std::size_t i) {
-                              last = i;
-                              if (i == 5) {
-                                throw std::domain_error("piece failed");
-                              }
-                            }),
-               std::domain_error);
-  EXPECT_EQ(last, 5U);
+  for (const int threads : {1, 3}) {
+    const ThreadCount count(threads);
+    std::atomic<int> runs{0};
+    EXPECT_THROW(parallel_for(200,
+                              [&](std::size_t i) {
+                                if (i == 5) {
+                                  throw std::domain_error("piece failed");
+                                }
+                                ++runs;
+                                // Long against the time that the failure takes to be known.
+                                std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                              }),
+                 std::domain_error);
+    EXPECT_GE(runs, 5) << threads;
+    EXPECT_LT(runs, 199) << threads;
+    if (threads == 1) {
+      EXPECT_EQ(runs, 5);
+    }
+  }
 }
 
 TEST(Threads, NestedCallsRunSerially) {

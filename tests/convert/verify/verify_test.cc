@@ -86,6 +86,20 @@ TEST(Verify, ErrorsStandAtTheLayerThatMakesThem) {
   EXPECT_EQ(to_json(again).dump(), to_json(found).dump());
 }
 
+TEST(Verify, EitherModelRunsItsOwnMlp) {
+  const TempFolder folder;
+  TinyModel tiny = tiny_model();
+  const Model source = open(tiny, folder, "source");
+  for (float& value : tiny.tensors.at(testing_support::layer_name(0, "mlp.down_proj.weight")).values) {
+    value *= 0.5F;
+  }
+  const Verification found =
+      verify(source, open(tiny, folder, "halved"), random_sequences(5, 2, 10, 50), ignore);
+  EXPECT_EQ(found.layers[0].attention_rel_error, 0);
+  EXPECT_GT(found.layers[0].residual_rel_error, 0.01);
+  EXPECT_GT(found.layers[1].attention_rel_error, 0.01);
+}
+
 TEST(Verify, CountsTheCacheOfBoth) {
   const TempFolder folder;
   const Model source = open(tiny_model({.kv_heads = 3}), folder, "source");
