@@ -97,8 +97,10 @@ void print_plan(const Conversion& conversion) {
 }
 
 ConvertOptions resolve(const Options& options) {
-  static const std::map<std::string, Method> methods = {
-      {"lossless", Method::lossless}, {"transmla", Method::transmla}, {"weights-only", Method::weights_only}};
+  static const std::map<std::string, Method> methods = {{"lossless", Method::lossless},
+                                                        {"transmla", Method::transmla},
+                                                        {"relatent", Method::relatent},
+                                                        {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
   out.method = methods.at(options.method);
   if (!options.calibration.empty()) {
@@ -181,7 +183,7 @@ void add_convert(CLI::App& app, Command& chosen) {
       ->add_option("--method", options->method,
                    "lossless: same cache, same output; transmla: the published "
                    "conversion; weights-only: without calibration")
-      ->check(CLI::IsMember({"lossless", "transmla", "weights-only"}))
+      ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}))
       ->required();
   command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
   command->add_option("--rank", convert.rank, "Size of the latent");

@@ -7,9 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "convert/forms/mla.h"
-#include "convert/latent/joint_latent.h"
 #include "convert/latent/lossless.h"
-#include "convert/latent/rotary_key.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"
 #include "formats/error.h"
@@ -136,6 +134,8 @@ std::string_view method_name(Method method) {
       return "lossless";
     case Method::transmla:
       return "transmla";
+    case Method::relatent:
+      return "relatent";
     case Method::weights_only:
       return "weights-only";
   }
@@ -149,8 +149,9 @@ Conversion::Conversion(ConvertOptions options)
   if (!engine_) {
     fail_usage("--engine " + options_.engine + " is not one of: " + std::string(known_engines()));
   }
-  if (options_.method == Method::transmla && !options_.calibration) {
-    fail_usage("--method transmla needs --calibration (make one with `relatent calibrate`)");
+  if ((options_.method == Method::transmla || options_.method == Method::relatent) && !options_.calibration) {
+    fail_usage("--method " + std::string(method_name(options_.method)) +
+               " needs --calibration (make one with `relatent calibrate`)");
   }
   if (options_.calibration) {
     calibration_ = CalibrationFile::open(*options_.calibration);
@@ -243,45 +244,53 @@ Moments Conversion::moments(Index layer_idx) const {
                               assumed_length);
 }
 
-Conversion::Recipe Conversion::make_recipe() const {
-  Recipe recipe;
-  if (options_.method == Method::transmla) {
-    recipe.fold = options_.fold ? *options_.fold : choose_fold();
-  } else if (options_.method == Method::weights_only) {
-    std::vector<Concentration> layers;
-    for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
-      const LayerMaps maps = maps_of(std::get<GqaAttention>(source_.attention(i)));
-      const Moments known = moments(i);
-      layers.push_back(concentrate(maps, known, expected_rotation(maps, known)));
-    }
-    recipe.components = allocate_components(layers, plan_.shape.rope_dim);
-  }
-  return recipe;
-}
-
-LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known, const Recipe& recipe) const {
+LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known, Index fold) const {
   const LatentShape& shape = plan_.shape;
   const LayerMaps maps = maps_of(std::get<GqaAttention>(source_.attention(layer_idx)));
-  switch (options_.method) {
-    case Method::lossless:
-      return assemble_mla(maps, known, lossless_rotary_key(maps), lossless_latent(maps), std::nullopt);
-    case Method::transmla: {
-      const TransmlaOptions options{shape.rope_dim, recipe.fold, options_.balance, options_.balance_columns};
-      const TransmlaKey key = transmla_rotary_key(maps, known, options);
-      std::optional<LowRankQuery> query;
-      if (shape.q_rank) {
-        query = transmla_query(maps, known, *shape.q_rank);
-      }
-      return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank),
-                          query);
+  if (options_.method == Method::lossless) {
+    return assemble_mla(maps, known, lossless_rotary_key(maps), lossless_latent(maps), std::nullopt);
+  }
+  const TransmlaOptions options{shape.rope_dim, fold, options_.balance, options_.balance_columns};
+  const TransmlaKey key = transmla_rotary_key(maps, known, options);
+  std::optional<LowRankQuery> query;
+  if (shape.q_rank) {
+    query = transmla_query(maps, known, *shape.q_rank);
+  }
+  return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
+}
+
+void Conversion::convert_independently(Index fold, const WriteLayer& write) const {
+  // As many layers at a time as there are threads; written in order.
+  const Index layers = source_.config().num_hidden_layers;
+  const Index at_once = std::max(1, num_threads());
+  for (Index first = 0; first < layers; first += at_once) {
+    std::vector<std::optional<LatentAttention>> done(
+        static_cast<std::size_t>(std::min(at_once, layers - first)));
+    // HDF5 is not for several threads at once.
+    std::vector<Moments> known;
+    for (std::size_t i = 0; i < done.size(); ++i) {
+      known.push_back(moments(first + static_cast<Index>(i)));
     }
-    case Method::weights_only: {
-      const MatrixC gamma = expected_rotation(maps, known);
-      const RotaryKey key = rotary_key(maps, concentrate(maps, known, gamma), gamma, recipe.components);
-      return assemble_mla(maps, known, key, joint_latent(maps, known, key, {shape.rank, 1.0}), std::nullopt);
+    parallel_for(done.size(), [&](std::size_t i) {
+      done[i] = convert_layer(first + static_cast<Index>(i), known[i], fold);
+    });
+    for (std::size_t i = 0; i < done.size(); ++i) {
+      write(first + static_cast<Index>(i), *done[i]);
     }
   }
-  throw std::logic_error("unknown method");
+}
+
+void Conversion::convert_in_sequence(const WriteLayer& write) const {
+  RelatentOptions options = options_.relatent;
+  options.rank = plan_.shape.rank;
+  options.rope_dim = plan_.shape.rope_dim;
+  const bool fits = options_.method == Method::relatent;
+  RelatentConversion conversion(
+      source_, [this](Index layer_idx) { return moments(layer_idx); },
+      fits ? calibration_->sequences() : Sequences{}, options);
+  for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
+    write(i, conversion.next());
+  }
 }
 
 Index Conversion::choose_fold() const {
@@ -331,9 +340,10 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   if (calibration_) {
     check_calibration();
   }
-  const Recipe recipe = make_recipe();
+  Index fold = 0;
   if (options_.method == Method::transmla) {
-    report.fold = recipe.fold;
+    fold = options_.fold ? *options_.fold : choose_fold();
+    report.fold = fold;
   }
 
   std::vector<TensorSpec> specs;
@@ -351,28 +361,18 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
       source_.checkpoint().release(tensor.source);
     }
   }
-  // As many layers at a time as there are threads; written in order.
   std::optional<Rotary> rotary;
-  const Index layers = config.num_hidden_layers;
-  const Index at_once = std::max(1, num_threads());
-  for (Index first = 0; first < layers; first += at_once) {
-    std::vector<std::optional<LatentAttention>> done(
-        static_cast<std::size_t>(std::min(at_once, layers - first)));
-    // HDF5 is not for several threads at once.
-    std::vector<Moments> known;
-    for (std::size_t i = 0; i < done.size(); ++i) {
-      known.push_back(moments(first + static_cast<Index>(i)));
+  const auto write = [&](Index layer_idx, const LatentAttention& attention) {
+    if (!rotary) {
+      rotary = attention.rotary;
     }
-    parallel_for(done.size(), [&](std::size_t i) {
-      done[i] = convert_layer(first + static_cast<Index>(i), known[i], recipe);
-    });
-    for (std::size_t i = 0; i < done.size(); ++i) {
-      if (!rotary) {
-        rotary = done[i]->rotary;
-      }
-      engine_->write_attention(*done[i], plan_.shape, first + static_cast<Index>(i), plan_.dtype, writer);
-      progress(first + static_cast<Index>(i) + 1, layers);
-    }
+    engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
+    progress(layer_idx + 1, config.num_hidden_layers);
+  };
+  if (options_.method == Method::lossless || options_.method == Method::transmla) {
+    convert_independently(fold, write);
+  } else {
+    convert_in_sequence(write);
   }
   writer.finish();
   for (const std::filesystem::path& file : plan_.side_files) {

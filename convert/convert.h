@@ -15,10 +15,11 @@
 #include "convert/latent/maps.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/model.h"
+#include "convert/relatent.h"
 
 namespace relatent {
 
-enum class Method { lossless, transmla, weights_only };
+enum class Method { lossless, transmla, relatent, weights_only };
 std::string_view method_name(Method method);
 
 struct ConvertOptions {
@@ -36,6 +37,8 @@ struct ConvertOptions {
   double balance = 1;
   TransmlaOptions::Columns balance_columns = TransmlaOptions::Columns::head;
   std::optional<Index> q_rank;
+  // relatent only; its sizes are filled in from the plan.
+  RelatentOptions relatent;
   std::string engine = "transformers";
   std::optional<DType> dtype;  // none = as the source
   std::uint64_t max_shard_bytes = 5'000'000'000;
@@ -77,11 +80,6 @@ struct ConvertReport {
 };
 
 class Conversion {
-  struct Recipe {
-    Index fold = 0;                 // transmla
-    std::vector<Index> components;  // weights-only: rotary components kept per frequency
-  };
-
  public:
   // Opens the source and plans. Throws Error: usage when options contradict each other or the source's sizes,
   // input when the source is not readable, not a GQA model, or holds something that has no place in the
@@ -101,10 +99,14 @@ class Conversion {
   void make_plan();
   void check_calibration() const;
   Moments moments(Index layer_idx) const;
-  // Decides what all layers must agree on, because the engine keeps one list of frequencies for all of them.
-  Recipe make_recipe() const;
-  LatentAttention convert_layer(Index layer_idx, const Moments& moments, const Recipe& recipe) const;
+  // Lossless and transmla; fold as choose_fold says.
+  LatentAttention convert_layer(Index layer_idx, const Moments& moments, Index fold) const;
+  // The fold that all layers share, because the engine keeps one list of frequencies for all of them.
   Index choose_fold() const;
+  // Calls write(layer index, converted attention) for every layer in order.
+  using WriteLayer = std::function<void(Index, const LatentAttention&)>;
+  void convert_independently(Index fold, const WriteLayer& write) const;
+  void convert_in_sequence(const WriteLayer& write) const;
 
   ConvertOptions options_;
   Model source_;

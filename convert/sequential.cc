@@ -14,81 +14,104 @@ namespace {
 // order.
 constexpr Index batch_tokens = 8192;
 
-// Calls body(first sequence, count) for batches of sequences.
-template <typename Body>
-void for_batches(const Stream& stream, const Body& body) {
-  const Index batch = std::max<Index>(1, batch_tokens / stream.length());
-  for (Index first = 0; first < stream.count(); first += batch) {
-    body(first, std::min(batch, stream.count() - first));
-  }
-}
-
-void apply_delta(const MatrixD& delta, Linear& map) {
-  const Index features = map.weight.cols();
-  map.weight = (map.weight.cast<double>() + delta.leftCols(features)).cast<float>();
-  if (delta.cols() > features) {
-    const RowVectorF change = delta.col(features).transpose().cast<float>();
-    map.bias = map.bias.size() > 0 ? RowVectorF(map.bias + change) : change;
-  }
-}
-
 }  // namespace
 
 TwinStreams::TwinStreams(const Model& source, const Sequences& sequences)
     : source_(source, sequences), converted_(source_) {}
 
-InputMoments TwinStreams::input_moments(const RmsNorm& input_norm) const {
-  const Index hidden = source_.hidden().cols();
-  const Index length = source_.length();
-  InputMoments out{MatrixD::Zero(hidden, hidden), VectorD::Zero(hidden), MatrixD::Zero(hidden, hidden)};
-  for_batches(source_, [&](Index first, Index count) {
-    MatrixF from_source(count * length, hidden);
-    MatrixF from_converted(count * length, hidden);
-    parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
-      const auto s = static_cast<Index>(i);
-      from_source.middleRows(s * length, length) = normed(input_norm, source_.sequence(first + s));
-      from_converted.middleRows(s * length, length) = normed(input_norm, converted_.sequence(first + s));
-    });
-    add_second_moment(from_converted, out.converted);
-    add_cross_moment(from_source, from_converted, out.cross);
-    out.converted_mean += from_converted.cast<double>().colwise().sum().transpose();
-  });
-  const auto tokens = static_cast<double>(source_.hidden().rows());
-  mirror_lower(out.converted);
-  out.converted /= tokens;
-  out.converted_mean /= tokens;
-  out.cross /= tokens;
+MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool affine) const {
+  const Index hidden = converted_.hidden().cols();
+  MatrixF out(converted_.length(), hidden + 1);
+  out.leftCols(hidden) = normed(norm, converted_.sequence(sequence));
+  out.col(hidden).setConstant(affine ? 1.0F : 0.0F);
   return out;
 }
 
-void TwinStreams::attention(const Layer& source, LatentAttention& converted, const RefitOptions& options) {
+AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine) {
   const auto& gqa = std::get<GqaAttention>(source.attention);
-  const RotaryTable source_table(gqa.rotary, source_.length());
-  const RotaryTable converted_table(converted.rotary, source_.length());
+  const RotaryTable table(gqa.rotary, source_.length());
+  const Index d = gqa.head_dim;
+  const Index hidden = source_.hidden().cols();
   const Index length = source_.length();
+  AttentionSample out;
+  out.count = source_.count();
+  out.length = length;
+  out.stride = std::clamp<Index>(stride, 1, length);
+  out.head_dim = d;
+  out.group_size = gqa.heads / gqa.kv_heads;
+  out.affine = affine;
+  out.inputs = [this, norm = source.input_norm, affine](Index sequence) {
+    return converted_inputs(norm, sequence, affine);
+  };
+  const Index rows = out.per_sequence();
+  out.sampled_inputs.resize(out.count * rows, hidden + 1);
+  out.source_query.resize(out.count * rows, gqa.heads * d);
+  out.source_key.resize(out.count * length, gqa.kv_heads * d);
+  out.target.resize(out.count * rows, hidden);
+  MatrixF values(out.count * length, gqa.kv_heads * d);
+  parallel_for(static_cast<std::size_t>(out.count), [&](std::size_t i) {
+    const auto s = static_cast<Index>(i);
+    const MatrixF x = normed(source.input_norm, source_.sequence(s));
+    const MatrixF converted = converted_inputs(source.input_norm, s, affine);
+    source_.sequence(s) += gqa.o(mix_heads(gqa, x, table));
+    MatrixF q = gqa.q(x);
+    rotate_in_place(table, 0, d, gqa.heads, q);
+    MatrixF k = gqa.k(x);
+    rotate_in_place(table, 0, d, gqa.kv_heads, k);
+    out.source_key.middleRows(s * length, length) = k;
+    values.middleRows(s * length, length) = gqa.v(x);
+    for (Index j = 0; j < rows; ++j) {
+      const Index at = out.position(s, j);
+      const Index row = s * rows + j;
+      out.sampled_inputs.row(row) = converted.row(at);
+      out.source_query.row(row) = q.row(at) * gqa.scale;
+      out.target.row(row) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
+    }
+  });
+  out.input_moment = MatrixD::Zero(hidden + 1, hidden + 1);
+  add_second_moment(out.sampled_inputs, out.input_moment);
+  mirror_lower(out.input_moment);
+  out.input_moment /= static_cast<double>(out.sampled_inputs.rows());
+  measure_value_spread(values, gqa.o.weight, out);
+  return out;
+}
+
+void TwinStreams::finish_attention(const Layer& source, LatentAttention& converted, bool refit,
+                                   double ridge) {
+  const RotaryTable table(converted.rotary, source_.length());
+  const Index length = source_.length();
+  const Index hidden = source_.hidden().cols();
   const Index features = converted.o.weight.cols();
+  if (!refit) {
+    parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
+      const auto s = static_cast<Index>(i);
+      converted_.sequence(s) +=
+          converted.o(mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table));
+    });
+    return;
+  }
+  const bool affine = converted.o.bias.size() > 0;
   // Head outputs of the converted stream; what follows needs them again once o_proj is known.
   MatrixF mixed(source_.hidden().rows(), features + 1);
-  RefitSums sums(source_.hidden().cols(), features + 1);
-  for_batches(source_, [&](Index first, Index count) {
-    MatrixF errors(count * length, source_.hidden().cols());
+  RefitSums sums(hidden, features + 1);
+  const Index batch = std::max<Index>(1, batch_tokens / length);
+  for (Index first = 0; first < source_.count(); first += batch) {
+    const Index count = std::min(batch, source_.count() - first);
+    MatrixF errors(count * length, hidden);
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const Index s = first + static_cast<Index>(i);
-      source_.sequence(s) +=
-          gqa.o(mix_heads(gqa, normed(source.input_norm, source_.sequence(s)), source_table));
-      const MatrixF a =
-          mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), converted_table);
+      const MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table);
       mixed.block(s * length, 0, length, features) = a;
-      mixed.block(s * length, features, length, 1).setOnes();
+      mixed.block(s * length, features, length, 1).setConstant(affine ? 1.0F : 0.0F);
       errors.middleRows(static_cast<Index>(i) * length, length) =
           source_.sequence(s) - converted_.sequence(s) - converted.o(a);
     });
-    if (options.output) {
-      sums.add(mixed.middleRows(first * length, count * length), errors);
-    }
-  });
-  if (options.output) {
-    apply_delta(refit_delta(sums, options.ridge), converted.o);
+    sums.add(mixed.middleRows(first * length, count * length), errors);
+  }
+  const MatrixD delta = refit_delta(sums, ridge);
+  converted.o.weight = (converted.o.weight.cast<double>() + delta.leftCols(features)).cast<float>();
+  if (affine) {
+    converted.o.bias = (converted.o.bias.cast<double>() + delta.col(features).transpose()).cast<float>();
   }
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
     const auto s = static_cast<Index>(i);
@@ -96,36 +119,10 @@ void TwinStreams::attention(const Layer& source, LatentAttention& converted, con
   });
 }
 
-void TwinStreams::mlp(const Layer& source, Linear& down, const RefitOptions& options) {
-  const Index length = source_.length();
-  const Index hidden = source_.hidden().cols();
-  RefitSums sums(hidden, options.mlp ? down.weight.cols() : 0);
-  for_batches(source_, [&](Index first, Index count) {
-    MatrixF features(options.mlp ? count * length : 0, down.weight.cols());
-    MatrixF errors(options.mlp ? count * length : 0, hidden);
-    parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
-      const Index s = first + static_cast<Index>(i);
-      add_mlp(source, source_.sequence(s));
-      if (!options.mlp) {
-        add_mlp(source, converted_.sequence(s));
-        return;
-      }
-      const Index row = static_cast<Index>(i) * length;
-      const MatrixF inner = mlp_inner(source, converted_.sequence(s));
-      features.middleRows(row, length) = inner;
-      errors.middleRows(row, length) = source_.sequence(s) - converted_.sequence(s) - down(inner);
-    });
-    if (options.mlp) {
-      sums.add(features, errors);
-    }
-  });
-  if (!options.mlp) {
-    return;
-  }
-  apply_delta(refit_delta(sums, options.ridge), down);
+void TwinStreams::finish_layer(const Layer& source) {
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
-    const auto s = static_cast<Index>(i);
-    converted_.sequence(s) += down(mlp_inner(source, converted_.sequence(s)));
+    add_mlp(source, source_.sequence(static_cast<Index>(i)));
+    add_mlp(source, converted_.sequence(static_cast<Index>(i)));
   });
 }
 

@@ -43,7 +43,10 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   MatrixD y(2 * keys, hidden + 1);
   y.topRows(keys) = key.residual * maps.k;
   y.bottomRows(keys) = maps.v;
-  const VectorD mean = y * moments.second.col(hidden);
+  VectorD mean = VectorD::Zero(2 * keys);
+  if (options.centred) {
+    mean = y * moments.second.col(hidden);
+  }
   // Centred: y - mean is the same map with another last column.
   y.col(hidden) -= mean;
   const MatrixD covariance = second_moment(y, moments);
@@ -56,7 +59,9 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
     MatrixD squared = MatrixD::Zero(keys, keys);
     for (Index h = 0; h < maps.heads; ++h) {
       const Index g = maps.group_of(h) * d;
-      if (value) {
+      if (!options.output_metric) {
+        squared.block(g, g, d, d).setIdentity();
+      } else if (value) {
         const auto o = maps.o.middleCols(h * d, d);
         squared.block(g, g, d, d) += o.transpose() * o;
       } else {

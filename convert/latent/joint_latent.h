@@ -8,6 +8,10 @@ namespace relatent {
 struct JointLatentOptions {
   Index rank = 0;
   double lambda = 1;  // weight of key errors against value errors
+  // false: A_K = A_V = 1, a PCA of balanced keys and values.
+  bool output_metric = true;
+  // false: S = E[y yᵀ] and nothing is shifted, for engines that have no bias to carry the mean.
+  bool centred = true;
 };
 
 // To first order an error in a key matters as q̃ · δk and one in a value as W_O δv, so with

@@ -28,11 +28,4 @@ MatrixD refit_delta(const RefitSums& sums, double ridge) {
   return ridge_solve(features, sums.error_moment.transpose(), 1).transpose();
 }
 
-MatrixD realignment(const MatrixD& cross_moment, const MatrixD& converted_moment, double ridge) {
-  const MatrixD error = cross_moment - converted_moment;
-  MatrixD out = ridge_solve(converted_moment, error.transpose(), ridge).transpose();
-  out.diagonal().array() += 1;
-  return out;
-}
-
 }  // namespace relatent

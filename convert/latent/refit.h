@@ -20,8 +20,4 @@ struct RefitSums {
 // positive definite; [out, F].
 MatrixD refit_delta(const RefitSums& sums, double ridge);
 
-// The linear map M with x_source ≈ M x_converted, x's being inputs of the same layer on the two streams:
-// M = I + (E[x_s x_cᵀ] - E[x_c x_cᵀ]) (E[x_c x_cᵀ] + ρ I)⁻¹, so that ρ → ∞ leaves the input alone. [D, D]
-MatrixD realignment(const MatrixD& cross_moment, const MatrixD& converted_moment, double ridge);
-
 }  // namespace relatent

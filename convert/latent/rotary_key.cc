@@ -24,9 +24,8 @@ void put_complex(MatrixD& m, Index row, Index row_half, Index col, Index col_hal
   m(row + row_half, col + col_half) = z.real();
 }
 
-}  // namespace
-
-MatrixC expected_rotation(const LayerMaps& maps, const Moments& moments) {
+// γ[h, f] of the header.
+MatrixC mean_rotation(const LayerMaps& maps, const Moments& moments) {
   const Index length = moments.distance_mass.cols();
   MatrixC turns(length, maps.pairs());
   for (Index f = 0; f < maps.pairs(); ++f) {
@@ -43,7 +42,20 @@ MatrixC expected_rotation(const LayerMaps& maps, const Moments& moments) {
   return gamma;
 }
 
-Concentration concentrate(const LayerMaps& maps, const Moments& moments, const MatrixC& gamma) {
+}  // namespace
+
+DroppedRotation expected_rotation(const LayerMaps& maps, const Moments& moments) {
+  MatrixC gamma = mean_rotation(maps, moments);
+  MatrixD loss = (1 - gamma.cwiseAbs2().array()).max(0);
+  return {std::move(gamma), std::move(loss)};
+}
+
+DroppedRotation unit_rotation(const LayerMaps& maps, const Moments& moments) {
+  const MatrixC gamma = mean_rotation(maps, moments);
+  return {MatrixC::Ones(gamma.rows(), gamma.cols()), (2 - 2 * gamma.real().array()).max(0)};
+}
+
+Concentration concentrate(const LayerMaps& maps, const Moments& moments, const DroppedRotation& dropped) {
   const Index half = maps.pairs();
   const Index groups = maps.kv_heads;
   const Index d = maps.head_dim;
@@ -57,7 +69,7 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const M
     VectorD weight = VectorD::Zero(groups);
     for (Index h = 0; h < maps.heads; ++h) {
       const double energy = query_energy(h * d + f) + query_energy(h * d + f + half);
-      weight(maps.group_of(h)) += energy * std::max(0.0, 1.0 - std::norm(gamma(h, f)));
+      weight(maps.group_of(h)) += energy * dropped.loss(h, f);
     }
     const double largest = weight.maxCoeff();
     weight = largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest)) : VectorD(VectorD::Ones(groups));
@@ -110,8 +122,35 @@ std::vector<Index> allocate_components(const std::vector<Concentration>& layers,
   return out;
 }
 
-RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration, const MatrixC& gamma,
-                     const std::vector<Index>& components) {
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim) {
+  const auto frequencies = static_cast<Index>(layers.front().loss.size());
+  const Index wanted = rope_dim / 2;
+  if (rope_dim % 2 != 0 || wanted < 1 || wanted > frequencies) {
+    throw std::invalid_argument("allocate_plain: rope_dim " + std::to_string(rope_dim));
+  }
+  PlainList best;
+  double most = -1;
+  for (Index stride = 1; (wanted - 1) * stride < frequencies; ++stride) {
+    double kept = 0;
+    for (Index i = 0; i < wanted; ++i) {
+      for (const Concentration& layer : layers) {
+        kept += layer.loss[static_cast<std::size_t>(i * stride)](0);
+      }
+    }
+    if (kept > most) {
+      most = kept;
+      best.stride = stride;
+    }
+  }
+  best.components.assign(static_cast<std::size_t>(frequencies), 0);
+  for (Index i = 0; i < wanted; ++i) {
+    best.components[static_cast<std::size_t>(i * best.stride)] = 1;
+  }
+  return best;
+}
+
+RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
+                     const DroppedRotation& dropped, const std::vector<Index>& components) {
   const Index d = maps.head_dim;
   const Index half = maps.pairs();
   Index pairs = 0;
@@ -141,7 +180,7 @@ RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration, 
     out.query.emplace_back(write.middleRows(maps.group_of(h) * d, d).transpose());
     MatrixD content = MatrixD::Zero(d, d);
     for (Index f = 0; f < half; ++f) {
-      put_complex(content, f, half, f, half, unrotated * std::conj(gamma(h, f)));
+      put_complex(content, f, half, f, half, unrotated * std::conj(dropped.stand_in(h, f)));
     }
     out.content_query.push_back(std::move(content));
   }

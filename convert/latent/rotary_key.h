@@ -8,27 +8,45 @@
 
 namespace relatent {
 
-// γ[h, f] = E_Δ[exp(-i θ_f Δ)] under the head's own distribution of attention over distance: the constant
-// that stands in for a dropped rotation with the least squared error. [H, d/2]
-MatrixC expected_rotation(const LayerMaps& maps, const Moments& moments);
+// What becomes of a rotation that is dropped: a constant g stands in for exp(-i θ_f Δ).
+struct DroppedRotation {
+  MatrixC stand_in;  // g[h, f], [H, d/2]
+  MatrixD loss;      // E_Δ|exp(-i θ_f Δ) - g|², [H, d/2]
+};
+
+// The best constant, g = γ[h, f] = E_Δ[exp(-i θ_f Δ)] under the head's own distribution of attention over
+// distance; its loss is 1 - |γ|².
+DroppedRotation expected_rotation(const LayerMaps& maps, const Moments& moments);
+
+// g = 1, what simply not rotating amounts to; its loss is 2 - 2 Re γ.
+DroppedRotation unit_rotation(const LayerMaps& maps, const Moments& moments);
 
 // Per frequency f, the combinations z = e^H D k_f of the K group keys by how much score variance is lost when
 // their rotation is dropped: eigenpairs of D C_f D with C_f = E[k_f k_f^H] (Hermitian: a complex combination
 // commutes with the rotation, and unlike a real one it can align the phases of different groups) and D² =
-// diag_κ Σ_{h in κ} E|q_hf|² (1 - |γ_hf|²).
+// diag_κ Σ_{h in κ} E|q_hf|² loss_hf.
 struct Concentration {
   std::vector<VectorD> loss;  // per frequency [K], largest first: scale² times the eigenvalues
   std::vector<MatrixC> read;  // per frequency [K, K]: row c gives z_c from the K keys
   std::vector<MatrixC>
       write;  // per frequency [K, K]: column c gives the K keys from z_c; write * read = identity
 };
-Concentration concentrate(const LayerMaps& maps, const Moments& moments, const MatrixC& gamma);
+Concentration concentrate(const LayerMaps& maps, const Moments& moments, const DroppedRotation& dropped);
 
 // Components kept per frequency, rope_dim / 2 in all: those with the largest loss summed over layers.
 std::vector<Index> allocate_components(const std::vector<Concentration>& layers, Index rope_dim);
 
+// The same for engines that only know the plain list base'^(-2i/rope_dim): one component of every stride-th
+// frequency, counted from the fastest, with the stride that keeps the largest loss. Every stride has its
+// base: base' = base^(stride * rope_dim / d).
+struct PlainList {
+  Index stride = 1;
+  std::vector<Index> components;  // as above
+};
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim);
+
 // The rotary key that keeps the components[f] leading combinations of every frequency f (each at most K).
-RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration, const MatrixC& gamma,
-                     const std::vector<Index>& components);
+RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
+                     const DroppedRotation& dropped, const std::vector<Index>& components);
 
 }  // namespace relatent

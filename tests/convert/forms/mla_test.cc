@@ -146,10 +146,11 @@ TEST(AssembleMla, ExactPiecesReturnTheSource) {
     const Index keys = sample.maps.key_dim();
     const MatrixF expected = output_of(sample.attention, sample.x);
     const LowRankQuery query = transmla_query(sample.maps, sample.moments, shape.heads * shape.head_dim);
-    const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
+    const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+    [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
     const std::vector<Index> all(static_cast<std::size_t>(sample.maps.pairs()), shape.kv_heads);
     const RotaryKey key =
-        rotary_key(sample.maps, concentrate(sample.maps, sample.moments, gamma), gamma, all);
+        rotary_key(sample.maps, concentrate(sample.maps, sample.moments, dropped), dropped, all);
     const JointLatent latent = joint_latent(sample.maps, sample.moments, key, {.rank = 2 * keys});
     for (const std::optional<LowRankQuery>& q : {std::optional<LowRankQuery>(), std::optional(query)}) {
       EXPECT_LE(relative_error(output_of(assemble_mla(sample.maps, sample.moments, key, latent, q), sample.x),

@@ -27,9 +27,10 @@ using testing_support::with_ones;
 
 // A rotary key of `pairs` components, the rest of the keys left over.
 RotaryKey some_key(const LayerSample& sample, Index pairs) {
-  const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
-  const Concentration concentration = concentrate(sample.maps, sample.moments, gamma);
-  return rotary_key(sample.maps, concentration, gamma, allocate_components({concentration}, 2 * pairs));
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
+  const Concentration concentration = concentrate(sample.maps, sample.moments, dropped);
+  return rotary_key(sample.maps, concentration, dropped, allocate_components({concentration}, 2 * pairs));
 }
 
 // A map whose outputs have mean zero.

@@ -42,7 +42,8 @@ TEST(ExpectedRotation, OfOneDistanceIsItsRotation) {
   for (Index h = 0; h < 6; ++h) {
     sample.moments.distance_mass(h, h + 2) = 1;
   }
-  const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
   ASSERT_EQ(gamma.rows(), 6);
   ASSERT_EQ(gamma.cols(), 4);
   for (Index h = 0; h < 6; ++h) {
@@ -56,7 +57,8 @@ TEST(ExpectedRotation, OfOneDistanceIsItsRotation) {
 
 TEST(ExpectedRotation, IsAMean) {
   const LayerSample sample = layer_sample(2);
-  const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
   for (Index h = 0; h < 6; ++h) {
     for (Index f = 0; f < 4; ++f) {
       Complex expected = 0;
@@ -93,8 +95,9 @@ TEST(Concentrate, SeparatesTheKeysIntoUncorrelatedComponents) {
     SCOPED_TRACE(shape.name);
     const LayerSample sample = layer_sample(3, shape);
     const LayerMaps& maps = sample.maps;
-    const MatrixC gamma = expected_rotation(maps, sample.moments);
-    const Concentration found = concentrate(maps, sample.moments, gamma);
+    const DroppedRotation dropped = expected_rotation(maps, sample.moments);
+    [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
+    const Concentration found = concentrate(maps, sample.moments, dropped);
     ASSERT_EQ(static_cast<Index>(found.loss.size()), maps.pairs());
     const MatrixD k = maps.k * with_ones(sample.x);
     for (Index f = 0; f < maps.pairs(); ++f) {
@@ -186,9 +189,10 @@ TEST(RotaryKey, WithEveryComponentLeavesNothing) {
   for (const GqaSample& shape : gqa_samples()) {
     SCOPED_TRACE(shape.name);
     const LayerSample sample = layer_sample(6, shape);
-    const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
+    const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+    [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
     const RotaryKey key =
-        rotary_key(sample.maps, concentrate(sample.maps, sample.moments, gamma), gamma,
+        rotary_key(sample.maps, concentrate(sample.maps, sample.moments, dropped), dropped,
                    std::vector<Index>(static_cast<std::size_t>(sample.maps.pairs()), shape.kv_heads));
     EXPECT_EQ(key.rope_dim(), sample.maps.key_dim());
     EXPECT_LE(key.residual.norm(), 1e-12);
@@ -202,9 +206,10 @@ TEST(RotaryKey, WithoutComponentsScoresAtTheExpectedDistance) {
   const Index distance = 4;
   sample.moments.distance_mass.setZero();
   sample.moments.distance_mass.col(distance).setOnes();
-  const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
   const RotaryKey key =
-      rotary_key(sample.maps, concentrate(sample.maps, sample.moments, gamma), gamma, {0, 0, 0, 0});
+      rotary_key(sample.maps, concentrate(sample.maps, sample.moments, dropped), dropped, {0, 0, 0, 0});
   EXPECT_EQ(key.rope_dim(), 0);
   EXPECT_TRUE(key.rotary.inv_freq.empty());
   EXPECT_TRUE(key.residual == MatrixD::Identity(16, 16));
@@ -226,9 +231,10 @@ TEST(RotaryKey, ScoreIsRotatedPlusExpected) {
        {std::vector<Index>{2, 1, 0, 1}, std::vector<Index>{1, 1, 1, 1}, std::vector<Index>{0, 2, 2, 0}}) {
     const LayerSample sample = layer_sample(9, {.attention_factor = 1.25F});
     const LayerMaps& maps = sample.maps;
-    const MatrixC gamma = expected_rotation(maps, sample.moments);
-    const Concentration concentration = concentrate(maps, sample.moments, gamma);
-    const RotaryKey key = rotary_key(maps, concentration, gamma, components);
+    const DroppedRotation dropped = expected_rotation(maps, sample.moments);
+    [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
+    const Concentration concentration = concentrate(maps, sample.moments, dropped);
+    const RotaryKey key = rotary_key(maps, concentration, dropped, components);
     ASSERT_EQ(static_cast<Index>(key.rotary.inv_freq.size()), key.rope_dim() / 2);
     Random random(10);
     const VectorD k = random.matrix_d(16, 1);
@@ -279,12 +285,13 @@ double leftover_energy(const LayerSample& sample, const MatrixD& residual) {
 
 TEST(RotaryKey, AlignsPhasesThatARealMixCannot) {
   const LayerSample sample = phase_shifted();
-  const MatrixC gamma = expected_rotation(sample.maps, sample.moments);
-  const Concentration found = concentrate(sample.maps, sample.moments, gamma);
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
+  const Concentration found = concentrate(sample.maps, sample.moments, dropped);
   for (std::size_t f = 0; f < 4; ++f) {
     EXPECT_LE(found.loss[f](1), 1e-12 * found.loss[f](0)) << f;
   }
-  const RotaryKey complex_key = rotary_key(sample.maps, found, gamma, {1, 1, 1, 1});
+  const RotaryKey complex_key = rotary_key(sample.maps, found, dropped, {1, 1, 1, 1});
   EXPECT_LE(leftover_energy(sample, complex_key.residual), 1e-12);
   const RotaryKey real_key = transmla_rotary_key(sample.maps, sample.moments, {.rope_dim = 8}).key;
   EXPECT_EQ(real_key.rope_dim(), complex_key.rope_dim());
@@ -295,8 +302,9 @@ TEST(RotaryKey, AlignsPhasesThatARealMixCannot) {
 TEST(RotaryKey, KeepsMoreOfATrainedLayerThanARealMix) {
   const LayerSample sample = trained_layer(2);
   const LayerMaps& maps = sample.maps;
-  const MatrixC gamma = expected_rotation(maps, sample.moments);
-  const Concentration found = concentrate(maps, sample.moments, gamma);
+  const DroppedRotation dropped = expected_rotation(maps, sample.moments);
+  [[maybe_unused]] const MatrixC& gamma = dropped.stand_in;
+  const Concentration found = concentrate(maps, sample.moments, dropped);
   const auto weighed_leftover = [&](const MatrixD& residual) {
     const MatrixD moment = second_moment(residual * maps.k, sample.moments);
     double out = 0;
@@ -316,7 +324,7 @@ TEST(RotaryKey, KeepsMoreOfATrainedLayerThanARealMix) {
     return out * maps.scale * maps.scale;
   };
   const std::vector<Index> one_each(16, 1);
-  const double left = weighed_leftover(rotary_key(maps, found, gamma, one_each).residual);
+  const double left = weighed_leftover(rotary_key(maps, found, dropped, one_each).residual);
   double promised = 0;
   double total = 0;
   for (const VectorD& loss : found.loss) {
@@ -327,7 +335,7 @@ TEST(RotaryKey, KeepsMoreOfATrainedLayerThanARealMix) {
   EXPECT_LT(left, weighed_leftover(transmla_rotary_key(maps, sample.moments, {.rope_dim = 32}).key.residual));
   // Free choice of frequencies does better still.
   const double free_choice =
-      weighed_leftover(rotary_key(maps, found, gamma, allocate_components({found}, 32)).residual);
+      weighed_leftover(rotary_key(maps, found, dropped, allocate_components({found}, 32)).residual);
   EXPECT_LT(free_choice, left);
   EXPECT_LT(left, total);
 }

@@ -1,0 +1,664 @@
+#include "convert/latent/attention_fit.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "convert/latent/refit.h"
+#include "linalg/decompose.h"
+#include "linalg/threads.h"
+
+namespace relatent {
+namespace {
+
+// Sampled queries handled at once.
+constexpr Index query_block = 32;
+// Sequences whose contributions are held before they are added up, one after the other.
+constexpr Index batch_sequences = 8;
+// Doubles that each vector of one conjugate-gradient run may take; heads are fitted in runs of that size.
+constexpr Index run_doubles = Index{1} << 24;
+// Ridge of the preconditioners on the side of the scores.
+constexpr double score_side_ridge = 1e-4;
+
+// Conjugate gradients on one or several independent systems A(X) = B, preconditioned, from X = 0. Every
+// vector is a list of matrices, one for each system.
+using Systems = std::vector<MatrixD>;
+
+struct Solution {
+  Systems x;
+  std::vector<double> gain;  // by how much xᵀAx - 2 bᵀx fell
+};
+
+template <typename Apply, typename Precondition>
+Solution conjugate_gradients(Systems residual, Index steps, const Apply& apply,
+                             const Precondition& precondition) {
+  const std::size_t count = residual.size();
+  Solution out{{}, std::vector<double>(count, 0)};
+  Systems direction(count);
+  std::vector<double> rz(count);
+  parallel_for(count, [&](std::size_t i) { direction[i] = precondition(residual[i], i); });
+  for (std::size_t i = 0; i < count; ++i) {
+    out.x.emplace_back(MatrixD::Zero(residual[i].rows(), residual[i].cols()));
+    rz[i] = residual[i].cwiseProduct(direction[i]).sum();
+  }
+  for (Index step = 0; step < steps; ++step) {
+    const Systems image = apply(direction);
+    parallel_for(count, [&](std::size_t i) {
+      const double curvature = direction[i].cwiseProduct(image[i]).sum();
+      if (!(curvature > 0) || !(rz[i] > 0)) {
+        return;  // solved, or nothing to solve
+      }
+      const double alpha = rz[i] / curvature;
+      out.x[i] += alpha * direction[i];
+      out.gain[i] += alpha * rz[i];
+      if (step + 1 < steps) {
+        residual[i] -= alpha * image[i];
+        const MatrixD next = precondition(residual[i], i);
+        const double next_rz = residual[i].cwiseProduct(next).sum();
+        direction[i] = next + (next_rz / rz[i]) * direction[i];
+        rz[i] = next_rz;
+      }
+    });
+  }
+  return out;
+}
+
+// A symmetric moment with its ridge inside, and the inverse of that.
+struct Side {
+  MatrixD moment;
+  MatrixD inverse;
+};
+
+Side regularised(MatrixD moment, double added) {
+  moment.diagonal().array() += added;
+  const Index n = moment.rows();
+  MatrixD inverse = ridge_solve(moment, MatrixD::Identity(n, n), 0);
+  return {std::move(moment), std::move(inverse)};
+}
+
+Side score_side(MatrixD moment) {
+  const double mean = moment.diagonal().mean();
+  // What says nothing (all zero) needs no step; any positive number keeps the inverse finite.
+  return regularised(std::move(moment), mean > 0 ? score_side_ridge * mean : 1);
+}
+
+double mean_square(const MatrixD& input_moment) {
+  return input_moment.diagonal().head(input_moment.rows() - 1).mean();
+}
+
+// The coordinates of a pair turn into one another, so they weigh the same, and none correlates with the
+// latent once the pair has turned.
+void average_pairs(MatrixD& moment, Index p) {
+  const VectorD diagonal = moment.diagonal().head(p);
+  moment.topRows(p).setZero();
+  moment.leftCols(p).setZero();
+  for (Index j = 0; j < p / 2; ++j) {
+    const double mean = 0.5 * (diagonal(j) + diagonal(j + p / 2));
+    moment(j, j) = mean;
+    moment(j + p / 2, j + p / 2) = mean;
+  }
+}
+
+RotaryTable reversed(RotaryTable table) {
+  table.sin = -table.sin;
+  return table;
+}
+
+// Rotations of all positions, and of the sampled ones for each offset at which a sequence may start.
+struct Turns {
+  RotaryTable all;
+  std::vector<RotaryTable> sampled;
+
+  Turns(const Rotary& rotary, const AttentionSample& sample) : all(rotary, sample.length) {
+    for (Index offset = 0; offset < std::min(sample.stride, sample.count); ++offset) {
+      RotaryTable table;
+      table.cos.resize(sample.per_sequence(), all.cos.cols());
+      table.sin.resize(sample.per_sequence(), all.sin.cols());
+      for (Index i = 0; i < sample.per_sequence(); ++i) {
+        table.cos.row(i) = all.cos.row(sample.position(offset, i));
+        table.sin.row(i) = all.sin.row(sample.position(offset, i));
+      }
+      sampled.push_back(std::move(table));
+    }
+  }
+  const RotaryTable& of(Index sequence) const {
+    return sampled[static_cast<std::size_t>(sequence) % sampled.size()];
+  }
+};
+
+MatrixF apply_map(const Eigen::Ref<const MatrixF>& x, const MatrixF& map) {
+  MatrixF out(x.rows(), map.rows());
+  out.noalias() = x * map.transpose();
+  return out;
+}
+
+// z of one sequence: [length, p + r]. `shrink`, when not empty, multiplies the latent of every token.
+MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
+                Index p) {
+  MatrixF z = apply_map(x, key);
+  if (shrink.size() > 0) {
+    z.rightCols(z.cols() - p).array().colwise() *= shrink.array();
+  }
+  rotate_in_place(table, 0, p, 1, z);
+  return z;
+}
+
+std::vector<MatrixF> all_keys(const AttentionSample& sample, const AbsorbedAttention& attention,
+                              const RotaryTable& table) {
+  const MatrixF key = attention.key.cast<float>();
+  std::vector<MatrixF> out(static_cast<std::size_t>(sample.count));
+  parallel_for(out.size(), [&](std::size_t s) {
+    const MatrixF x = sample.inputs(static_cast<Index>(s));
+    out[s] = keys_of(x, key, latent_shrink(attention, x), table, attention.rope_dim());
+  });
+  return out;
+}
+
+// The maps of several heads, one under the other.
+MatrixF stacked(const Systems& maps) {
+  const Index width = maps.front().rows();
+  MatrixF out(static_cast<Index>(maps.size()) * width, maps.front().cols());
+  for (std::size_t h = 0; h < maps.size(); ++h) {
+    out.middleRows(static_cast<Index>(h) * width, width) = maps[h].cast<float>();
+  }
+  return out;
+}
+
+// u of one sequence's sampled rows for all stacked heads: [per_sequence, heads * width].
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const MatrixF& map, Index width,
+                   const Turns& turns) {
+  const Index rows = sample.per_sequence();
+  MatrixF u = apply_map(sample.sampled_inputs.middleRows(sequence * rows, rows), map);
+  rotate_in_place(turns.of(sequence), 0, width, map.rows() / width, u);
+  return u;
+}
+
+// Calls body(first, rows, columns) for blocks of one sequence's sampled queries; columns = keys that the last
+// of them sees.
+template <typename Body>
+void for_blocks(const AttentionSample& sample, Index sequence, const Body& body) {
+  for (Index first = 0; first < sample.per_sequence(); first += query_block) {
+    const Index rows = std::min(query_block, sample.per_sequence() - first);
+    body(first, rows, sample.position(sequence, first + rows - 1) + 1);
+  }
+}
+
+// Logits to causal softmax weights.
+void softmax_rows(const AttentionSample& sample, Index sequence, Index first, MatrixF& logits) {
+  for (Index i = 0; i < logits.rows(); ++i) {
+    const Index seen = sample.position(sequence, first + i) + 1;
+    auto row = logits.row(i).head(seen).array();
+    row = (row - row.maxCoeff()).exp();
+    row *= 1.0F / row.sum();
+    logits.row(i).tail(logits.cols() - seen).setZero();
+  }
+}
+
+// The source's logits of one head's block of queries and their softmax, both [rows, columns].
+void source_block(const AttentionSample& sample, Index sequence, Index head, Index first, Index rows,
+                  Index columns, MatrixF& logits, MatrixF& weights) {
+  const Index d = sample.head_dim;
+  logits.resize(rows, columns);
+  logits.noalias() =
+      sample.source_query.block(sequence * sample.per_sequence() + first, head * d, rows, d) *
+      sample.source_key.block(sequence * sample.length, head / sample.group_size * d, columns, d).transpose();
+  weights = logits;
+  softmax_rows(sample, sequence, first, weights);
+}
+
+// scores -> weights ∘ (scores - Σ weights scores); returns Σ weights (scores - mean)².
+double centre(const MatrixF& weights, MatrixF& scores) {
+  double variance = 0;
+  for (Index i = 0; i < scores.rows(); ++i) {
+    const auto w = weights.row(i).array();
+    auto s = scores.row(i).array();
+    s -= (w * s).sum();
+    variance += static_cast<double>((w * s * s).sum());
+    s *= w;
+  }
+  return variance;
+}
+
+// Calls piece(sequence, slot) in parallel and then add(slot, of the same sequence) one after the other.
+template <typename Slot, typename Piece, typename Add>
+void in_batches(Index count, const Piece& piece, const Add& add) {
+  for (Index first = 0; first < count; first += batch_sequences) {
+    std::vector<Slot> slots(static_cast<std::size_t>(std::min(batch_sequences, count - first)));
+    parallel_for(slots.size(), [&](std::size_t i) { piece(first + static_cast<Index>(i), slots[i]); });
+    add(first, slots);
+  }
+}
+
+// The fewer queries there are for each unknown, the more of what they say is chance.
+double scarcity(const AttentionSample& sample) {
+  return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
+                 static_cast<double>(sample.sampled_inputs.rows());
+}
+
+// The score errors of a run of heads as a function of their queries.
+class QueryProblem {
+ public:
+  QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const Turns& turns,
+               const std::vector<MatrixF>& keys, Index first_head, Index head_count)
+      : sample_(sample),
+        turns_(turns),
+        keys_(keys),
+        first_head_(first_head),
+        head_count_(head_count),
+        p_(attention.rope_dim()),
+        width_(attention.width()) {}
+
+  struct Start {
+    Systems residual;
+    std::vector<MatrixD> key_moment;  // per head: within-query covariance of z, [p + r, p + r]
+    std::vector<double> error;        // J_h
+  };
+
+  // Where the given queries fall short of the source.
+  Start start(const Systems& queries) const {
+    Start out;
+    out.residual = zeros(queries);
+    out.key_moment.assign(queries.size(), MatrixD::Zero(width_, width_));
+    out.error.assign(queries.size(), 0);
+    const MatrixF map = stacked(queries);
+    in_batches<Slot>(
+        sample_.count, [&](Index s, Slot& slot) { run(s, map, true, slot); },
+        [&](Index first, const std::vector<Slot>& slots) {
+          add(first, slots, out.residual);
+          for (const Slot& slot : slots) {
+            for (std::size_t h = 0; h < queries.size(); ++h) {
+              out.key_moment[h] += slot.key_moment[h].cast<double>();
+              out.error[h] += slot.error[h];
+            }
+          }
+        });
+    for (std::size_t h = 0; h < queries.size(); ++h) {
+      out.residual[h] /= rows();
+      out.key_moment[h] /= rows();
+      out.error[h] /= rows();
+      average_pairs(out.key_moment[h], p_);
+    }
+    return out;
+  }
+
+  // The quadratic's matrix times a direction.
+  Systems apply(const Systems& direction) const {
+    Systems out = zeros(direction);
+    const MatrixF map = stacked(direction);
+    in_batches<Slot>(
+        sample_.count, [&](Index s, Slot& slot) { run(s, map, false, slot); },
+        [&](Index first, const std::vector<Slot>& slots) { add(first, slots, out); });
+    for (MatrixD& m : out) {
+      m /= rows();
+    }
+    return out;
+  }
+
+ private:
+  struct Slot {
+    MatrixF
+        pull;  // [per_sequence, heads * width]: Σ_n P_mn error_mn z_n, in the frame of the unrotated query
+    std::vector<MatrixF> key_moment;
+    std::vector<double> error;
+  };
+
+  double rows() const { return static_cast<double>(sample_.sampled_inputs.rows()); }
+
+  static Systems zeros(const Systems& like) {
+    Systems out;
+    for (const MatrixD& m : like) {
+      out.emplace_back(MatrixD::Zero(m.rows(), m.cols()));
+    }
+    return out;
+  }
+
+  void run(Index s, const MatrixF& map, bool against_source, Slot& slot) const {
+    const MatrixF u = queries_of(sample_, s, map, width_, turns_);
+    const MatrixF& z = keys_[static_cast<std::size_t>(s)];
+    slot.pull.resize(u.rows(), u.cols());
+    MatrixF logits;
+    MatrixF weights;
+    MatrixF scores;
+    for (Index i = 0; i < head_count_; ++i) {
+      VectorF received = VectorF::Zero(against_source ? sample_.length : 0);
+      MatrixF mean_key(against_source ? u.rows() : 0, width_);
+      double error = 0;
+      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
+        source_block(sample_, s, first_head_ + i, first, count, columns, logits, weights);
+        scores.resize(count, columns);
+        scores.noalias() = u.block(first, i * width_, count, width_) * z.topRows(columns).transpose();
+        if (against_source) {
+          scores = logits - scores;
+          received.head(columns) += weights.colwise().sum().transpose();
+          mean_key.middleRows(first, count).noalias() = weights * z.topRows(columns);
+        }
+        error += centre(weights, scores);
+        slot.pull.block(first, i * width_, count, width_).noalias() = scores * z.topRows(columns);
+      });
+      if (against_source) {
+        const MatrixF scaled = received.cwiseSqrt().asDiagonal() * z;
+        MatrixF moment(width_, width_);
+        moment.noalias() = scaled.transpose() * scaled;
+        moment.noalias() -= mean_key.transpose() * mean_key;
+        slot.key_moment.push_back(std::move(moment));
+        slot.error.push_back(error);
+      }
+    }
+    rotate_in_place(reversed(turns_.of(s)), 0, width_, head_count_, slot.pull);
+  }
+
+  void add(Index first_sequence, const std::vector<Slot>& slots, Systems& sum) const {
+    const Index rows = sample_.per_sequence();
+    parallel_for(sum.size(), [&](std::size_t h) {
+      MatrixF product(width_, sample_.sampled_inputs.cols());
+      for (std::size_t i = 0; i < slots.size(); ++i) {
+        product.noalias() =
+            slots[i].pull.middleCols(static_cast<Index>(h) * width_, width_).transpose() *
+            sample_.sampled_inputs.middleRows((first_sequence + static_cast<Index>(i)) * rows, rows);
+        sum[h] += product.cast<double>();
+      }
+    });
+  }
+
+  const AttentionSample& sample_;
+  const Turns& turns_;
+  const std::vector<MatrixF>& keys_;
+  Index first_head_;
+  Index head_count_;
+  Index p_;
+  Index width_;
+};
+
+// Errors of the scores and of the output as a function of the key map.
+class KeyProblem {
+ public:
+  KeyProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const Turns& turns,
+             double score_weight)
+      : sample_(sample),
+        attention_(attention),
+        turns_(turns),
+        query_(stacked(attention.query)),
+        o_(attention.o.cast<float>()),
+        weight_((score_weight * sample.value_spread).cast<float>()) {
+    for (const MatrixD& up : attention.value_up) {
+      value_up_.push_back(up.cast<float>());
+    }
+  }
+
+  MatrixD residual(const MatrixD& key) const { return run(key, true); }
+  MatrixD apply(const MatrixD& direction) const { return run(direction, false); }
+
+  // Σ_h weight_h E[u uᵀ] + value_upᵀ Oᵀ O value_up, [p + r, p + r]: the curvature seen by one token's key.
+  MatrixD score_moment() const {
+    const Index width = attention_.width();
+    const Index p = attention_.rope_dim();
+    MatrixD out = MatrixD::Zero(width, width);
+    for (Index h = 0; h < attention_.heads(); ++h) {
+      const auto at = static_cast<std::size_t>(h);
+      const MatrixD& query = attention_.query[at];
+      const MatrixD energy = query * sample_.input_moment * query.transpose();
+      out += static_cast<double>(weight_(h)) * energy;
+      const Index w = attention_.v_dim();
+      const MatrixD through = attention_.o.middleCols(h * w, w) * attention_.value_up[at];
+      out.bottomRightCorner(width - p, width - p) += through.transpose() * through;
+    }
+    average_pairs(out, p);
+    return out;
+  }
+
+ private:
+  MatrixD run(const MatrixD& key, bool against_source) const {
+    MatrixD sum = MatrixD::Zero(key.rows(), key.cols());
+    const MatrixF map = key.cast<float>();
+    in_batches<MatrixF>(
+        sample_.count, [&](Index s, MatrixF& slot) { slot = run(s, map, against_source); },
+        [&](Index, const std::vector<MatrixF>& slots) {
+          for (const MatrixF& slot : slots) {
+            sum += slot.cast<double>();
+          }
+        });
+    return sum / static_cast<double>(sample_.sampled_inputs.rows());
+  }
+
+  MatrixF run(Index s, const MatrixF& map, bool against_source) const {
+    const Index p = attention_.rope_dim();
+    const Index width = attention_.width();
+    const Index r = width - p;
+    const Index w = attention_.v_dim();
+    const Index heads = attention_.heads();
+    const Index rows = sample_.per_sequence();
+    const MatrixF x = sample_.inputs(s);
+    const VectorF shrink = latent_shrink(attention_, x);
+    const MatrixF z = keys_of(x, map, shrink, turns_.all, p);
+    const MatrixF u = queries_of(sample_, s, query_, width, turns_);
+    MatrixF pull = MatrixF::Zero(z.rows(), width);
+    MatrixF mixed(rows, heads * w);
+    MatrixF logits;
+    MatrixF scores;
+    MatrixF mean_latent;
+    // The weights are needed again once the output's error is known.
+    std::vector<MatrixF> weights;
+    for (Index h = 0; h < heads; ++h) {
+      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
+        MatrixF& here = weights.emplace_back();
+        source_block(sample_, s, h, first, count, columns, logits, here);
+        const auto queries = u.block(first, h * width, count, width);
+        scores.resize(count, columns);
+        scores.noalias() = queries * z.topRows(columns).transpose();
+        if (against_source) {
+          scores = logits - scores;
+        }
+        centre(here, scores);
+        scores *= weight_(h);
+        pull.topRows(columns).noalias() += scores.transpose() * queries;
+        mean_latent.resize(count, r);
+        mean_latent.noalias() = here * z.topRightCorner(columns, r);
+        mixed.block(first, h * w, count, w).noalias() =
+            mean_latent * value_up_[static_cast<std::size_t>(h)].transpose();
+      });
+    }
+    MatrixF output = apply_map(mixed, o_);
+    if (against_source) {
+      output = sample_.target.middleRows(s * rows, rows) - output;
+      output.rowwise() -= attention_.o_bias.transpose().cast<float>();
+    }
+    MatrixF wanted(rows, heads * w);
+    wanted.noalias() = output * o_;
+    std::size_t block = 0;
+    for (Index h = 0; h < heads; ++h) {
+      MatrixF latent(rows, r);
+      latent.noalias() = wanted.middleCols(h * w, w) * value_up_[static_cast<std::size_t>(h)];
+      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
+        pull.topRightCorner(columns, r).noalias() +=
+            weights[block++].transpose() * latent.middleRows(first, count);
+      });
+    }
+    rotate_in_place(reversed(turns_.all), 0, p, 1, pull);
+    if (shrink.size() > 0) {
+      pull.rightCols(r).array().colwise() *= shrink.array();
+    }
+    MatrixF out(width, x.cols());
+    out.noalias() = pull.transpose() * x;
+    return out;
+  }
+
+  const AttentionSample& sample_;
+  const AbsorbedAttention& attention_;
+  const Turns& turns_;
+  MatrixF query_;
+  MatrixF o_;
+  VectorF weight_;
+  std::vector<MatrixF> value_up_;
+};
+
+}  // namespace
+
+void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample) {
+  const Index d = sample.head_dim;
+  const Index heads = o.cols() / d;
+  std::vector<MatrixF> roots;
+  for (Index h = 0; h < heads; ++h) {
+    const MatrixD head = o.middleCols(h * d, d).cast<double>();
+    roots.push_back(symmetric_root(head.transpose() * head, 0).root.cast<float>());
+  }
+  VectorD sum = VectorD::Zero(heads);
+  in_batches<VectorD>(
+      sample.count,
+      [&](Index s, VectorD& slot) {
+        slot = VectorD::Zero(heads);
+        MatrixF logits;
+        MatrixF weights;
+        MatrixF mean;
+        for (Index h = 0; h < heads; ++h) {
+          MatrixF values(sample.length, d);
+          values.noalias() =
+              source_value.block(s * sample.length, h / sample.group_size * d, sample.length, d) *
+              roots[static_cast<std::size_t>(h)];
+          const VectorF squares = values.rowwise().squaredNorm();
+          for_blocks(sample, s, [&](Index first, Index count, Index columns) {
+            source_block(sample, s, h, first, count, columns, logits, weights);
+            mean.resize(count, d);
+            mean.noalias() = weights * values.topRows(columns);
+            slot(h) += static_cast<double>((weights * squares.head(columns)).sum()) -
+                       static_cast<double>(mean.squaredNorm());
+          });
+        }
+      },
+      [&](Index, const std::vector<VectorD>& slots) {
+        for (const VectorD& slot : slots) {
+          sum += slot;
+        }
+      });
+  sample.value_spread = (sum / static_cast<double>(sample.source_query.rows())).cwiseMax(0);
+}
+
+ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
+                       AbsorbedAttention& attention) {
+  const Turns turns(attention.rotary, sample);
+  const std::vector<MatrixF> keys = all_keys(sample, attention, turns.all);
+  const double ridge = options.query_ridge * scarcity(sample) * mean_square(sample.input_moment);
+  const Side inputs = regularised(sample.input_moment, ridge);
+  const Index heads = attention.heads();
+  const Index run = std::clamp<Index>(run_doubles / attention.query.front().size(), 1, heads);
+  ScoreError out;
+  for (Index first = 0; first < heads; first += run) {
+    const Index count = std::min(run, heads - first);
+    const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
+    const QueryProblem problem(sample, attention, turns, keys, first, count);
+    QueryProblem::Start start = problem.start(queries);
+    std::vector<Side> sides(queries.size());
+    parallel_for(sides.size(), [&](std::size_t h) { sides[h] = score_side(start.key_moment[h]); });
+    const Solution solution = conjugate_gradients(
+        std::move(start.residual), options.steps,
+        [&](const Systems& direction) {
+          Systems image = problem.apply(direction);
+          for (std::size_t h = 0; h < image.size(); ++h) {
+            image[h].noalias() += ridge * (sides[h].moment * direction[h]);
+          }
+          return image;
+        },
+        [&](const MatrixD& residual, std::size_t h) {
+          return MatrixD(sides[h].inverse * residual * inputs.inverse);
+        });
+    for (std::size_t h = 0; h < queries.size(); ++h) {
+      attention.query[static_cast<std::size_t>(first) + h] += solution.x[h];
+      out.before += start.error[h] / static_cast<double>(heads);
+      out.after += (start.error[h] - solution.gain[h]) / static_cast<double>(heads);
+    }
+  }
+  return out;
+}
+
+void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention) {
+  const Turns turns(attention.rotary, sample);
+  const double ridge = options.key_ridge * scarcity(sample) * mean_square(sample.input_moment);
+  const Side inputs = regularised(sample.input_moment, ridge);
+  const KeyProblem problem(sample, attention, turns, options.score_weight);
+  const Side scores = score_side(problem.score_moment());
+  const Solution solution = conjugate_gradients(
+      {problem.residual(attention.key)}, options.steps,
+      [&](const Systems& direction) {
+        MatrixD image = problem.apply(direction.front());
+        image.noalias() += ridge * (scores.moment * direction.front());
+        return Systems{image};
+      },
+      [&](const MatrixD& residual, std::size_t) {
+        return MatrixD(scores.inverse * residual * inputs.inverse);
+      });
+  attention.key += solution.x.front();
+}
+
+void fit_output(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention) {
+  const Turns turns(attention.rotary, sample);
+  const Index rows = sample.per_sequence();
+  const Index width = attention.width();
+  const Index p = attention.rope_dim();
+  const Index w = attention.v_dim();
+  const Index features = attention.heads() * w;
+  const MatrixF key = attention.key.cast<float>();
+  const MatrixF query = stacked(attention.query);
+  const MatrixF o = attention.o.cast<float>();
+  const RowVectorF bias = attention.o_bias.transpose().cast<float>();
+  RefitSums sums(o.rows(), features + 1);
+  in_batches<MatrixF>(
+      sample.count,
+      [&](Index s, MatrixF& mixed) {
+        const MatrixF x = sample.inputs(s);
+        const MatrixF z = keys_of(x, key, latent_shrink(attention, x), turns.all, p);
+        const MatrixF u = queries_of(sample, s, query, width, turns);
+        mixed.resize(rows, features + 1);
+        mixed.col(features).setConstant(sample.affine ? 1.0F : 0.0F);
+        MatrixF weights;
+        MatrixF mean_latent;
+        for (Index h = 0; h < attention.heads(); ++h) {
+          const MatrixF up = attention.value_up[static_cast<std::size_t>(h)].cast<float>();
+          for_blocks(sample, s, [&](Index first, Index count, Index columns) {
+            weights.resize(count, columns);
+            weights.noalias() = u.block(first, h * width, count, width) * z.topRows(columns).transpose();
+            softmax_rows(sample, s, first, weights);
+            mean_latent.resize(count, width - p);
+            mean_latent.noalias() = weights * z.topRightCorner(columns, width - p);
+            mixed.block(first, h * w, count, w).noalias() = mean_latent * up.transpose();
+          });
+        }
+      },
+      [&](Index first, const std::vector<MatrixF>& slots) {
+        MatrixF stack(static_cast<Index>(slots.size()) * rows, features + 1);
+        for (std::size_t i = 0; i < slots.size(); ++i) {
+          stack.middleRows(static_cast<Index>(i) * rows, rows) = slots[i];
+        }
+        MatrixF errors = sample.target.middleRows(first * rows, stack.rows());
+        errors.noalias() -= stack.leftCols(features) * o.transpose();
+        errors.rowwise() -= bias;
+        sums.add(stack, errors);
+      });
+  const MatrixD delta = refit_delta(sums, options.output_ridge * scarcity(sample));
+  attention.o += delta.leftCols(features);
+  attention.o_bias += delta.col(features);
+}
+
+ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
+                         AbsorbedAttention& attention) {
+  ScoreError out;
+  for (Index round = 0; round < options.rounds; ++round) {
+    if (options.queries) {
+      const ScoreError error = fit_queries(sample, options, attention);
+      out.before = round == 0 ? error.before : out.before;
+      out.after = error.after;
+      limit_content_rank(attention, sample.input_moment);
+    }
+    if (round + 1 == options.rounds) {
+      break;  // the output is refit on every token by whoever moves the streams
+    }
+    if (options.refit) {
+      fit_output(sample, options, attention);
+    }
+    if (options.keys) {
+      fit_keys(sample, options, attention);
+    }
+  }
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,78 @@
+// Least-squares fits of one latent layer to the source's attention on the calibration tokens: closed forms
+// and a few conjugate-gradient steps on linear systems. No gradients are followed and nothing is trained.
+//
+// All of them compare a sample of queries m with all keys n under the source's own attention weights P_mn.
+// Scores matter up to a constant per query, so the error of a head's scores is the within-query variance
+//   J_h = E_m Σ_n P_mn ((s_mn - u_m·z_n) - mean_m)²,
+// s being the source's scores and u·z the converted ones (absorbed.h). u = query[h] x̃ is linear in query[h]
+// and z = key x̃ in key: each is a linear least-squares problem while the other rests. The expected rotation
+// γ of rotary_key.h is the best single number per frequency; this finds the best linear map.
+#pragma once
+
+#include <functional>
+
+#include "convert/latent/absorbed.h"
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+struct FitOptions {
+  bool queries = true;
+  bool keys = true;
+  bool refit = true;  // o_proj, also on every token once the layer is fitted
+  Index rounds = 2;   // queries, output and keys in turn; the last round ends with the queries
+  Index steps = 2;    // conjugate-gradient steps of a query or key fit
+  Index stride = 8;   // every how many-th position of a sequence asks
+  // Ridges, against the mean square of what the fitted map reads. Fewer queries than unknowns raise them.
+  double query_ridge = 0.3;
+  double key_ridge = 0.1;
+  double output_ridge = 0.1;
+  double score_weight = 0.3;  // of score errors against value errors when the keys are fitted
+};
+
+// What the fits know of one layer's attention. Sampled rows lie sequence by sequence.
+struct AttentionSample {
+  Index count = 0;                       // sequences
+  Index length = 0;                      // positions in each
+  Index stride = 1;                      // at most length
+  Index head_dim = 0;                    // of the source, d
+  Index group_size = 1;                  // query heads per key head of the source
+  bool affine = true;                    // the converted layer may have biases: x̃ ends in 1, else in 0
+  std::function<MatrixF(Index)> inputs;  // x̃ of one sequence on the converted stream, [length, D + 1]
+  MatrixF sampled_inputs;                // [count * per_sequence, D + 1]
+  MatrixD input_moment;                  // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
+  MatrixF source_query;                  // [count * per_sequence, H d], rotated, times the softmax scale
+  MatrixF source_key;                    // [count * length, K d], rotated
+  MatrixF target;        // [count * per_sequence, D], what the attention should add to the converted stream
+  VectorD value_spread;  // per head E_m Σ_n P_mn |O_h (v_n - Σ_n P_mn v_n)|² of the source; [H]
+
+  Index per_sequence() const { return length / stride; }
+  // Sequences start at different offsets, so that every position asks in some of them.
+  Index position(Index sequence, Index i) const { return (sequence % stride) + (i * stride); }
+};
+
+// Σ over the sample's queries: fills value_spread from the source's values [count * length, K d] and o_proj
+// [D, H d].
+void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample);
+
+struct ScoreError {
+  double before = 0;  // mean of J_h over heads
+  double after = 0;   // the same by the fitted quadratic
+};
+
+// Changes every query[h]. Throws NumericalError when the sample holds NaN.
+ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
+                       AbsorbedAttention& attention);
+
+// Changes rotary key and latent together, against scores (per head weighed by value_spread) and against the
+// layer's output under the source's weights.
+void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
+
+// Changes o and its bias, under the converted weights.
+void fit_output(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
+
+// The alternation. before is what the closed forms left, after what the last fit of the queries leaves.
+ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
+                         AbsorbedAttention& attention);
+
+}  // namespace relatent

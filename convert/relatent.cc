@@ -1,0 +1,86 @@
+#include "convert/relatent.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <stdexcept>
+
+#include "convert/forms/mla.h"
+#include "convert/latent/joint_latent.h"
+
+namespace relatent {
+namespace {
+
+// Queries wanted for each unknown of a query's map before positions are left out.
+constexpr Index queries_per_unknown = 8;
+
+}  // namespace
+
+RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
+                                       const Sequences& sequences, const RelatentOptions& options)
+    : source_(source), moments_(std::move(moments)), options_(options) {
+  std::vector<Concentration> layers;
+  for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
+    const LayerMaps maps = maps_of(std::get<GqaAttention>(source.attention(i)));
+    const Moments known = moments_(i);
+    layers.push_back(concentrate(maps, known, dropped(maps, known)));
+  }
+  if (options.plain_list) {
+    PlainList list = allocate_plain(layers, options.rope_dim);
+    components_ = std::move(list.components);
+    list_stride_ = list.stride;
+  } else {
+    components_ = allocate_components(layers, options.rope_dim);
+  }
+  if (sequences.count > 0 && options.uses_tokens()) {
+    const Index tokens = sequences.count * sequences.length;
+    const Index unknowns = source.config().hidden_size + 1;
+    options_.fit.stride = std::clamp<Index>(tokens / (queries_per_unknown * unknowns), 1, options.fit.stride);
+    streams_ = std::make_unique<TwinStreams>(source, sequences);
+  }
+}
+
+DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments& moments) const {
+  return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
+}
+
+LatentAttention RelatentConversion::next() {
+  const Index layers = source_.config().num_hidden_layers;
+  if (next_ >= layers) {
+    throw std::logic_error("RelatentConversion: every layer has been converted");
+  }
+  const bool last = next_ + 1 == layers;
+  const Moments known = moments_(next_);
+  Layer layer;
+  if (streams_) {
+    layer = source_.layer(next_);
+  } else {
+    layer.attention = source_.attention(next_);
+  }
+  ++next_;
+  const LayerMaps maps = maps_of(std::get<GqaAttention>(layer.attention));
+  const DroppedRotation rotation = dropped(maps, known);
+  const RotaryKey key = rotary_key(maps, concentrate(maps, known, rotation), rotation, components_);
+  const JointLatent latent =
+      joint_latent(maps, known, key, {options_.rank, options_.lambda, options_.output_metric, true});
+  if (!streams_) {
+    return assemble_mla(maps, known, key, latent, std::nullopt);
+  }
+  AbsorbedAttention absorbed = absorb(maps, key, latent);
+  LatentAttention out;
+  {
+    const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, true);
+    score_error_ = fit_attention(sample, options_.fit, absorbed);
+    out = to_latent_attention(absorbed, sample.input_moment);
+  }
+  // A refit may give every layer a bias, whatever the closed forms left.
+  if (out.o.bias.size() == 0) {
+    out.o.bias = RowVectorF::Zero(out.o.out());
+  }
+  streams_->finish_attention(layer, out, options_.fit.refit, options_.fit.output_ridge);
+  if (!last) {
+    streams_->finish_layer(layer);
+  }
+  return out;
+}
+
+}  // namespace relatent

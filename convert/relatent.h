@@ -1,0 +1,58 @@
+// The conversion that this project is named after: rotation concentrated on few components, what loses its
+// rotation joined with the values in one latent, every layer then fitted to the source on the stream that the
+// converted layers before it produce. Without tokens to fit on, the closed forms alone.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "convert/latent/attention_fit.h"
+#include "convert/latent/rotary_key.h"
+#include "convert/model/model.h"
+#include "convert/sequential.h"
+
+namespace relatent {
+
+struct RelatentOptions {
+  Index rank = 0;                 // 1 ... 2 K d
+  Index rope_dim = 0;             // even, 2 ... K d; at most d for a plain list
+  double lambda = 1;              // of joint_latent.h
+  bool expected_rotation = true;  // false: a dropped rotation is replaced by 1
+  bool output_metric = true;      // false: the latent is a PCA of balanced keys and values
+  bool plain_list = false;        // frequencies as an engine with a geometric list can hold them
+  FitOptions fit;
+
+  bool uses_tokens() const { return fit.queries || fit.keys || fit.refit; }
+};
+
+class RelatentConversion {
+ public:
+  // moments gives what is known of a layer's input, for any layer and more than once. sequences are the
+  // tokens to fit on; empty for none. Reads every layer's attention once to allocate the rotary components,
+  // which all layers share because an engine keeps one list of frequencies.
+  RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
+                     const RelatentOptions& options);
+
+  // Converts the next layer, from the first to the last.
+  LatentAttention next();
+
+  // Of a plain list: every how many-th frequency of the source is kept.
+  Index list_stride() const { return list_stride_; }
+  // Score error of the layer converted last (zeros when queries are not fitted).
+  const ScoreError& score_error() const { return score_error_; }
+
+ private:
+  DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
+
+  const Model& source_;
+  std::function<Moments(Index)> moments_;
+  RelatentOptions options_;
+  std::vector<Index> components_;  // rotary components kept per frequency
+  Index list_stride_ = 1;
+  std::unique_ptr<TwinStreams> streams_;
+  Index next_ = 0;
+  ScoreError score_error_;
+};
+
+}  // namespace relatent
