@@ -203,6 +203,37 @@ void add_convert(CLI::App& app, Command& chosen) {
                    "authors' code does")
       ->check(CLI::IsMember({"head", "pca"}))
       ->capture_default_str();
+  RelatentOptions& own = convert.relatent;
+  command->add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--fit-rounds", own.fit.rounds,
+                   "relatent: how often queries, output and keys are fitted in turn")
+      ->check(CLI::Range(1, 100))
+      ->capture_default_str();
+  command
+      ->add_option("--fit-tokens", own.fit.tokens,
+                   "relatent: fit on so many tokens of the calibration; 0 = all, slower and closer")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--fit-stride", own.fit.stride,
+                   "relatent: fit on the queries of every n-th position; 1 is slower and closer")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  const auto stage = [&](const char* flag, bool& on, const char* what) {
+    command->add_flag_callback(
+        flag, [&on] { on = false; }, what);
+  };
+  stage("--no-expected-rotation", own.expected_rotation, "relatent: put 1 where a rotation is dropped");
+  stage("--no-output-metric", own.output_metric, "relatent: plain PCA for the latent");
+  stage("--no-query-fit", own.fit.queries, "relatent: leave the queries as the closed forms give them");
+  stage("--no-key-fit", own.fit.keys, "relatent: likewise rotary key and latent");
+  stage("--no-refit", own.fit.refit, "relatent: leave o_proj alone");
+  command->add_flag_callback(
+      "--plain-list", [&own] { own.plain_list = true; },
+      "relatent: a geometric list of rotary frequencies, each once");
   command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
   command->add_option("--engine", convert.engine, "Who is to load the result")
       ->check(CLI::IsMember({"transformers"}))

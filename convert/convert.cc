@@ -285,9 +285,16 @@ void Conversion::convert_in_sequence(const WriteLayer& write) const {
   options.rank = plan_.shape.rank;
   options.rope_dim = plan_.shape.rope_dim;
   const bool fits = options_.method == Method::relatent;
+  Sequences sequences;
+  if (fits) {
+    sequences = calibration_->sequences();
+    if (options.fit.tokens > 0) {
+      const Index count = std::max<Index>(1, options.fit.tokens / sequences.length);
+      sequences = first_sequences(std::move(sequences), count);
+    }
+  }
   RelatentConversion conversion(
-      source_, [this](Index layer_idx) { return moments(layer_idx); },
-      fits ? calibration_->sequences() : Sequences{}, options);
+      source_, [this](Index layer_idx) { return moments(layer_idx); }, sequences, options);
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
     write(i, conversion.next());
   }
@@ -295,9 +302,7 @@ void Conversion::convert_in_sequence(const WriteLayer& write) const {
 
 Index Conversion::choose_fold() const {
   const Index d = source_.config().gqa->head_dim;
-  Sequences sequences = calibration_->sequences();
-  sequences.count = std::min<std::int64_t>(sequences.count, fold_sequences);
-  sequences.tokens.resize(static_cast<std::size_t>(sequences.count * sequences.length));
+  const Sequences sequences = first_sequences(calibration_->sequences(), fold_sequences);
   Index best = 0;
   double best_nll = 0;
   // Doubling as long as it helps, as the authors search.

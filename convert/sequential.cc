@@ -13,6 +13,8 @@ namespace {
 // Tokens whose features are held before they are folded into the sums; fixed, so that sums are formed in one
 // order.
 constexpr Index batch_tokens = 8192;
+// Tokens wanted for each feature of a refit before some are left out.
+constexpr Index tokens_per_feature = 32;
 
 }  // namespace
 
@@ -53,18 +55,15 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
     const auto s = static_cast<Index>(i);
     const MatrixF x = normed(source.input_norm, source_.sequence(s));
     const MatrixF converted = converted_inputs(source.input_norm, s, affine);
-    source_.sequence(s) += gqa.o(mix_heads(gqa, x, table));
-    MatrixF q = gqa.q(x);
-    rotate_in_place(table, 0, d, gqa.heads, q);
-    MatrixF k = gqa.k(x);
-    rotate_in_place(table, 0, d, gqa.kv_heads, k);
-    out.source_key.middleRows(s * length, length) = k;
-    values.middleRows(s * length, length) = gqa.v(x);
+    const GqaProjections projections = project(gqa, x, table);
+    source_.sequence(s) += gqa.o(mix_heads(gqa, projections));
+    out.source_key.middleRows(s * length, length) = projections.k;
+    values.middleRows(s * length, length) = projections.v;
     for (Index j = 0; j < rows; ++j) {
       const Index at = out.position(s, j);
       const Index row = s * rows + j;
       out.sampled_inputs.row(row) = converted.row(at);
-      out.source_query.row(row) = q.row(at) * gqa.scale;
+      out.source_query.row(row) = projections.q.row(at) * gqa.scale;
       out.target.row(row) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
     }
   });
@@ -92,21 +91,34 @@ void TwinStreams::finish_attention(const Layer& source, LatentAttention& convert
   }
   const bool affine = converted.o.bias.size() > 0;
   // Head outputs of the converted stream; what follows needs them again once o_proj is known.
-  MatrixF mixed(source_.hidden().rows(), features + 1);
+  MatrixF mixed(source_.hidden().rows(), features);
+  // Every so many-th token is enough: its errors are averaged over far more tokens than there are features.
+  const Index thinning =
+      std::clamp<Index>(source_.hidden().rows() / (tokens_per_feature * features), 1, length);
   RefitSums sums(hidden, features + 1);
   const Index batch = std::max<Index>(1, batch_tokens / length);
   for (Index first = 0; first < source_.count(); first += batch) {
     const Index count = std::min(batch, source_.count() - first);
-    MatrixF errors(count * length, hidden);
+    const Index kept = length / thinning;
+    MatrixF sampled(count * kept, features + 1);
+    sampled.col(features).setConstant(affine ? 1.0F : 0.0F);
+    MatrixF errors(count * kept, hidden);
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const Index s = first + static_cast<Index>(i);
       const MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table);
-      mixed.block(s * length, 0, length, features) = a;
-      mixed.block(s * length, features, length, 1).setConstant(affine ? 1.0F : 0.0F);
-      errors.middleRows(static_cast<Index>(i) * length, length) =
-          source_.sequence(s) - converted_.sequence(s) - converted.o(a);
+      mixed.middleRows(s * length, length) = a;
+      for (Index j = 0; j < kept; ++j) {
+        const Index at = (s % thinning) + j * thinning;
+        const Index row = static_cast<Index>(i) * kept + j;
+        sampled.row(row).head(features) = a.row(at);
+        errors.row(row) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
+        errors.row(row).noalias() -= a.row(at) * converted.o.weight.transpose();
+        if (affine) {
+          errors.row(row) -= converted.o.bias;
+        }
+      }
     });
-    sums.add(mixed.middleRows(first * length, count * length), errors);
+    sums.add(sampled, errors);
   }
   const MatrixD delta = refit_delta(sums, ridge);
   converted.o.weight = (converted.o.weight.cast<double>() + delta.leftCols(features)).cast<float>();
@@ -115,7 +127,7 @@ void TwinStreams::finish_attention(const Layer& source, LatentAttention& convert
   }
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
     const auto s = static_cast<Index>(i);
-    converted_.sequence(s) += converted.o(mixed.block(s * length, 0, length, features));
+    converted_.sequence(s) += converted.o(mixed.middleRows(s * length, length));
   });
 }
 

@@ -296,6 +296,14 @@ std::vector<std::int32_t> read_tokens(const std::filesystem::path& path) {
   return file.take(file.count(), kIdLimit);
 }
 
+Sequences first_sequences(Sequences sequences, std::int64_t count) {
+  if (count > 0 && count < sequences.count) {
+    sequences.count = count;
+    sequences.tokens.resize(static_cast<std::size_t>(count * sequences.length));
+  }
+  return sequences;
+}
+
 Sequences read_sequences(const std::filesystem::path& path, std::int64_t length, std::int64_t count,
                          std::int64_t vocab_size) {
   if (length < 2) {

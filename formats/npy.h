@@ -21,6 +21,9 @@ struct Sequences {
   std::vector<std::int32_t> tokens;  // [count * length]
 };
 
+// The first `count` sequences, or all when count is 0 or more than there are.
+Sequences first_sequences(Sequences sequences, std::int64_t count);
+
 // Cuts the first count * length tokens (count = 0: all that fit). Throws Error: usage when length < 2 or more
 // sequences are asked for than fit (the sentence says how many do), input when an id is not below vocab_size,
 // naming id and index.

@@ -20,6 +20,10 @@ constexpr Index batch_sequences = 8;
 constexpr Index run_doubles = Index{1} << 24;
 // Ridge of the preconditioners on the side of the scores.
 constexpr double score_side_ridge = 1e-4;
+// Every how many-th sequence tells how keys and values vary, which only weighs and preconditions.
+constexpr Index moment_sequences = 4;
+// Every how many-th sequence the keys are fitted on: all heads share them, so they see more queries.
+constexpr Index key_sequences = 2;
 
 // Conjugate gradients on one or several independent systems A(X) = B, preconditioned, from X = 0. Every
 // vector is a list of matrices, one for each system.
@@ -230,6 +234,11 @@ void in_batches(Index count, const Piece& piece, const Add& add) {
   }
 }
 
+// How many of `count` sequences are left when only every step-th is taken.
+Index every(Index count, Index step) {
+  return (count + step - 1) / step;
+}
+
 // The fewer queries there are for each unknown, the more of what they say is chance.
 double scarcity(const AttentionSample& sample) {
   return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
@@ -268,14 +277,18 @@ class QueryProblem {
           add(first, slots, out.residual);
           for (const Slot& slot : slots) {
             for (std::size_t h = 0; h < queries.size(); ++h) {
-              out.key_moment[h] += slot.key_moment[h].cast<double>();
               out.error[h] += slot.error[h];
+              if (!slot.key_moment.empty()) {
+                out.key_moment[h] += slot.key_moment[h].cast<double>();
+              }
             }
           }
         });
+    const auto moment_rows =
+        static_cast<double>(every(sample_.count, moment_sequences) * sample_.per_sequence());
     for (std::size_t h = 0; h < queries.size(); ++h) {
       out.residual[h] /= rows();
-      out.key_moment[h] /= rows();
+      out.key_moment[h] /= moment_rows;
       out.error[h] /= rows();
       average_pairs(out.key_moment[h], p_);
     }
@@ -317,12 +330,13 @@ class QueryProblem {
     const MatrixF u = queries_of(sample_, s, map, width_, turns_);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
     slot.pull.resize(u.rows(), u.cols());
+    const bool wants_moment = against_source && s % moment_sequences == 0;
     MatrixF logits;
     MatrixF weights;
     MatrixF scores;
     for (Index i = 0; i < head_count_; ++i) {
-      VectorF received = VectorF::Zero(against_source ? sample_.length : 0);
-      MatrixF mean_key(against_source ? u.rows() : 0, width_);
+      VectorF received = VectorF::Zero(wants_moment ? sample_.length : 0);
+      MatrixF mean_key(wants_moment ? u.rows() : 0, width_);
       double error = 0;
       for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
         source_block(sample_, s, first_head_ + i, first, count, columns, logits, weights);
@@ -330,19 +344,21 @@ class QueryProblem {
         scores.noalias() = u.block(first, i * width_, count, width_) * z.topRows(columns).transpose();
         if (against_source) {
           scores = logits - scores;
+        }
+        if (wants_moment) {
           received.head(columns) += weights.colwise().sum().transpose();
           mean_key.middleRows(first, count).noalias() = weights * z.topRows(columns);
         }
         error += centre(weights, scores);
         slot.pull.block(first, i * width_, count, width_).noalias() = scores * z.topRows(columns);
       });
-      if (against_source) {
+      slot.error.push_back(error);
+      if (wants_moment) {
         const MatrixF scaled = received.cwiseSqrt().asDiagonal() * z;
         MatrixF moment(width_, width_);
         moment.noalias() = scaled.transpose() * scaled;
         moment.noalias() -= mean_key.transpose() * mean_key;
         slot.key_moment.push_back(std::move(moment));
-        slot.error.push_back(error);
       }
     }
     rotate_in_place(reversed(turns_.of(s)), 0, width_, head_count_, slot.pull);
@@ -412,13 +428,14 @@ class KeyProblem {
     MatrixD sum = MatrixD::Zero(key.rows(), key.cols());
     const MatrixF map = key.cast<float>();
     in_batches<MatrixF>(
-        sample_.count, [&](Index s, MatrixF& slot) { slot = run(s, map, against_source); },
+        every(sample_.count, key_sequences),
+        [&](Index s, MatrixF& slot) { slot = run(s * key_sequences, map, against_source); },
         [&](Index, const std::vector<MatrixF>& slots) {
           for (const MatrixF& slot : slots) {
             sum += slot.cast<double>();
           }
         });
-    return sum / static_cast<double>(sample_.sampled_inputs.rows());
+    return sum / static_cast<double>(every(sample_.count, key_sequences) * sample_.per_sequence());
   }
 
   MatrixF run(Index s, const MatrixF& map, bool against_source) const {
@@ -504,8 +521,9 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
   }
   VectorD sum = VectorD::Zero(heads);
   in_batches<VectorD>(
-      sample.count,
-      [&](Index s, VectorD& slot) {
+      every(sample.count, moment_sequences),
+      [&](Index i, VectorD& slot) {
+        const Index s = i * moment_sequences;
         slot = VectorD::Zero(heads);
         MatrixF logits;
         MatrixF weights;
@@ -530,7 +548,8 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
           sum += slot;
         }
       });
-  sample.value_spread = (sum / static_cast<double>(sample.source_query.rows())).cwiseMax(0);
+  sample.value_spread =
+      (sum / static_cast<double>(every(sample.count, moment_sequences) * sample.per_sequence())).cwiseMax(0);
 }
 
 ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,

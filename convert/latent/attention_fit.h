@@ -22,6 +22,7 @@ struct FitOptions {
   bool refit = true;  // o_proj, also on every token once the layer is fitted
   Index rounds = 2;   // queries, output and keys in turn; the last round ends with the queries
   Index steps = 2;    // conjugate-gradient steps of a query or key fit
+  Index tokens = 0;   // of the calibration that are used, whole sequences from the first; 0 = all
   Index stride = 8;   // every how many-th position of a sequence asks
   // Ridges, against the mean square of what the fitted map reads. Fewer queries than unknowns raise them.
   double query_ridge = 0.3;

@@ -81,15 +81,22 @@ Index LatentAttention::total_rank() const {
 
 MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass) {
+  return mix_heads(attention, project(attention, x, table), mass);
+}
+
+GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table) {
+  GqaProjections out{attention.q(x), attention.k(x), attention.v(x)};
+  rotate_in_place(table, 0, attention.head_dim, attention.heads, out.q);
+  rotate_in_place(table, 0, attention.head_dim, attention.kv_heads, out.k);
+  return out;
+}
+
+MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections, DistanceMass* mass) {
   const Index d = attention.head_dim;
-  MatrixF q = attention.q(x);
-  MatrixF k = attention.k(x);
-  const MatrixF v = attention.v(x);
-  rotate_in_place(table, 0, d, attention.heads, q);
-  rotate_in_place(table, 0, d, attention.kv_heads, k);
-  MatrixF out = MatrixF::Zero(x.rows(), attention.heads * d);
+  const auto& [q, k, v] = projections;
+  MatrixF out = MatrixF::Zero(q.rows(), attention.heads * d);
   MatrixF scratch;
-  VectorD by_age(mass != nullptr ? x.rows() : 0);
+  VectorD by_age(mass != nullptr ? q.rows() : 0);
   for (Index h = 0; h < attention.heads; ++h) {
     const Index g = attention.group_of(h);
     by_age.setZero();

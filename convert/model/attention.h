@@ -88,6 +88,15 @@ struct DistanceMass {
 // when given, is added to; only GQA fills it.
 MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass = nullptr);
+// What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
+struct GqaProjections {
+  MatrixF q;
+  MatrixF k;
+  MatrixF v;
+};
+GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
+MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections,
+                  DistanceMass* mass = nullptr);
 MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table);
 MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table);
 
