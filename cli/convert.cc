@@ -1,5 +1,6 @@
 #include "convert/convert.h"
 
+#include <charconv>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -18,6 +19,8 @@ using Json = nlohmann::ordered_json;
 struct Options {
   std::string to = "mla";
   std::string method;
+  std::string kv_budget;
+  std::optional<double> max_nats;
   std::string dtype;
   std::string fold = "auto";
   std::string balance_columns = "head";
@@ -96,13 +99,42 @@ void print_plan(const Conversion& conversion) {
               bytes_text(plan.memory_bytes).c_str());
 }
 
+double to_number(const std::string& option, const std::string& value) {
+  double out = 0;
+  const auto [end, status] = std::from_chars(value.data(), value.data() + value.size(), out);
+  if (status != std::errc() || end != value.data() + value.size()) {
+    fail_usage(option + " takes a number or auto, not \"" + value + "\"");
+  }
+  return out;
+}
+
 ConvertOptions resolve(const Options& options) {
   static const std::map<std::string, Method> methods = {{"lossless", Method::lossless},
                                                         {"transmla", Method::transmla},
                                                         {"relatent", Method::relatent},
                                                         {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
-  out.method = methods.at(options.method);
+  out.method = options.method.empty() ? Method::relatent : methods.at(options.method);
+  if (out.method == Method::relatent && options.calibration.empty()) {
+    out.method = Method::weights_only;
+    std::fputs(
+        "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
+        "the place of data\n",
+        stderr);
+  }
+  if (options.kv_budget == "auto") {
+    if (!options.max_nats) {
+      fail_usage("--kv-budget auto needs --max-nats");
+    }
+    out.max_nats = options.max_nats;
+  } else {
+    if (options.max_nats) {
+      fail_usage("--max-nats belongs to --kv-budget auto");
+    }
+    if (!options.kv_budget.empty()) {
+      out.kv_budget = to_number("--kv-budget", options.kv_budget);
+    }
+  }
   if (!options.calibration.empty()) {
     out.calibration = options.calibration;
   }
@@ -126,8 +158,16 @@ ConvertOptions resolve(const Options& options) {
   return out;
 }
 
+void say_trial(const SizeTrial& trial) {
+  std::fprintf(stderr, "tried rotary %td + latent %td: %.4f nats on held-out calibration tokens\n",
+               trial.rope_dim, trial.rank, trial.nats);
+}
+
 int run(const Options& options) {
-  const Conversion conversion(resolve(options));
+  const Conversion conversion(resolve(options), options.quiet ? SizeSearch::Watch{} : say_trial);
+  for (const std::string& warning : conversion.plan().warnings) {
+    std::fprintf(stderr, "warning: %s\n", warning.c_str());
+  }
   if (options.dry_run) {
     if (options.json) {
       std::puts(plan_json(conversion).dump().c_str());
@@ -149,6 +189,11 @@ int run(const Options& options) {
                 {"peak_rss_bytes", peak_rss_bytes()},
                 {"bytes_read", report.bytes_read},
                 {"bytes_written", report.bytes_written}};
+    out["warnings"] = conversion.plan().warnings;
+    out["trials"] = Json::array();
+    for (const SizeTrial& trial : conversion.plan().trials) {
+      out["trials"].push_back({{"rope_dim", trial.rope_dim}, {"kv_rank", trial.rank}, {"nats", trial.nats}});
+    }
     if (report.fold) {
       out["fold"] = *report.fold;
     }
@@ -181,15 +226,21 @@ void add_convert(CLI::App& app, Command& chosen) {
       ->capture_default_str();
   command
       ->add_option("--method", options->method,
-                   "lossless: same cache, same output; transmla: the published "
-                   "conversion; weights-only: without calibration")
-      ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}))
-      ->required();
+                   "lossless: same cache, same output; relatent (default): the closest; transmla: the "
+                   "published conversion; weights-only (default without calibration)")
+      ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}));
   command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
   command->add_option("--rank", convert.rank, "Size of the latent");
-  command->add_option("--rope-dim", convert.rope_dim, "Size of the rotary key (default: the head size)");
-  command->add_option("--kv-budget", convert.kv_budget,
-                      "(rank + rotary) as a part of the source's cache, e.g. 0.25");
+  command->add_option("--rope-dim", convert.rope_dim,
+                      "Size of the rotary key (default: the head size; with relatent and a budget, the best "
+                      "of a few that are tried)");
+  command->add_option("--kv-budget", options->kv_budget,
+                      "(rank + rotary) as a part of the source's cache, e.g. 0.25; auto: the smallest that "
+                      "stays within --max-nats");
+  command
+      ->add_option("--max-nats", options->max_nats,
+                   "With --kv-budget auto: most nats to lose on calibration tokens held out for it")
+      ->check(CLI::PositiveNumber);
   command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")
       ->capture_default_str();
   command
@@ -236,8 +287,14 @@ void add_convert(CLI::App& app, Command& chosen) {
       "relatent: a geometric list of rotary frequencies, each once");
   command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
   command->add_option("--engine", convert.engine, "Who is to load the result")
-      ->check(CLI::IsMember({"transformers"}))
+      ->check(CLI::IsMember({"transformers", "deepseek"}))
       ->capture_default_str();
+  command
+      ->add_option("--norm-coordinates", convert.norm_coordinates,
+                   "deepseek: latent coordinates added to steady the norm (default 16)")
+      ->check(CLI::NonNegativeNumber);
+  command->add_option("--pad-rank", convert.pad_rank,
+                      "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");
   command
       ->add_option("--dtype", options->dtype,
                    "Weights as bfloat16, float16 or float32 (default: as the source)")

@@ -19,6 +19,10 @@ namespace {
 // Distances assumed when there is no calibration, and sequences used to compare folds.
 constexpr Index assumed_length = 1024;
 constexpr Index fold_sequences = 8;
+// Extra latent coordinates for engines that normalise the latent.
+constexpr Index default_norm_coordinates = 16;
+// Caches that a budget asks for are whole multiples of this.
+constexpr Index size_step = 16;
 
 std::string text(Index n) {
   return std::to_string(n);
@@ -67,6 +71,9 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   if (options.method != Method::transmla && (options.fold || options.q_rank)) {
     fail_usage("--fold and --q-rank belong to --method transmla, not to " + method);
   }
+  if (options.method != Method::relatent && options.max_nats) {
+    fail_usage("--kv-budget auto belongs to --method relatent, not to " + method);
+  }
   if (options.method == Method::lossless) {
     if (options.rank || options.rope_dim || options.kv_budget) {
       fail_usage(
@@ -114,6 +121,44 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   }
 }
 
+// What an engine cannot hold is refused, and what it needs beside the sizes is decided.
+void fit_to_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits,
+                   LatentShape& shape) {
+  if (traits.undoes_norm) {
+    if (options.norm_coordinates || options.pad_rank) {
+      fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek, not to " + options.engine);
+    }
+    return;
+  }
+  if (options.method != Method::relatent) {
+    fail_usage("--engine " + options.engine +
+               " normalises the latent and has no biases: only --method relatent fits a checkpoint to that");
+  }
+  const Rotary& rotary = source.config().rotary;
+  if (rotary.rope_type != "default") {
+    fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
+                "rope_type default", rotary.rope_type, ""});
+  }
+  if (source.has(Role::o_bias, 0)) {
+    fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
+                "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
+  }
+  if (shape.rope_dim > source.config().gqa->head_dim) {
+    fail_usage("--rope-dim " + text(shape.rope_dim) +
+               " is more than a plain list holds, head_dim = " + text(source.config().gqa->head_dim));
+  }
+  shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
+  if (options.pad_rank) {
+    if (options.norm_coordinates) {
+      fail_usage("--pad-rank decides how many coordinates are added: leave out --norm-coordinates");
+    }
+    if (*options.pad_rank < shape.rank) {
+      fail_usage("--pad-rank " + text(*options.pad_rank) + " is below the rank " + text(shape.rank));
+    }
+    shape.norm_coordinates = *options.pad_rank - shape.rank;
+  }
+}
+
 // Peak of one layer in flight: its maps and moments in float64 with the temporaries of the algebra.
 std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, std::uint64_t output_values) {
   const auto hidden = static_cast<std::uint64_t>(config.hidden_size) + 1;
@@ -142,7 +187,7 @@ std::string_view method_name(Method method) {
   return "";
 }
 
-Conversion::Conversion(ConvertOptions options)
+Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
     : options_(std::move(options)),
       source_(Model::open(options_.source)),
       engine_(make_engine(options_.engine)) {
@@ -156,11 +201,73 @@ Conversion::Conversion(ConvertOptions options)
   if (options_.calibration) {
     calibration_ = CalibrationFile::open(*options_.calibration);
   }
-  make_plan();
+  make_plan(watch);
 }
 
-void Conversion::make_plan() {
+void Conversion::search_sizes(const SizeSearch::Watch& watch) {
+  const bool wants_rotary = options_.kv_budget && !options_.rope_dim && !options_.rank;
+  if (options_.method != Method::relatent || !(wants_rotary || options_.max_nats)) {
+    return;
+  }
+  if (options_.max_nats && (options_.kv_budget || options_.rank || options_.rope_dim)) {
+    fail_usage("--max-nats chooses the sizes: leave out --rank and --rope-dim, and give --kv-budget auto");
+  }
+  check_calibration();
+  const GqaGeometry& gqa = *source_.config().gqa;
+  SizeSearch search(
+      source_, [this](Index layer_idx) { return moments(layer_idx); }, fit_sequences(), relatent_options(),
+      watch);
+  SizeTrial chosen;
+  if (options_.max_nats) {
+    chosen = search.smallest_within(*options_.max_nats);
+    if (!(chosen.nats <= *options_.max_nats)) {
+      plan_.warnings.push_back("no cache below the source's stays within the nats asked for");
+    }
+  } else {
+    if (!(*options_.kv_budget > 0 && *options_.kv_budget <= 1)) {
+      fail_usage("--kv-budget must lie above 0 and at most at 1");
+    }
+    const auto whole = static_cast<double>(2 * gqa.num_key_value_heads * gqa.head_dim);
+    const Index total = static_cast<Index>(*options_.kv_budget * whole) / size_step * size_step;
+    if (total < 2 * size_step) {
+      fail_usage("--kv-budget leaves less than " + text(2 * size_step) +
+                 " numbers: give --rope-dim and --rank for a cache that small");
+    }
+    chosen = search.rotary_for(total);
+    options_.kv_budget.reset();
+  }
+  options_.rope_dim = chosen.rope_dim;
+  options_.rank = chosen.rank;
+  plan_.trials = search.trials();
+}
+
+RelatentOptions Conversion::relatent_options() const {
+  RelatentOptions out = options_.relatent;
+  out.rank = plan_.shape.rank;
+  out.rope_dim = plan_.shape.rope_dim;
+  const EngineTraits traits = engine_->traits();
+  out.plain_list = out.plain_list || !traits.any_frequencies;
+  if (!traits.undoes_norm) {
+    out.norm_coordinates = options_.norm_coordinates.value_or(default_norm_coordinates);
+    if (options_.pad_rank) {
+      out.norm_coordinates = plan_.shape.norm_coordinates;
+    }
+  }
+  return out;
+}
+
+Sequences Conversion::fit_sequences() const {
+  Sequences out = calibration_->sequences();
+  if (options_.relatent.fit.tokens > 0) {
+    const Index count = std::max<Index>(1, options_.relatent.fit.tokens / out.length);
+    out = first_sequences(std::move(out), count);
+  }
+  return out;
+}
+
+void Conversion::make_plan(const SizeSearch::Watch& watch) {
   check_source(source_);
+  search_sizes(watch);
   const ModelConfig& config = source_.config();
   LatentShape& shape = plan_.shape;
   shape.heads = config.num_attention_heads;
@@ -169,6 +276,7 @@ void Conversion::make_plan() {
     shape.has_q_bias = shape.has_q_bias || source_.has(Role::q_bias, i);
   }
   choose_sizes(options_, *config.gqa, shape);
+  fit_to_engine(options_, source_, engine_->traits(), shape);
   if (shape.q_rank) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {
@@ -211,6 +319,14 @@ void Conversion::make_plan() {
     const DType dtype = options_.dtype.value_or(info.dtype);
     plan_.tensors.push_back(
         {{tensor.name, dtype, info.shape}, dtype == info.dtype ? Fate::carried : Fate::recoded, tensor.name});
+  }
+  if (!engine_->traits().tied_head && config.tie_word_embeddings) {
+    const std::string& embedding = source_.name_of(Role::embed_tokens, -1);
+    const TensorInfo& info = source_.checkpoint().info(embedding);
+    const DType dtype = options_.dtype.value_or(info.dtype);
+    plan_.tensors.push_back({{"lm_head.weight", dtype, info.shape},
+                             dtype == info.dtype ? Fate::carried : Fate::recoded,
+                             embedding});
   }
   std::uint64_t largest_recoded = 0;
   for (const PlannedTensor& tensor : plan_.tensors) {
@@ -281,20 +397,10 @@ void Conversion::convert_independently(Index fold, const WriteLayer& write) cons
 }
 
 void Conversion::convert_in_sequence(const WriteLayer& write) const {
-  RelatentOptions options = options_.relatent;
-  options.rank = plan_.shape.rank;
-  options.rope_dim = plan_.shape.rope_dim;
   const bool fits = options_.method == Method::relatent;
-  Sequences sequences;
-  if (fits) {
-    sequences = calibration_->sequences();
-    if (options.fit.tokens > 0) {
-      const Index count = std::max<Index>(1, options.fit.tokens / sequences.length);
-      sequences = first_sequences(std::move(sequences), count);
-    }
-  }
   RelatentConversion conversion(
-      source_, [this](Index layer_idx) { return moments(layer_idx); }, sequences, options);
+      source_, [this](Index layer_idx) { return moments(layer_idx); }, fits ? fit_sequences() : Sequences{},
+      relatent_options());
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
     write(i, conversion.next());
   }
@@ -359,7 +465,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   CheckpointWriter writer(folder.staging(), specs, options_.max_shard_bytes);
   for (const PlannedTensor& tensor : plan_.tensors) {
     if (tensor.fate == Fate::carried) {
-      writer.copy(tensor.spec.name, source_.checkpoint());
+      writer.copy(tensor.spec.name, source_.checkpoint(), tensor.source);
     } else if (tensor.fate == Fate::recoded) {
       const MatrixF values = source_.checkpoint().read_matrix(tensor.source);
       writer.write_floats(tensor.spec.name, {values.data(), static_cast<std::size_t>(values.size())});

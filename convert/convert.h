@@ -16,6 +16,7 @@
 #include "convert/latent/transmla.h"
 #include "convert/model/model.h"
 #include "convert/relatent.h"
+#include "convert/tune.h"
 
 namespace relatent {
 
@@ -32,6 +33,8 @@ struct ConvertOptions {
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
+  // relatent only: the smallest cache that loses at most so many nats on held-out calibration tokens.
+  std::optional<double> max_nats;
   // transmla only.
   std::optional<Index> fold;  // none = try them and keep the best
   double balance = 1;
@@ -39,6 +42,9 @@ struct ConvertOptions {
   std::optional<Index> q_rank;
   // relatent only; its sizes are filled in from the plan.
   RelatentOptions relatent;
+  // Engines that normalise the latent: extra coordinates that steady the norm, or the rank to pad to.
+  std::optional<Index> norm_coordinates;
+  std::optional<Index> pad_rank;
   std::string engine = "transformers";
   std::optional<DType> dtype;  // none = as the source
   std::uint64_t max_shard_bytes = 5'000'000'000;
@@ -59,6 +65,8 @@ struct PlannedTensor {
 // Everything that config, index and headers decide.
 struct ConvertPlan {
   LatentShape shape;
+  std::vector<SizeTrial> trials;  // what the sizes were chosen from, where they were
+  std::vector<std::string> warnings;
   std::vector<PlannedTensor> tensors;  // in the order in which they are written
   std::vector<std::string> left_out;   // source tensors that the config makes redundant, with the reason
   std::vector<std::filesystem::path> side_files;  // carried along untouched
@@ -84,7 +92,8 @@ class Conversion {
   // Opens the source and plans. Throws Error: usage when options contradict each other or the source's sizes,
   // input when the source is not readable, not a GQA model, or holds something that has no place in the
   // target (by name).
-  explicit Conversion(ConvertOptions options);
+  // watch, when given, hears of every pair of sizes that is tried.
+  explicit Conversion(ConvertOptions options, const SizeSearch::Watch& watch = {});
 
   const Model& source() const { return source_; }
   const ConvertPlan& plan() const { return plan_; }
@@ -96,7 +105,12 @@ class Conversion {
   ConvertReport run(const LayerProgress& progress) const;
 
  private:
-  void make_plan();
+  void make_plan(const SizeSearch::Watch& watch);
+  // Fills in rank and rotary size where a budget is all that is given.
+  void search_sizes(const SizeSearch::Watch& watch);
+  RelatentOptions relatent_options() const;
+  // The calibration's tokens that the fits may use.
+  Sequences fit_sequences() const;
   void check_calibration() const;
   Moments moments(Index layer_idx) const;
   // Lossless and transmla; fold as choose_fold says.

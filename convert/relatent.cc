@@ -8,20 +8,12 @@
 #include "convert/latent/joint_latent.h"
 
 namespace relatent {
-namespace {
-
-// Queries wanted for each unknown of a query's map before positions are left out.
-constexpr Index queries_per_unknown = 8;
-
-}  // namespace
-
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
                                        const Sequences& sequences, const RelatentOptions& options)
     : source_(source), moments_(std::move(moments)), options_(options) {
   std::vector<Concentration> layers;
   for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-    const LayerMaps maps = maps_of(std::get<GqaAttention>(source.attention(i)));
-    const Moments known = moments_(i);
+    const auto [maps, known] = know(std::get<GqaAttention>(source.attention(i)), i);
     layers.push_back(concentrate(maps, known, dropped(maps, known)));
   }
   if (options.plain_list) {
@@ -34,9 +26,23 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   if (sequences.count > 0 && options.uses_tokens()) {
     const Index tokens = sequences.count * sequences.length;
     const Index unknowns = source.config().hidden_size + 1;
-    options_.fit.stride = std::clamp<Index>(tokens / (queries_per_unknown * unknowns), 1, options.fit.stride);
+    options_.fit.stride =
+        std::clamp<Index>(tokens / (options.fit.queries_per_unknown * unknowns), 1, options.fit.stride);
     streams_ = std::make_unique<TwinStreams>(source, sequences);
   }
+}
+
+RelatentConversion::Known RelatentConversion::know(const GqaAttention& attention, Index layer_idx) {
+  Known out{maps_of(attention), moments_(layer_idx)};
+  if (options_.norm_coordinates) {
+    if (out.maps.has_q_bias || attention.k.bias.size() > 0 || attention.v.bias.size() > 0) {
+      fold_error_ = std::max(fold_error_, fold_biases(out.moments, out.maps));
+    }
+    // x̃ ends in 0 from here on.
+    out.moments.second.rightCols<1>().setZero();
+    out.moments.second.bottomRows<1>().setZero();
+  }
+  return out;
 }
 
 DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments& moments) const {
@@ -49,31 +55,35 @@ LatentAttention RelatentConversion::next() {
     throw std::logic_error("RelatentConversion: every layer has been converted");
   }
   const bool last = next_ + 1 == layers;
-  const Moments known = moments_(next_);
   Layer layer;
   if (streams_) {
     layer = source_.layer(next_);
   } else {
     layer.attention = source_.attention(next_);
   }
+  const bool affine = !options_.norm_coordinates;
+  const auto [maps, known] = know(std::get<GqaAttention>(layer.attention), next_);
   ++next_;
-  const LayerMaps maps = maps_of(std::get<GqaAttention>(layer.attention));
   const DroppedRotation rotation = dropped(maps, known);
   const RotaryKey key = rotary_key(maps, concentrate(maps, known, rotation), rotation, components_);
   const JointLatent latent =
-      joint_latent(maps, known, key, {options_.rank, options_.lambda, options_.output_metric, true});
+      joint_latent(maps, known, key, {options_.rank, options_.lambda, options_.output_metric, affine});
   if (!streams_) {
     return assemble_mla(maps, known, key, latent, std::nullopt);
   }
   AbsorbedAttention absorbed = absorb(maps, key, latent);
   LatentAttention out;
   {
-    const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, true);
+    const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine);
+    if (!affine) {
+      absorbed.norm = complete_norm(absorbed.latent(), sample.sampled_inputs, sample.input_moment,
+                                    *options_.norm_coordinates);
+    }
     score_error_ = fit_attention(sample, options_.fit, absorbed);
     out = to_latent_attention(absorbed, sample.input_moment);
   }
   // A refit may give every layer a bias, whatever the closed forms left.
-  if (out.o.bias.size() == 0) {
+  if (affine && out.o.bias.size() == 0) {
     out.o.bias = RowVectorF::Zero(out.o.out());
   }
   streams_->finish_attention(layer, out, options_.fit.refit, options_.fit.output_ridge);

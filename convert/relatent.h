@@ -5,6 +5,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "convert/latent/attention_fit.h"
@@ -21,9 +22,12 @@ struct RelatentOptions {
   bool expected_rotation = true;  // false: a dropped rotation is replaced by 1
   bool output_metric = true;      // false: the latent is a PCA of balanced keys and values
   bool plain_list = false;        // frequencies as an engine with a geometric list can hold them
+  // For engines that normalise the latent and know no biases: so many extra latent coordinates steady the
+  // norm. Needs tokens.
+  std::optional<Index> norm_coordinates;
   FitOptions fit;
 
-  bool uses_tokens() const { return fit.queries || fit.keys || fit.refit; }
+  bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
 };
 
 class RelatentConversion {
@@ -41,8 +45,16 @@ class RelatentConversion {
   Index list_stride() const { return list_stride_; }
   // Score error of the layer converted last (zeros when queries are not fitted).
   const ScoreError& score_error() const { return score_error_; }
+  // Largest over layers: mean square of what folding a bias into its weight misses, in units of the bias.
+  double fold_error() const { return fold_error_; }
 
  private:
+  // What is known of a layer and its maps, without biases where the engine has none.
+  struct Known {
+    LayerMaps maps;
+    Moments moments;
+  };
+  Known know(const GqaAttention& attention, Index layer_idx);
   DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
 
   const Model& source_;
@@ -53,6 +65,7 @@ class RelatentConversion {
   std::unique_ptr<TwinStreams> streams_;
   Index next_ = 0;
   ScoreError score_error_;
+  double fold_error_ = 0;
 };
 
 }  // namespace relatent

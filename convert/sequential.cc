@@ -13,6 +13,8 @@ namespace {
 // Tokens whose features are held before they are folded into the sums; fixed, so that sums are formed in one
 // order.
 constexpr Index batch_tokens = 8192;
+// What the fits may keep of the source's attention weights.
+constexpr std::size_t kept_weight_bytes = std::size_t{512} << 20U;
 // Tokens wanted for each feature of a refit before some are left out.
 constexpr Index tokens_per_feature = 32;
 
@@ -71,6 +73,7 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   add_second_moment(out.sampled_inputs, out.input_moment);
   mirror_lower(out.input_moment);
   out.input_moment /= static_cast<double>(out.sampled_inputs.rows());
+  keep_weights(out, kept_weight_bytes);
   measure_value_spread(values, gqa.o.weight, out);
   return out;
 }

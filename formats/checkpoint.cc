@@ -348,8 +348,10 @@ void CheckpointWriter::write(const std::string& name, std::span<const std::byte>
   writer_of(name).write(name, bytes);
 }
 
-void CheckpointWriter::copy(const std::string& name, const Checkpoint& source) {
-  writer_of(name).copy(name, source.file_of(name), source.info(name));
+void CheckpointWriter::copy(const std::string& name, const Checkpoint& source,
+                            const std::string& source_name) {
+  const std::string& from = source_name.empty() ? name : source_name;
+  writer_of(name).copy(name, source.file_of(from), source.info(from));
 }
 
 void CheckpointWriter::write_floats(const std::string& name, std::span<const float> values) {

@@ -74,7 +74,8 @@ class CheckpointWriter {
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
                    std::uint64_t max_shard_bytes);
   void write(const std::string& name, std::span<const std::byte> bytes);
-  void copy(const std::string& name, const Checkpoint& source);
+  // The bytes of the source's tensor of that name, or of source_name when given.
+  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name = "");
   // Narrows float32 values to the tensor's dtype and writes them. Throws Error (input) when a value is not
   // finite or overflows the dtype, naming the tensor.
   void write_floats(const std::string& name, std::span<const float> values);

@@ -22,6 +22,15 @@ struct LatentShape {
   Index rank = 0;               // of the latent, all branches together, without what an engine adds
   std::optional<Index> q_rank;  // of a low-rank query, likewise
   bool has_q_bias = false;
+  Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases
+};
+
+// What an engine's layout can hold.
+struct EngineTraits {
+  bool biases = true;           // on the latent projections and o_proj
+  bool any_frequencies = true;  // else base^(-2i/p), pairs in order
+  bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
+  bool tied_head = true;        // reads tie_word_embeddings
 };
 
 class Engine {
@@ -32,6 +41,7 @@ class Engine {
   virtual ~Engine() = default;
 
   virtual std::string_view name() const = 0;
+  virtual EngineTraits traits() const = 0;
   // Numbers per token and layer that the engine caches for this shape.
   virtual Index cache_numbers(const LatentShape& shape) const = 0;
   // The attention tensors of one layer in the order in which they are written.

@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "convert/engines/layout.h"
+
 namespace relatent {
 namespace {
 
@@ -12,10 +14,6 @@ using Json = nlohmann::ordered_json;
 
 // The latent norms of transformers take no eps argument: 1e-6 whatever the config says.
 constexpr double latent_norm_eps = 1e-6;
-
-std::string attention_name(Index layer_idx, const char* rest) {
-  return "model.layers." + std::to_string(layer_idx) + ".self_attn." + rest;
-}
 
 // The number nearest to value that the dtype can hold.
 double round_to(DType dtype, double value) {
@@ -28,22 +26,11 @@ double round_to(DType dtype, double value) {
   return static_cast<double>(out);
 }
 
-// Halves (j, j + p/2) of rows first ... first + p to interleaved pairs (2j, 2j + 1).
-void to_pairs(MatrixF& m, Index first, Index p) {
-  const MatrixF halves = m.middleRows(first, p);
-  for (Index j = 0; j < p / 2; ++j) {
-    m.row(first + 2 * j) = halves.row(j);
-    m.row(first + 2 * j + 1) = halves.row(j + p / 2);
-  }
-}
-
-RowVectorF bias_or_zero(const Linear& linear) {
-  return linear.bias.size() > 0 ? linear.bias : RowVectorF(RowVectorF::Zero(linear.out()));
-}
-
 class TransformersEngine final : public Engine {
  public:
   std::string_view name() const override { return "transformers"; }
+
+  EngineTraits traits() const override { return {}; }
 
   Index cache_numbers(const LatentShape& shape) const override { return shape.rank + 1 + shape.rope_dim; }
 
@@ -76,54 +63,13 @@ class TransformersEngine final : public Engine {
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
               const Rotary& rotary, DType dtype) const override {
-    Json out;
-    out["architectures"] = {"DeepseekV3ForCausalLM"};
-    out["model_type"] = "deepseek_v3";
+    Json out = deepseek_config(source_config, source, shape, dtype);
     out["attention_bias"] = true;
-    out["attention_dropout"] = 0.0;
-    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
-      if (source_config.contains(key)) {
-        out[key] = source_config[key];
-      }
-    }
-    out["dtype"] = torch_name(dtype);
-    // Every layer is dense; the mixture-of-experts keys must be present and typed, but nothing reads them.
-    out["first_k_dense_replace"] = source.num_hidden_layers;
-    out["head_dim"] = shape.rope_dim;
-    out["hidden_act"] = "silu";
-    out["hidden_size"] = source.hidden_size;
-    out["initializer_range"] =
-        source_config.contains("initializer_range") && source_config["initializer_range"].is_number()
-            ? source_config["initializer_range"].get<double>()
-            : 0.02;
-    out["intermediate_size"] = source.intermediate_size;
     out["kv_lora_rank"] = shape.rank + 1;
-    out["max_position_embeddings"] = source.max_position_embeddings;
-    out["moe_intermediate_size"] = source.intermediate_size;
-    out["moe_layer_freq"] = 1;
-    out["n_group"] = 1;
-    out["n_routed_experts"] = 2;
-    out["n_shared_experts"] = 1;
-    out["norm_topk_prob"] = true;
-    out["num_attention_heads"] = shape.heads;
-    out["num_experts_per_tok"] = 1;
-    out["num_hidden_layers"] = source.num_hidden_layers;
-    out["num_key_value_heads"] = shape.heads;
-    out["num_nextn_predict_layers"] = 0;
     const std::optional<Index> q_rank = stored_q_rank(shape, source.hidden_size);
     out["q_lora_rank"] = q_rank ? Json(*q_rank) : Json(nullptr);
-    out["qk_head_dim"] = shape.nope_dim + shape.rope_dim;
-    out["qk_nope_head_dim"] = shape.nope_dim;
-    out["qk_rope_head_dim"] = shape.rope_dim;
-    out["rms_norm_eps"] = source.rms_norm_eps;
-    out["rope_interleave"] = true;
     out["rope_parameters"] = explicit_rope_parameters(rotary, source.max_position_embeddings);
-    out["routed_scaling_factor"] = 1.0;
     out["tie_word_embeddings"] = source.tie_word_embeddings;
-    out["topk_group"] = 1;
-    out["use_cache"] = true;
-    out["v_head_dim"] = shape.v_dim;
-    out["vocab_size"] = source.vocab_size;
     return out;
   }
 

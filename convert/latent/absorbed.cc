@@ -2,6 +2,7 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <cmath>
 
 #include "linalg/decompose.h"
 
@@ -45,20 +46,29 @@ Linear to_linear(const MatrixD& map) {
   return out;
 }
 
+// Mean square of the stored latent: far above any engine's eps (1e-6 or 1e-5), far below float16's end.
+constexpr double stored_mean_square = 256;
+
+// The latent as an engine with an RMSNorm stores it.
+void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
+  const Index r = a.rank();
+  const Index size = a.norm.square.size();
+  const VectorD scale = a.norm.square.cwiseSqrt() * std::sqrt(static_cast<double>(size));
+  MatrixD down(size, a.key.cols());
+  down << a.latent(), a.norm.extra;
+  down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
+  branch.down = to_linear(down);
+  MatrixF up = MatrixF::Zero(branch.up.rows(), size);
+  up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
+  branch.up = std::move(up);
+  branch.norm.gain = RowVectorF::Ones(size);
+  branch.norm.eps = 1e-6F;
+}
+
 }  // namespace
 
 VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs) {
-  if (!attention.norm.present()) {
-    return {};
-  }
-  const NormCompletion& norm = attention.norm;
-  const VectorF square = norm.square.cast<float>();
-  const Index r = attention.rank();
-  const MatrixF latent = inputs * attention.latent().cast<float>().transpose();
-  const MatrixF extra = inputs * norm.extra.cast<float>().transpose();
-  const VectorF rho = latent.array().square().matrix() * square.head(r) +
-                      extra.array().square().matrix() * square.tail(extra.cols());
-  return (rho.array() + static_cast<float>(norm.eps)).rsqrt();
+  return attention.norm.present() ? inverse_norm(attention.norm, attention.latent(), inputs) : VectorF();
 }
 
 AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const JointLatent& latent) {
@@ -131,6 +141,9 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     branch.up.middleRows(h * (n + w) + n, w) = a.value_up[at].cast<float>();
     q.middleRows(h * (n + p), f.down.rows()) = f.down / a.scale;
     q.middleRows(h * (n + p) + n, p) = a.query[at].topRows(p) / a.scale;
+  }
+  if (a.norm.present()) {
+    add_norm(a, branch);
   }
   out.branches.push_back(std::move(branch));
   out.q = to_linear(q);

@@ -4,20 +4,11 @@
 #include <vector>
 
 #include "convert/latent/maps.h"
+#include "convert/latent/norm_completion.h"
 #include "convert/model/attention.h"
 #include "linalg/matrix.h"
 
 namespace relatent {
-
-// Engines without biases normalise the latent: c is divided by ρ = √(Σ_j s_j² y_j² + eps), y = [c; extra x̃].
-// The completion chooses s and the extra coordinates, which nothing reads, so that ρ² is near 1 for every
-// token.
-struct NormCompletion {
-  MatrixD extra;   // [e, D + 1]
-  VectorD square;  // [r + e], s_j² >= 0
-  double eps = 0;  // what the engine adds under the root, in these units
-  bool present() const { return square.size() > 0; }
-};
 
 // One layer on inputs x̃ = [x; 1]:
 //   z = [RoPE(k^R); c],  [k^R; c] = key x̃  (c / ρ with a completion),
@@ -53,7 +44,8 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const Join
 // E[x̃ x̃ᵀ], [D + 1, D + 1].
 void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment);
 
-// The canonical layer with one branch. The content rows that a head does not need are zero.
+// The canonical layer with one branch. The content rows that a head does not need are zero. With a completion
+// the latent carries its extra coordinates and an RMSNorm of unit gain.
 LatentAttention to_latent_attention(const AbsorbedAttention& attention, const MatrixD& input_moment);
 
 }  // namespace relatent

@@ -199,16 +199,36 @@ void softmax_rows(const AttentionSample& sample, Index sequence, Index first, Ma
   }
 }
 
-// The source's logits of one head's block of queries and their softmax, both [rows, columns].
-void source_block(const AttentionSample& sample, Index sequence, Index head, Index first, Index rows,
-                  Index columns, MatrixF& logits, MatrixF& weights) {
+// The source's logits of one head's block of queries, [rows, columns].
+void source_logits(const AttentionSample& sample, Index sequence, Index head, Index first, Index rows,
+                   Index columns, MatrixF& logits) {
   const Index d = sample.head_dim;
   logits.resize(rows, columns);
   logits.noalias() =
       sample.source_query.block(sequence * sample.per_sequence() + first, head * d, rows, d) *
       sample.source_key.block(sequence * sample.length, head / sample.group_size * d, columns, d).transpose();
-  weights = logits;
-  softmax_rows(sample, sequence, first, weights);
+}
+
+Index blocks_of(const AttentionSample& sample) {
+  return (sample.per_sequence() + query_block - 1) / query_block;
+}
+
+// Their softmax: kept by the sample, or formed in scratch. One thread at a time asks for a sequence.
+const MatrixF& source_weights(const AttentionSample& sample, Index sequence, Index head, Index first,
+                              Index rows, Index columns, MatrixF& scratch) {
+  MatrixF* slot = &scratch;
+  if (!sample.weights.empty()) {
+    std::vector<MatrixF>& kept = sample.weights[static_cast<std::size_t>(sequence)];
+    const Index heads = sample.source_query.cols() / sample.head_dim;
+    kept.resize(static_cast<std::size_t>(heads * blocks_of(sample)));
+    slot = &kept[static_cast<std::size_t>(head * blocks_of(sample) + first / query_block)];
+    if (slot->size() > 0) {
+      return *slot;
+    }
+  }
+  source_logits(sample, sequence, head, first, rows, columns, *slot);
+  softmax_rows(sample, sequence, first, *slot);
+  return *slot;
 }
 
 // scores -> weights ∘ (scores - Σ weights scores); returns Σ weights (scores - mean)².
@@ -332,17 +352,18 @@ class QueryProblem {
     slot.pull.resize(u.rows(), u.cols());
     const bool wants_moment = against_source && s % moment_sequences == 0;
     MatrixF logits;
-    MatrixF weights;
+    MatrixF scratch;
     MatrixF scores;
     for (Index i = 0; i < head_count_; ++i) {
       VectorF received = VectorF::Zero(wants_moment ? sample_.length : 0);
       MatrixF mean_key(wants_moment ? u.rows() : 0, width_);
       double error = 0;
       for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        source_block(sample_, s, first_head_ + i, first, count, columns, logits, weights);
+        const MatrixF& weights = source_weights(sample_, s, first_head_ + i, first, count, columns, scratch);
         scores.resize(count, columns);
         scores.noalias() = u.block(first, i * width_, count, width_) * z.topRows(columns).transpose();
         if (against_source) {
+          source_logits(sample_, s, first_head_ + i, first, count, columns, logits);
           scores = logits - scores;
         }
         if (wants_moment) {
@@ -454,23 +475,22 @@ class KeyProblem {
     MatrixF logits;
     MatrixF scores;
     MatrixF mean_latent;
-    // The weights are needed again once the output's error is known.
-    std::vector<MatrixF> weights;
+    MatrixF scratch;
     for (Index h = 0; h < heads; ++h) {
       for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        MatrixF& here = weights.emplace_back();
-        source_block(sample_, s, h, first, count, columns, logits, here);
+        const MatrixF& weights = source_weights(sample_, s, h, first, count, columns, scratch);
         const auto queries = u.block(first, h * width, count, width);
         scores.resize(count, columns);
         scores.noalias() = queries * z.topRows(columns).transpose();
         if (against_source) {
+          source_logits(sample_, s, h, first, count, columns, logits);
           scores = logits - scores;
         }
-        centre(here, scores);
+        centre(weights, scores);
         scores *= weight_(h);
         pull.topRows(columns).noalias() += scores.transpose() * queries;
         mean_latent.resize(count, r);
-        mean_latent.noalias() = here * z.topRightCorner(columns, r);
+        mean_latent.noalias() = weights * z.topRightCorner(columns, r);
         mixed.block(first, h * w, count, w).noalias() =
             mean_latent * value_up_[static_cast<std::size_t>(h)].transpose();
       });
@@ -482,13 +502,12 @@ class KeyProblem {
     }
     MatrixF wanted(rows, heads * w);
     wanted.noalias() = output * o_;
-    std::size_t block = 0;
     for (Index h = 0; h < heads; ++h) {
       MatrixF latent(rows, r);
       latent.noalias() = wanted.middleCols(h * w, w) * value_up_[static_cast<std::size_t>(h)];
       for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        pull.topRightCorner(columns, r).noalias() +=
-            weights[block++].transpose() * latent.middleRows(first, count);
+        const MatrixF& weights = source_weights(sample_, s, h, first, count, columns, scratch);
+        pull.topRightCorner(columns, r).noalias() += weights.transpose() * latent.middleRows(first, count);
       });
     }
     rotate_in_place(reversed(turns_.all), 0, p, 1, pull);
@@ -511,6 +530,17 @@ class KeyProblem {
 
 }  // namespace
 
+void keep_weights(AttentionSample& sample, std::size_t bytes) {
+  const Index heads = sample.source_query.cols() / sample.head_dim;
+  std::size_t needed = 0;
+  for_blocks(sample, 0, [&](Index, Index rows, Index columns) {
+    needed += static_cast<std::size_t>(heads * rows * columns) * sizeof(float);
+  });
+  if (needed * static_cast<std::size_t>(sample.count) <= bytes) {
+    sample.weights.resize(static_cast<std::size_t>(sample.count));
+  }
+}
+
 void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample) {
   const Index d = sample.head_dim;
   const Index heads = o.cols() / d;
@@ -525,8 +555,7 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
       [&](Index i, VectorD& slot) {
         const Index s = i * moment_sequences;
         slot = VectorD::Zero(heads);
-        MatrixF logits;
-        MatrixF weights;
+        MatrixF scratch;
         MatrixF mean;
         for (Index h = 0; h < heads; ++h) {
           MatrixF values(sample.length, d);
@@ -535,7 +564,7 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
               roots[static_cast<std::size_t>(h)];
           const VectorF squares = values.rowwise().squaredNorm();
           for_blocks(sample, s, [&](Index first, Index count, Index columns) {
-            source_block(sample, s, h, first, count, columns, logits, weights);
+            const MatrixF& weights = source_weights(sample, s, h, first, count, columns, scratch);
             mean.resize(count, d);
             mean.noalias() = weights * values.topRows(columns);
             slot(h) += static_cast<double>((weights * squares.head(columns)).sum()) -
@@ -675,6 +704,10 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
     }
     if (options.keys) {
       fit_keys(sample, options, attention);
+      if (attention.norm.present()) {
+        attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
+                                       attention.norm.extra.rows());
+      }
     }
   }
   return out;

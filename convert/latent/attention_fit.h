@@ -10,6 +10,7 @@
 #pragma once
 
 #include <functional>
+#include <vector>
 
 #include "convert/latent/absorbed.h"
 #include "linalg/matrix.h"
@@ -19,11 +20,12 @@ namespace relatent {
 struct FitOptions {
   bool queries = true;
   bool keys = true;
-  bool refit = true;  // o_proj, also on every token once the layer is fitted
-  Index rounds = 2;   // queries, output and keys in turn; the last round ends with the queries
-  Index steps = 2;    // conjugate-gradient steps of a query or key fit
-  Index tokens = 0;   // of the calibration that are used, whole sequences from the first; 0 = all
-  Index stride = 8;   // every how many-th position of a sequence asks
+  bool refit = true;              // o_proj, also on every token once the layer is fitted
+  Index rounds = 2;               // queries, output and keys in turn; the last round ends with the queries
+  Index steps = 2;                // conjugate-gradient steps of a query or key fit
+  Index tokens = 0;               // of the calibration that are used, whole sequences from the first; 0 = all
+  Index stride = 8;               // every how many-th position of a sequence asks
+  Index queries_per_unknown = 8;  // the stride shrinks until there are so many, or none is left out
   // Ridges, against the mean square of what the fitted map reads. Fewer queries than unknowns raise them.
   double query_ridge = 0.3;
   double key_ridge = 0.1;
@@ -44,13 +46,19 @@ struct AttentionSample {
   MatrixD input_moment;                  // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
   MatrixF source_query;                  // [count * per_sequence, H d], rotated, times the softmax scale
   MatrixF source_key;                    // [count * length, K d], rotated
-  MatrixF target;        // [count * per_sequence, D], what the attention should add to the converted stream
+  MatrixF target;  // [count * per_sequence, D], what the attention should add to the converted stream
+  // The source's weights per sequence, head and block of queries, kept between fits where they are few
+  // enough; filled on first use. Empty: formed anew each time.
+  mutable std::vector<std::vector<MatrixF>> weights;
   VectorD value_spread;  // per head E_m Σ_n P_mn |O_h (v_n - Σ_n P_mn v_n)|² of the source; [H]
 
   Index per_sequence() const { return length / stride; }
   // Sequences start at different offsets, so that every position asks in some of them.
   Index position(Index sequence, Index i) const { return (sequence % stride) + (i * stride); }
 };
+
+// Lets the sample keep its weights when they take at most `bytes`.
+void keep_weights(AttentionSample& sample, std::size_t bytes);
 
 // Σ over the sample's queries: fills value_spread from the source's values [count * length, K d] and o_proj
 // [D, H d].

@@ -1,9 +1,15 @@
 #include "convert/latent/maps.h"
 
 #include <Eigen/Dense>
+#include <algorithm>
+
+#include "linalg/decompose.h"
 
 namespace relatent {
 namespace {
+
+// Against directions that the inputs hardly ever take.
+constexpr double fold_ridge = 1e-6;
 
 MatrixD with_bias_column(const Linear& linear) {
   MatrixD out(linear.weight.rows(), linear.weight.cols() + 1);
@@ -36,6 +42,18 @@ LayerMaps maps_of(const GqaAttention& attention) {
   out.scale = static_cast<double>(attention.scale);
   out.rotary = attention.rotary;
   return out;
+}
+
+double fold_biases(const Moments& moments, LayerMaps& maps) {
+  const Index hidden = moments.second.rows() - 1;
+  const VectorD mean = moments.second.topRightCorner(hidden, 1);
+  const VectorD w = ridge_solve(moments.second.topLeftCorner(hidden, hidden), mean, fold_ridge);
+  for (MatrixD* map : {&maps.q, &maps.k, &maps.v}) {
+    const VectorD bias = map->rightCols<1>();
+    map->leftCols(hidden) += bias * w.transpose();
+    map->rightCols<1>().setZero();
+  }
+  return std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(moments.second.topLeftCorner(hidden, hidden) * w));
 }
 
 Moments moments_of(const LayerMoments& layer) {

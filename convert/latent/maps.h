@@ -36,6 +36,11 @@ struct LayerMaps {
 
 LayerMaps maps_of(const GqaAttention& attention);
 
+// For engines without biases: 1 ≈ wᵀ x with the w of least squares, w = E[x xᵀ]⁻¹ E[x], so that a bias b of
+// q, k or v becomes b wᵀ in its weight. Returns the mean square of what that misses, 1 - E[x]ᵀ w, of a bias.
+struct Moments;
+double fold_biases(const Moments& moments, LayerMaps& maps);
+
 struct Moments {
   MatrixD second;  // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
   // [H, T]: mean attention mass at distance Δ, rows summing to 1.

@@ -74,6 +74,64 @@ TEST(ExpectedRotation, IsAMean) {
   }
 }
 
+// E_Δ|exp(-i θ_f Δ) - g|² under a head's own distances.
+double loss_by_the_book(const LayerSample& sample, Index head, Index f, Complex stand_in) {
+  double out = 0;
+  for (Index delta = 0; delta < sample.moments.distance_mass.cols(); ++delta) {
+    const double angle = static_cast<double>(sample.maps.rotary.inv_freq[static_cast<std::size_t>(f)]) *
+                         static_cast<double>(delta);
+    out += sample.moments.distance_mass(head, delta) * std::norm(std::exp(Complex(0, -angle)) - stand_in);
+  }
+  return out;
+}
+
+TEST(ExpectedRotation, LosesWhatNoConstantCanSay) {
+  const LayerSample sample = layer_sample(12);
+  const DroppedRotation dropped = expected_rotation(sample.maps, sample.moments);
+  for (Index h = 0; h < 6; ++h) {
+    for (Index f = 0; f < 4; ++f) {
+      const Complex gamma = dropped.stand_in(h, f);
+      EXPECT_NEAR(dropped.loss(h, f), loss_by_the_book(sample, h, f, gamma), 32 * kEpsilon);
+      for (const Complex other : {gamma + 0.01, gamma - 0.01, gamma + Complex(0, 0.01), Complex(1, 0)}) {
+        EXPECT_GT(loss_by_the_book(sample, h, f, other), dropped.loss(h, f));
+      }
+    }
+  }
+}
+
+TEST(UnitRotation, LosesTheWholeTurn) {
+  LayerSample sample = layer_sample(13);
+  const DroppedRotation dropped = unit_rotation(sample.maps, sample.moments);
+  EXPECT_TRUE(dropped.stand_in == MatrixC::Ones(6, 4));
+  ASSERT_EQ(dropped.loss.rows(), 6);
+  ASSERT_EQ(dropped.loss.cols(), 4);
+  const MatrixD least = expected_rotation(sample.maps, sample.moments).loss;
+  for (Index h = 0; h < 6; ++h) {
+    for (Index f = 0; f < 4; ++f) {
+      EXPECT_NEAR(dropped.loss(h, f), loss_by_the_book(sample, h, f, 1), 64 * kEpsilon);
+      EXPECT_GT(dropped.loss(h, f), least(h, f));
+    }
+  }
+  // A head that looks at itself only loses nothing.
+  sample.moments.distance_mass.row(2).setZero();
+  sample.moments.distance_mass(2, 0) = 1;
+  EXPECT_TRUE(unit_rotation(sample.maps, sample.moments).loss.row(2).isZero(0));
+}
+
+// Not rotating at all: the score is that of the plain query and key, times what the rotation scales by.
+TEST(UnitRotation, ScoresWithoutPositions) {
+  const LayerSample sample = layer_sample(14, {.attention_factor = 1.25F});
+  const DroppedRotation dropped = unit_rotation(sample.maps, sample.moments);
+  const RotaryKey key =
+      rotary_key(sample.maps, concentrate(sample.maps, sample.moments, dropped), dropped, {0, 0, 0, 0});
+  Random random(15);
+  for (const MatrixD& content : key.content_query) {
+    const VectorD q = random.matrix_d(8, 1);
+    const VectorD k = random.matrix_d(8, 1);
+    EXPECT_NEAR((content * q).dot(k), 1.25 * 1.25 * q.dot(k), 64 * kEpsilon);
+  }
+}
+
 // Weights D² of the groups at one frequency, from the inputs themselves.
 VectorD weights_by_the_book(const LayerSample& sample, const MatrixC& gamma, Index f) {
   const LayerMaps& maps = sample.maps;
@@ -183,6 +241,38 @@ TEST(AllocateComponents, CountsUpToTheWholeKey) {
     }
   }
   EXPECT_EQ(allocate_components({found}, 16), (std::vector<Index>{2, 2, 2, 2}));
+}
+
+// Only the leading component of a frequency can be kept, so the second ones must not count.
+TEST(AllocatePlain, TakesTheStrideThatKeepsMost) {
+  const auto keeps = [](const std::vector<Concentration>& layers, Index rope_dim, Index stride,
+                        const std::vector<Index>& components) {
+    const PlainList found = allocate_plain(layers, rope_dim);
+    EXPECT_EQ(found.stride, stride);
+    EXPECT_EQ(found.components, components);
+  };
+  const auto slow = with_losses({{{1, 9}, {2, 1}, {3, 1}, {4, 9}, {5, 1}, {6, 0}}});
+  keeps(slow, 4, 5, {1, 0, 0, 0, 0, 1});
+  keeps(slow, 6, 2, {1, 0, 1, 0, 1, 0});
+  keeps(slow, 8, 1, {1, 1, 1, 1, 0, 0});
+  keeps(slow, 12, 1, {1, 1, 1, 1, 1, 1});
+  const auto fast = with_losses({{{6, 0}, {5, 5}, {4, 4}, {3, 3}, {2, 2}, {1, 1}}});
+  for (Index p = 4; p <= 12; p += 2) {
+    EXPECT_EQ(allocate_plain(fast, p).stride, 1) << p;
+  }
+  // Between strides that keep the same, the smallest.
+  EXPECT_EQ(allocate_plain(with_losses({{{1}, {2}, {2}, {2}}}), 4).stride, 1);
+  for (const Index p : {-2, 0, 3, 14}) {
+    EXPECT_THROW(allocate_plain(slow, p), std::invalid_argument) << p;
+  }
+}
+
+TEST(AllocatePlain, SumsOverLayers) {
+  const auto layers = with_losses({{{1}, {5}, {4}, {0}}, {{1}, {0}, {4}, {5}}});
+  EXPECT_EQ(allocate_plain({layers[0]}, 4).stride, 1);
+  EXPECT_EQ(allocate_plain({layers[1]}, 4).stride, 3);
+  EXPECT_EQ(allocate_plain(layers, 4).stride, 2);
+  EXPECT_EQ(allocate_plain(layers, 4).components, (std::vector<Index>{1, 0, 1, 0}));
 }
 
 TEST(RotaryKey, WithEveryComponentLeavesNothing) {

@@ -1,0 +1,119 @@
+#include "convert/engines/deepseek.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+
+#include "convert/engines/layout.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+class DeepseekEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "deepseek"; }
+
+  EngineTraits traits() const override {
+    return {.biases = false, .any_frequencies = false, .undoes_norm = false, .tied_head = false};
+  }
+
+  Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }
+
+  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
+                                            Index layer_idx, DType dtype) const override {
+    const Index rank = stored_rank(shape);
+    std::vector<TensorSpec> out;
+    const auto add = [&](const char* rest, std::vector<std::int64_t> size) {
+      out.push_back({attention_name(layer_idx, rest), dtype, std::move(size)});
+    };
+    add("q_proj.weight", {shape.heads * (shape.nope_dim + shape.rope_dim), source.hidden_size});
+    add("kv_a_proj_with_mqa.weight", {rank + shape.rope_dim, source.hidden_size});
+    add("kv_a_layernorm.weight", {rank});
+    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), rank});
+    add("o_proj.weight", {source.hidden_size, shape.heads * shape.v_dim});
+    return out;
+  }
+
+  Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
+              const Rotary& rotary, DType dtype) const override {
+    Json out = deepseek_config(source_config, source, shape, dtype);
+    out["attention_bias"] = false;
+    out["kv_lora_rank"] = stored_rank(shape);
+    out["q_lora_rank"] = nullptr;
+    const double base = geometric_base(rotary);
+    out["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", base}};
+    // Readers of the older spelling.
+    out["rope_theta"] = base;
+    out["rope_scaling"] = nullptr;
+    out["tie_word_embeddings"] = false;
+    return out;
+  }
+
+  void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType /*dtype*/,
+                       CheckpointWriter& out) const override {
+    const auto put = [&](const char* rest, const auto& values) {
+      out.write_floats(attention_name(layer_idx, rest),
+                       {values.data(), static_cast<std::size_t>(values.size())});
+    };
+    const LatentBranch& branch = a.branches.front();
+    if (a.q.bias.size() > 0 || a.o.bias.size() > 0 || branch.down.bias.size() > 0 ||
+        a.rotary_key.bias.size() > 0 || !branch.norm.present()) {
+      throw std::logic_error("deepseek: the layer has a bias, or no norm on its latent");
+    }
+    const Index n = a.nope_dim;
+    const Index p = a.rope_dim;
+    // Engines multiply scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
+    const double rescale = static_cast<double>(a.scale) * std::sqrt(static_cast<double>(n + p));
+    MatrixF q = a.q.weight * static_cast<float>(rescale);
+    for (Index h = 0; h < a.heads; ++h) {
+      to_pairs(q, h * (n + p) + n, p);
+    }
+    put("q_proj.weight", q);
+    const Index rank = stored_rank(shape);
+    MatrixF kv_a(rank + p, branch.down.weight.cols());
+    kv_a << branch.down.weight, a.rotary_key.weight;
+    to_pairs(kv_a, rank, p);
+    put("kv_a_proj_with_mqa.weight", kv_a);
+    put("kv_a_layernorm.weight", branch.norm.gain);
+    put("kv_b_proj.weight", branch.up);
+    put("o_proj.weight", a.o.weight);
+  }
+
+ private:
+  static Index stored_rank(const LatentShape& shape) { return shape.rank + shape.norm_coordinates; }
+};
+
+}  // namespace
+
+double geometric_base(const Rotary& rotary) {
+  const auto pairs = static_cast<double>(rotary.inv_freq.size());
+  if (rotary.inv_freq.empty() || std::abs(rotary.inv_freq.front() - 1.0F) > 1e-6F ||
+      rotary.attention_factor != 1.0F) {
+    throw std::invalid_argument("the rotary frequencies do not start at 1");
+  }
+  if (rotary.inv_freq.size() == 1) {
+    return 10000;  // base^0, whatever the base
+  }
+  // The slowest frequency tells most: θ = base^(-2 (p/2 - 1) / p).
+  const auto slowest = static_cast<double>(rotary.inv_freq.back());
+  double base = std::pow(slowest, -pairs / (pairs - 1));
+  // Frequencies are float32; a base that is a whole number to their precision is that number.
+  if (std::abs(base - std::round(base)) < 4e-7 * base) {
+    base = std::round(base);
+  }
+  for (std::size_t i = 0; i < rotary.inv_freq.size(); ++i) {
+    const double wanted = std::pow(base, -static_cast<double>(i) / pairs);
+    if (std::abs(static_cast<double>(rotary.inv_freq[i]) - wanted) > 2e-6 * wanted) {
+      throw std::invalid_argument("the rotary frequencies are not geometric");
+    }
+  }
+  return base;
+}
+
+std::unique_ptr<Engine> make_deepseek_engine() {
+  return std::make_unique<DeepseekEngine>();
+}
+
+}  // namespace relatent

@@ -1,0 +1,26 @@
+// Living with an engine that normalises the latent and has no bias to undo it with.
+#pragma once
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// The engine divides the latent by its root mean square. Its coordinates may be scaled freely (undone in the
+// up-projection), and a few may be added that nothing reads, so what it divides by is ρ = √(Σ_j s_j² y_j²)
+// with y = [c; extra x̃] and any s. Non-negative least squares over tokens bring ρ² as near to 1 as they can.
+struct NormCompletion {
+  MatrixD extra;   // [e, D + 1], leading directions of the input with mean square 1
+  VectorD square;  // [r + e], s_j² > 0
+
+  bool present() const { return square.size() > 0; }
+};
+
+// latent [r, D + 1]; inputs x̃ [tokens, D + 1] with their second moment; extra_count coordinates are added
+// (directions beyond the rank of the inputs are zero and do nothing).
+NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
+                             Index extra_count);
+
+// 1/ρ for every row of inputs [tokens, D + 1].
+VectorF inverse_norm(const NormCompletion& norm, const MatrixD& latent, const MatrixF& inputs);
+
+}  // namespace relatent

@@ -1,0 +1,52 @@
+// Sizes chosen by what they lose on calibration tokens that the fits have not seen.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "convert/relatent.h"
+
+namespace relatent {
+
+// A pair of sizes and the nats it lost on held-out sequences.
+struct SizeTrial {
+  Index rope_dim = 0;
+  Index rank = 0;
+  double nats = 0;
+};
+
+// What trials run on. Sizes are multiples of 16, as kernels like them.
+class SizeSearch {
+ public:
+  using Watch = std::function<void(const SizeTrial&)>;
+
+  // options: everything but the sizes. Needs at least two sequences (usage otherwise, saying so).
+  SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
+             const RelatentOptions& options, Watch watch);
+
+  // The rotary size for a cache of `total` numbers: a quarter of it and its neighbours are tried (of a plain
+  // list, half, three quarters and all of the head), with fewer tokens and no key fit, which rank them well
+  // enough. One candidate is taken untried.
+  SizeTrial rotary_for(Index total);
+
+  // The smallest cache that loses at most max_nats, by bisection, fitted in full on three quarters of the
+  // sequences and measured on the rest; the whole of the source's cache when none does.
+  SizeTrial smallest_within(double max_nats);
+
+  // Every trial made, in order.
+  const std::vector<SizeTrial>& trials() const { return trials_; }
+
+ private:
+  std::vector<Index> rotary_candidates(Index total) const;
+  SizeTrial trial(Index rope_dim, Index rank, const Sequences& fit, const Sequences& held_out,
+                  const RelatentOptions& options);
+
+  const Model& source_;
+  std::function<Moments(Index)> moments_;
+  Sequences sequences_;
+  RelatentOptions options_;
+  Watch watch_;
+  std::vector<SizeTrial> trials_;
+};
+
+}  // namespace relatent
