@@ -265,8 +265,25 @@ Sequences Conversion::fit_sequences() const {
   return out;
 }
 
+void Conversion::warn_of_few_tokens() {
+  if (options_.method != Method::relatent || !options_.relatent.uses_tokens()) {
+    return;
+  }
+  const Sequences sequences = fit_sequences();
+  const Index tokens = sequences.count * sequences.length;
+  const ModelConfig& config = source_.config();
+  const Index wanted = 8 * std::max(config.num_attention_heads * config.gqa->head_dim, config.hidden_size);
+  if (tokens < wanted) {
+    plan_.warnings.push_back("the calibration has " + text(tokens) + " tokens and the fits want at least " +
+                             text(wanted) +
+                             " for this model: they are held back (larger ridges), and the "
+                             "result will be worse than with more tokens");
+  }
+}
+
 void Conversion::make_plan(const SizeSearch::Watch& watch) {
   check_source(source_);
+  warn_of_few_tokens();
   search_sizes(watch);
   const ModelConfig& config = source_.config();
   LatentShape& shape = plan_.shape;

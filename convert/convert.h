@@ -108,6 +108,7 @@ class Conversion {
   void make_plan(const SizeSearch::Watch& watch);
   // Fills in rank and rotary size where a budget is all that is given.
   void search_sizes(const SizeSearch::Watch& watch);
+  void warn_of_few_tokens();
   RelatentOptions relatent_options() const;
   // The calibration's tokens that the fits may use.
   Sequences fit_sequences() const;

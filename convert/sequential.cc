@@ -123,7 +123,8 @@ void TwinStreams::finish_attention(const Layer& source, LatentAttention& convert
     });
     sums.add(sampled, errors);
   }
-  const MatrixD delta = refit_delta(sums, ridge);
+  const MatrixD delta =
+      refit_delta(sums, ridge * ridge_for_scarcity(source_.hidden().rows() / thinning, features));
   converted.o.weight = (converted.o.weight.cast<double>() + delta.leftCols(features)).cast<float>();
   if (affine) {
     converted.o.bias = (converted.o.bias.cast<double>() + delta.col(features).transpose()).cast<float>();

@@ -259,7 +259,6 @@ Index every(Index count, Index step) {
   return (count + step - 1) / step;
 }
 
-// The fewer queries there are for each unknown, the more of what they say is chance.
 double scarcity(const AttentionSample& sample) {
   return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
                  static_cast<double>(sample.sampled_inputs.rows());
@@ -681,7 +680,8 @@ void fit_output(const AttentionSample& sample, const FitOptions& options, Absorb
         errors.rowwise() -= bias;
         sums.add(stack, errors);
       });
-  const MatrixD delta = refit_delta(sums, options.output_ridge * scarcity(sample));
+  const MatrixD delta =
+      refit_delta(sums, options.output_ridge * ridge_for_scarcity(sample.sampled_inputs.rows(), features));
   attention.o += delta.leftCols(features);
   attention.o_bias += delta.col(features);
 }

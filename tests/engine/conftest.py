@@ -76,7 +76,9 @@ class Workbench:
         key = (source, method, *options)
         if key not in self._made:
             calibration = (
-                ("--calibration", self.calibration(source)) if method == "transmla" else ()
+                ("--calibration", self.calibration(source))
+                if method in ("transmla", "relatent")
+                else ()
             )
             out = self.new_path()
             support.relatent(

@@ -15,10 +15,27 @@ def convert(bench, source: Path, case: str) -> Path:
     if case == "transmla with a query rank":
         hidden = json.loads((source / "config.json").read_text())["hidden_size"]
         return bench.convert(source, "transmla", *HALF, "--q-rank", hidden // 2)
+    if case.startswith("relatent"):
+        before = json.loads((source / "config.json").read_text())
+        head = before.get("head_dim", before["hidden_size"] // before["num_attention_heads"])
+        sizes = ("--rope-dim", head, "--rank", before["num_key_value_heads"] * head - head)
+        engine = case.removeprefix("relatent for ") if " for " in case else "transformers"
+        return bench.convert(
+            source, "relatent", *sizes, "--engine", engine, "--dtype", "float32", "--fit-rounds", 1
+        )
     return bench.convert(source, case, *HALF)
 
 
-@pytest.fixture(params=("transmla", "transmla with a query rank", "weights-only"))
+CASES = (
+    "transmla",
+    "transmla with a query rank",
+    "weights-only",
+    "relatent",
+    "relatent for deepseek",
+)
+
+
+@pytest.fixture(params=CASES)
 def converted(bench, source: Path, request: pytest.FixtureRequest) -> Path:
     return convert(bench, source, request.param)
 
@@ -61,3 +78,22 @@ def test_larger_rank_loses_less(bench, source: Path) -> None:
     print("nats lost: " + ", ".join(f"{n:.4f} at {b}" for n, b in zip(nats, BUDGETS, strict=True)))
     assert nats[0] > nats[1] > nats[2]
     assert found[0]["mean_kl"] > found[1]["mean_kl"] > found[2]["mean_kl"]
+
+
+def test_relatent_loses_less_than_transmla(bench, source: Path) -> None:
+    ours = support.verify(source, convert(bench, source, "relatent"))["nats"]
+    theirs = support.verify(source, convert(bench, source, "transmla"))["nats"]
+    print(f"nats lost: {ours:.4f}, transmla {theirs:.4f}")
+    assert ours < theirs
+
+
+def test_deepseek_layout_is_plain(bench, source: Path) -> None:
+    folder = convert(bench, source, "relatent for deepseek")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["attention_bias"] is False
+    assert config["q_lora_rank"] is None
+    assert config["rope_parameters"]["rope_type"] == "default"
+    assert config["tie_word_embeddings"] is False
+    names = support.load(folder).state_dict()
+    assert "lm_head.weight" in names
+    assert not [name for name in names if name.endswith(".bias")]

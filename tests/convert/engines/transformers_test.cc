@@ -333,9 +333,11 @@ TEST(TransformersEngine, ConfigIsWhatDeepseekV3Needs) {
 TEST(Engine, IsFoundByName) {
   ASSERT_NE(make_engine("transformers"), nullptr);
   EXPECT_EQ(make_engine("transformers")->name(), "transformers");
+  ASSERT_NE(make_engine("deepseek"), nullptr);
+  EXPECT_EQ(make_engine("deepseek")->name(), "deepseek");
   EXPECT_EQ(make_engine("llama.cpp"), nullptr);
   EXPECT_EQ(make_engine(""), nullptr);
-  EXPECT_EQ(known_engines(), "transformers");
+  EXPECT_EQ(known_engines(), "transformers, deepseek");
 }
 
 }  // namespace

@@ -128,12 +128,13 @@ TEST(Absorb, ShiftOfValuesGoesIntoTheOutputBias) {
   EXPECT_LE(relative_error(output_by_the_book(absorb(sample.maps, key, latent), columns), expected), 1e-12);
 }
 
-// Queries as a fit leaves them: of full rank, and of no head's shape.
-AbsorbedAttention with_random_queries(const LayerSample& sample, Index pairs, Index rank, Random& random) {
+// A layer as a fit leaves it: queries of full rank and of no head's shape, a latent with a mean.
+AbsorbedAttention shaken(const LayerSample& sample, Index pairs, Index rank, Random& random) {
   AbsorbedAttention out = absorbed_layer(sample, pairs, rank);
   for (MatrixD& query : out.query) {
     query += 0.1 * random.matrix_d(query.rows(), query.cols());
   }
+  out.key += 0.1 * random.matrix_d(out.key.rows(), out.key.cols());
   return out;
 }
 
@@ -156,7 +157,7 @@ TEST(LimitContentRank, LeavesWhatFitsAlone) {
   const LayerSample sample = layer_sample(4, {.q_bias = true, .kv_bias = true});
   for (const Index rank : {5, 8}) {
     Random random(5);
-    const AbsorbedAttention before = with_random_queries(sample, 3, rank, random);
+    const AbsorbedAttention before = shaken(sample, 3, rank, random);
     AbsorbedAttention after = before;
     limit_content_rank(after, sample.moments.second);
     for (std::size_t h = 0; h < 6; ++h) {
@@ -172,7 +173,7 @@ TEST(LimitContentRank, LosesTheLeastOfTheScores) {
   for (const bool bias : {false, true}) {
     const LayerSample sample = layer_sample(6, {.q_bias = bias, .kv_bias = bias});
     Random random(7);
-    AbsorbedAttention before = with_random_queries(sample, 3, 14, random);
+    AbsorbedAttention before = shaken(sample, 3, 14, random);
     before.nope_dim = 5;
     AbsorbedAttention after = before;
     limit_content_rank(after, sample.moments.second);
@@ -241,6 +242,24 @@ TEST(LatentShrink, IsTheReciprocalNorm) {
     const VectorD x = inputs.row(n).transpose().cast<double>();
     const VectorD shrunk = key_by_the_book(absorbed, n, x).tail(7);
     EXPECT_NEAR(static_cast<double>(found(n)) * (plain * x).tail(7).norm() / shrunk.norm(), 1, kFloatNoise);
+  }
+}
+
+// The extra coordinates only steady the norm; what is written divides by the same number.
+TEST(ToLatentAttention, CarriesTheNormOfTheLatent) {
+  for (const Index rank : {5, 12}) {
+    const LayerSample sample = layer_sample(11, {.q_bias = true, .kv_bias = true});
+    Random random(12);
+    AbsorbedAttention absorbed = absorbed_layer(sample, 3, rank);
+    const MatrixD columns = with_ones(sample.x);
+    const MatrixD plain = output_by_the_book(absorbed, columns);
+    absorbed.norm = {random.matrix_d(3, 25), random.matrix_d(rank + 3, 1).cwiseAbs2().array() + 0.1};
+    const MatrixD expected = output_by_the_book(absorbed, columns);
+    EXPECT_GT(relative_error(expected, plain), 0.1);
+    const LatentAttention layer = to_latent_attention(absorbed, sample.moments.second);
+    EXPECT_EQ(layer.total_rank(), rank + 3);
+    EXPECT_TRUE(layer.branches[0].norm.gain == RowVectorF::Ones(rank + 3));
+    EXPECT_LE(relative_error(output_of(layer, sample.x), expected), kFloatNoise);
   }
 }
 

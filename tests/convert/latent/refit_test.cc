@@ -40,6 +40,13 @@ TEST(RefitSums, AddsProductsUp) {
   EXPECT_LE(relative_error(sums.error_moment, MatrixD(errors.cast<double>().transpose() * a)), 1e-6);
 }
 
+TEST(RidgeForScarcity, FallsToOneWithTheTokens) {
+  EXPECT_GT(ridge_for_scarcity(10, 100), ridge_for_scarcity(100, 100));
+  EXPECT_GT(ridge_for_scarcity(100, 100), ridge_for_scarcity(100, 10));
+  EXPECT_GT(ridge_for_scarcity(1000, 10), 1);
+  EXPECT_NEAR(ridge_for_scarcity(1'000'000'000, 10), 1, 1e-6);
+}
+
 TEST(RefitDelta, SolvesTheNormalEquations) {
   Random random(2);
   const RefitSums sums = sums_of(random.matrix(40, 9), random.matrix(40, 5));
