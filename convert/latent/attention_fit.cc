@@ -12,8 +12,11 @@
 namespace relatent {
 namespace {
 
-// Sampled queries handled at once.
-constexpr Index query_block = 32;
+// Queries handled at once, those of all heads together, and how many positions of one head they may span:
+// enough for the BLAS, few enough that little of a block lies after its queries.
+constexpr Index block_queries = 128;
+constexpr Index least_block_rows = 4;
+constexpr Index most_block_rows = 32;
 // Sequences whose contributions are held before they are added up, one after the other.
 constexpr Index batch_sequences = 8;
 // Doubles that each vector of one conjugate-gradient run may take; heads are fitted in runs of that size.
@@ -169,6 +172,14 @@ MatrixF stacked(const Systems& maps) {
   return out;
 }
 
+std::vector<MatrixF> single(const Systems& maps) {
+  std::vector<MatrixF> out;
+  for (const MatrixD& map : maps) {
+    out.push_back(map.cast<float>());
+  }
+  return out;
+}
+
 // u of one sequence's sampled rows for all stacked heads: [per_sequence, heads * width].
 MatrixF queries_of(const AttentionSample& sample, Index sequence, const MatrixF& map, Index width,
                    const Turns& turns) {
@@ -178,20 +189,52 @@ MatrixF queries_of(const AttentionSample& sample, Index sequence, const MatrixF&
   return u;
 }
 
-// Calls body(first, rows, columns) for blocks of one sequence's sampled queries; columns = keys that the last
-// of them sees.
+Index source_heads(const AttentionSample& sample) {
+  return sample.source_query.cols() / sample.head_dim;
+}
+
+Index block_rows(const AttentionSample& sample) {
+  return std::clamp(block_queries / source_heads(sample), least_block_rows, most_block_rows);
+}
+
+// Some of one sequence's sampled queries. What belongs to several heads is stacked by head: row h rows + i of
+// such a matrix is query first + i of the h-th of them, so that one product serves all heads of a block.
+struct Block {
+  Index sequence;
+  Index first;
+  Index rows;
+  Index columns;  // keys that the last of them sees
+};
+
 template <typename Body>
 void for_blocks(const AttentionSample& sample, Index sequence, const Body& body) {
-  for (Index first = 0; first < sample.per_sequence(); first += query_block) {
-    const Index rows = std::min(query_block, sample.per_sequence() - first);
-    body(first, rows, sample.position(sequence, first + rows - 1) + 1);
+  const Index step = block_rows(sample);
+  for (Index first = 0; first < sample.per_sequence(); first += step) {
+    const Index rows = std::min(step, sample.per_sequence() - first);
+    body(Block{sequence, first, rows, sample.position(sequence, first + rows - 1) + 1});
   }
 }
 
-// Logits to causal softmax weights.
-void softmax_rows(const AttentionSample& sample, Index sequence, Index first, MatrixF& logits) {
+// by_query [queries, heads * w] -> [heads * rows, w].
+void stack_heads(const MatrixF& by_query, const Block& block, Index heads, MatrixF& out) {
+  const Index width = by_query.cols() / heads;
+  out.resize(heads * block.rows, width);
+  for (Index h = 0; h < heads; ++h) {
+    out.middleRows(h * block.rows, block.rows) = by_query.block(block.first, h * width, block.rows, width);
+  }
+}
+
+void unstack_heads(const MatrixF& stack, const Block& block, Index heads, MatrixF& by_query) {
+  const Index width = stack.cols();
+  for (Index h = 0; h < heads; ++h) {
+    by_query.block(block.first, h * width, block.rows, width) = stack.middleRows(h * block.rows, block.rows);
+  }
+}
+
+// Logits of stacked heads to causal softmax weights.
+void softmax_rows(const AttentionSample& sample, const Block& block, MatrixF& logits) {
   for (Index i = 0; i < logits.rows(); ++i) {
-    const Index seen = sample.position(sequence, first + i) + 1;
+    const Index seen = sample.position(block.sequence, block.first + (i % block.rows)) + 1;
     auto row = logits.row(i).head(seen).array();
     row = (row - row.maxCoeff()).exp();
     row *= 1.0F / row.sum();
@@ -199,40 +242,47 @@ void softmax_rows(const AttentionSample& sample, Index sequence, Index first, Ma
   }
 }
 
-// The source's logits of one head's block of queries, [rows, columns].
-void source_logits(const AttentionSample& sample, Index sequence, Index head, Index first, Index rows,
-                   Index columns, MatrixF& logits) {
-  const Index d = sample.head_dim;
-  logits.resize(rows, columns);
-  logits.noalias() =
-      sample.source_query.block(sequence * sample.per_sequence() + first, head * d, rows, d) *
-      sample.source_key.block(sequence * sample.length, head / sample.group_size * d, columns, d).transpose();
-}
+struct Heads {
+  Index first;
+  Index count;
+};
 
-Index blocks_of(const AttentionSample& sample) {
-  return (sample.per_sequence() + query_block - 1) / query_block;
+// The source's logits, [heads * rows, columns].
+void source_logits(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& logits) {
+  const Index d = sample.head_dim;
+  logits.resize(heads.count * block.rows, block.columns);
+  for (Index i = 0; i < heads.count; ++i) {
+    const Index head = heads.first + i;
+    logits.middleRows(i * block.rows, block.rows).noalias() =
+        sample.source_query.block(block.sequence * sample.per_sequence() + block.first, head * d, block.rows,
+                                  d) *
+        sample.source_key
+            .block(block.sequence * sample.length, head / sample.group_size * d, block.columns, d)
+            .transpose();
+  }
 }
 
 // Their softmax: kept by the sample, or formed in scratch. One thread at a time asks for a sequence.
-const MatrixF& source_weights(const AttentionSample& sample, Index sequence, Index head, Index first,
-                              Index rows, Index columns, MatrixF& scratch) {
-  MatrixF* slot = &scratch;
-  if (!sample.weights.empty()) {
-    std::vector<MatrixF>& kept = sample.weights[static_cast<std::size_t>(sequence)];
-    const Index heads = sample.source_query.cols() / sample.head_dim;
-    kept.resize(static_cast<std::size_t>(heads * blocks_of(sample)));
-    slot = &kept[static_cast<std::size_t>(head * blocks_of(sample) + first / query_block)];
-    if (slot->size() > 0) {
-      return *slot;
-    }
+Eigen::Ref<const MatrixF> source_weights(const AttentionSample& sample, const Block& block, Heads heads,
+                                         MatrixF& scratch) {
+  if (sample.weights.empty()) {
+    source_logits(sample, block, heads, scratch);
+    softmax_rows(sample, block, scratch);
+    return scratch;
   }
-  source_logits(sample, sequence, head, first, rows, columns, *slot);
-  softmax_rows(sample, sequence, first, *slot);
-  return *slot;
+  std::vector<MatrixF>& kept = sample.weights[static_cast<std::size_t>(block.sequence)];
+  const Index step = block_rows(sample);
+  kept.resize(static_cast<std::size_t>((sample.per_sequence() + step - 1) / step));
+  MatrixF& weights = kept[static_cast<std::size_t>(block.first / step)];
+  if (weights.size() == 0) {
+    source_logits(sample, block, {0, source_heads(sample)}, weights);
+    softmax_rows(sample, block, weights);
+  }
+  return weights.middleRows(heads.first * block.rows, heads.count * block.rows);
 }
 
 // scores -> weights ∘ (scores - Σ weights scores); returns Σ weights (scores - mean)².
-double centre(const MatrixF& weights, MatrixF& scores) {
+double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scores) {
   double variance = 0;
   for (Index i = 0; i < scores.rows(); ++i) {
     const auto w = weights.row(i).array();
@@ -268,12 +318,11 @@ double scarcity(const AttentionSample& sample) {
 class QueryProblem {
  public:
   QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const Turns& turns,
-               const std::vector<MatrixF>& keys, Index first_head, Index head_count)
+               const std::vector<MatrixF>& keys, Heads heads)
       : sample_(sample),
         turns_(turns),
         keys_(keys),
-        first_head_(first_head),
-        head_count_(head_count),
+        heads_(heads),
         p_(attention.rope_dim()),
         width_(attention.width()) {}
 
@@ -348,40 +397,50 @@ class QueryProblem {
   void run(Index s, const MatrixF& map, bool against_source, Slot& slot) const {
     const MatrixF u = queries_of(sample_, s, map, width_, turns_);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
+    const Index heads = heads_.count;
     slot.pull.resize(u.rows(), u.cols());
+    slot.error.assign(static_cast<std::size_t>(heads), 0);
     const bool wants_moment = against_source && s % moment_sequences == 0;
+    MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
+    MatrixF mean_keys(wants_moment ? u.rows() : 0, u.cols());
     MatrixF logits;
     MatrixF scratch;
     MatrixF scores;
-    for (Index i = 0; i < head_count_; ++i) {
-      VectorF received = VectorF::Zero(wants_moment ? sample_.length : 0);
-      MatrixF mean_key(wants_moment ? u.rows() : 0, width_);
-      double error = 0;
-      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        const MatrixF& weights = source_weights(sample_, s, first_head_ + i, first, count, columns, scratch);
-        scores.resize(count, columns);
-        scores.noalias() = u.block(first, i * width_, count, width_) * z.topRows(columns).transpose();
-        if (against_source) {
-          source_logits(sample_, s, first_head_ + i, first, count, columns, logits);
-          scores = logits - scores;
-        }
-        if (wants_moment) {
-          received.head(columns) += weights.colwise().sum().transpose();
-          mean_key.middleRows(first, count).noalias() = weights * z.topRows(columns);
-        }
-        error += centre(weights, scores);
-        slot.pull.block(first, i * width_, count, width_).noalias() = scores * z.topRows(columns);
-      });
-      slot.error.push_back(error);
-      if (wants_moment) {
-        const MatrixF scaled = received.cwiseSqrt().asDiagonal() * z;
-        MatrixF moment(width_, width_);
-        moment.noalias() = scaled.transpose() * scaled;
-        moment.noalias() -= mean_key.transpose() * mean_key;
-        slot.key_moment.push_back(std::move(moment));
+    MatrixF stack;
+    for_blocks(sample_, s, [&](const Block& block) {
+      const auto weights = source_weights(sample_, block, heads_, scratch);
+      const auto seen = z.topRows(block.columns);
+      stack_heads(u, block, heads, stack);
+      scores.resize(stack.rows(), block.columns);
+      scores.noalias() = stack * seen.transpose();
+      if (against_source) {
+        source_logits(sample_, block, heads_, logits);
+        scores = logits - scores;
       }
+      if (wants_moment) {
+        stack.noalias() = weights * seen;
+        unstack_heads(stack, block, heads, mean_keys);
+      }
+      for (Index h = 0; h < heads; ++h) {
+        const auto of_head = weights.middleRows(h * block.rows, block.rows);
+        slot.error[static_cast<std::size_t>(h)] +=
+            centre(of_head, scores.middleRows(h * block.rows, block.rows));
+        if (wants_moment) {
+          received.row(h).head(block.columns) += of_head.colwise().sum();
+        }
+      }
+      stack.noalias() = scores * seen;
+      unstack_heads(stack, block, heads, slot.pull);
+    });
+    for (Index h = 0; h < received.rows(); ++h) {
+      const MatrixF scaled = received.row(h).transpose().cwiseSqrt().asDiagonal() * z;
+      const auto means = mean_keys.middleCols(h * width_, width_);
+      MatrixF moment(width_, width_);
+      moment.noalias() = scaled.transpose() * scaled;
+      moment.noalias() -= means.transpose() * means;
+      slot.key_moment.push_back(std::move(moment));
     }
-    rotate_in_place(reversed(turns_.of(s)), 0, width_, head_count_, slot.pull);
+    rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, slot.pull);
   }
 
   void add(Index first_sequence, const std::vector<Slot>& slots, Systems& sum) const {
@@ -400,8 +459,7 @@ class QueryProblem {
   const AttentionSample& sample_;
   const Turns& turns_;
   const std::vector<MatrixF>& keys_;
-  Index first_head_;
-  Index head_count_;
+  Heads heads_;
   Index p_;
   Index width_;
 };
@@ -416,11 +474,8 @@ class KeyProblem {
         turns_(turns),
         query_(stacked(attention.query)),
         o_(attention.o.cast<float>()),
-        weight_((score_weight * sample.value_spread).cast<float>()) {
-    for (const MatrixD& up : attention.value_up) {
-      value_up_.push_back(up.cast<float>());
-    }
-  }
+        weight_((score_weight * sample.value_spread).cast<float>()),
+        value_up_(single(attention.value_up)) {}
 
   MatrixD residual(const MatrixD& key) const { return run(key, true); }
   MatrixD apply(const MatrixD& direction) const { return run(direction, false); }
@@ -473,27 +528,31 @@ class KeyProblem {
     MatrixF mixed(rows, heads * w);
     MatrixF logits;
     MatrixF scores;
-    MatrixF mean_latent;
+    MatrixF queries;
+    MatrixF latent;  // stacked: what the heads read, then what they should
     MatrixF scratch;
-    for (Index h = 0; h < heads; ++h) {
-      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        const MatrixF& weights = source_weights(sample_, s, h, first, count, columns, scratch);
-        const auto queries = u.block(first, h * width, count, width);
-        scores.resize(count, columns);
-        scores.noalias() = queries * z.topRows(columns).transpose();
-        if (against_source) {
-          source_logits(sample_, s, h, first, count, columns, logits);
-          scores = logits - scores;
-        }
-        centre(weights, scores);
-        scores *= weight_(h);
-        pull.topRows(columns).noalias() += scores.transpose() * queries;
-        mean_latent.resize(count, r);
-        mean_latent.noalias() = weights * z.topRightCorner(columns, r);
-        mixed.block(first, h * w, count, w).noalias() =
-            mean_latent * value_up_[static_cast<std::size_t>(h)].transpose();
-      });
-    }
+    for_blocks(sample_, s, [&](const Block& block) {
+      const auto weights = source_weights(sample_, block, {0, heads}, scratch);
+      const auto seen = z.topRows(block.columns);
+      stack_heads(u, block, heads, queries);
+      scores.resize(queries.rows(), block.columns);
+      scores.noalias() = queries * seen.transpose();
+      if (against_source) {
+        source_logits(sample_, block, {0, heads}, logits);
+        scores = logits - scores;
+      }
+      latent.resize(queries.rows(), r);
+      latent.noalias() = weights * seen.rightCols(r);
+      for (Index h = 0; h < heads; ++h) {
+        const Index at = h * block.rows;
+        auto of_head = scores.middleRows(at, block.rows);
+        centre(weights.middleRows(at, block.rows), of_head);
+        of_head *= weight_(h);
+        mixed.block(block.first, h * w, block.rows, w).noalias() =
+            latent.middleRows(at, block.rows) * value_up_[static_cast<std::size_t>(h)].transpose();
+      }
+      pull.topRows(block.columns).noalias() += scores.transpose() * queries;
+    });
     MatrixF output = apply_map(mixed, o_);
     if (against_source) {
       output = sample_.target.middleRows(s * rows, rows) - output;
@@ -501,14 +560,15 @@ class KeyProblem {
     }
     MatrixF wanted(rows, heads * w);
     wanted.noalias() = output * o_;
-    for (Index h = 0; h < heads; ++h) {
-      MatrixF latent(rows, r);
-      latent.noalias() = wanted.middleCols(h * w, w) * value_up_[static_cast<std::size_t>(h)];
-      for_blocks(sample_, s, [&](Index first, Index count, Index columns) {
-        const MatrixF& weights = source_weights(sample_, s, h, first, count, columns, scratch);
-        pull.topRightCorner(columns, r).noalias() += weights.transpose() * latent.middleRows(first, count);
-      });
-    }
+    for_blocks(sample_, s, [&](const Block& block) {
+      const auto weights = source_weights(sample_, block, {0, heads}, scratch);
+      latent.resize(heads * block.rows, r);
+      for (Index h = 0; h < heads; ++h) {
+        latent.middleRows(h * block.rows, block.rows).noalias() =
+            wanted.block(block.first, h * w, block.rows, w) * value_up_[static_cast<std::size_t>(h)];
+      }
+      pull.topRightCorner(block.columns, r).noalias() += weights.transpose() * latent;
+    });
     rotate_in_place(reversed(turns_.all), 0, p, 1, pull);
     if (shrink.size() > 0) {
       pull.rightCols(r).array().colwise() *= shrink.array();
@@ -530,10 +590,9 @@ class KeyProblem {
 }  // namespace
 
 void keep_weights(AttentionSample& sample, std::size_t bytes) {
-  const Index heads = sample.source_query.cols() / sample.head_dim;
   std::size_t needed = 0;
-  for_blocks(sample, 0, [&](Index, Index rows, Index columns) {
-    needed += static_cast<std::size_t>(heads * rows * columns) * sizeof(float);
+  for_blocks(sample, 0, [&](const Block& block) {
+    needed += static_cast<std::size_t>(source_heads(sample) * block.rows * block.columns) * sizeof(float);
   });
   if (needed * static_cast<std::size_t>(sample.count) <= bytes) {
     sample.weights.resize(static_cast<std::size_t>(sample.count));
@@ -562,11 +621,11 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
               source_value.block(s * sample.length, h / sample.group_size * d, sample.length, d) *
               roots[static_cast<std::size_t>(h)];
           const VectorF squares = values.rowwise().squaredNorm();
-          for_blocks(sample, s, [&](Index first, Index count, Index columns) {
-            const MatrixF& weights = source_weights(sample, s, h, first, count, columns, scratch);
-            mean.resize(count, d);
-            mean.noalias() = weights * values.topRows(columns);
-            slot(h) += static_cast<double>((weights * squares.head(columns)).sum()) -
+          for_blocks(sample, s, [&](const Block& block) {
+            const auto weights = source_weights(sample, block, {h, 1}, scratch);
+            mean.resize(block.rows, d);
+            mean.noalias() = weights * values.topRows(block.columns);
+            slot(h) += static_cast<double>((weights * squares.head(block.columns)).sum()) -
                        static_cast<double>(mean.squaredNorm());
           });
         }
@@ -592,7 +651,7 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
   for (Index first = 0; first < heads; first += run) {
     const Index count = std::min(run, heads - first);
     const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
-    const QueryProblem problem(sample, attention, turns, keys, first, count);
+    const QueryProblem problem(sample, attention, turns, keys, {first, count});
     QueryProblem::Start start = problem.start(queries);
     std::vector<Side> sides(queries.size());
     parallel_for(sides.size(), [&](std::size_t h) { sides[h] = score_side(start.key_moment[h]); });
@@ -642,7 +701,9 @@ void fit_output(const AttentionSample& sample, const FitOptions& options, Absorb
   const Index width = attention.width();
   const Index p = attention.rope_dim();
   const Index w = attention.v_dim();
-  const Index features = attention.heads() * w;
+  const Index heads = attention.heads();
+  const Index features = heads * w;
+  const std::vector<MatrixF> value_up = single(attention.value_up);
   const MatrixF key = attention.key.cast<float>();
   const MatrixF query = stacked(attention.query);
   const MatrixF o = attention.o.cast<float>();
@@ -656,19 +717,23 @@ void fit_output(const AttentionSample& sample, const FitOptions& options, Absorb
         const MatrixF u = queries_of(sample, s, query, width, turns);
         mixed.resize(rows, features + 1);
         mixed.col(features).setConstant(sample.affine ? 1.0F : 0.0F);
+        MatrixF queries;
         MatrixF weights;
-        MatrixF mean_latent;
-        for (Index h = 0; h < attention.heads(); ++h) {
-          const MatrixF up = attention.value_up[static_cast<std::size_t>(h)].cast<float>();
-          for_blocks(sample, s, [&](Index first, Index count, Index columns) {
-            weights.resize(count, columns);
-            weights.noalias() = u.block(first, h * width, count, width) * z.topRows(columns).transpose();
-            softmax_rows(sample, s, first, weights);
-            mean_latent.resize(count, width - p);
-            mean_latent.noalias() = weights * z.topRightCorner(columns, width - p);
-            mixed.block(first, h * w, count, w).noalias() = mean_latent * up.transpose();
-          });
-        }
+        MatrixF latent;
+        for_blocks(sample, s, [&](const Block& block) {
+          const auto seen = z.topRows(block.columns);
+          stack_heads(u, block, heads, queries);
+          weights.resize(queries.rows(), block.columns);
+          weights.noalias() = queries * seen.transpose();
+          softmax_rows(sample, block, weights);
+          latent.resize(queries.rows(), width - p);
+          latent.noalias() = weights * seen.rightCols(width - p);
+          for (Index h = 0; h < heads; ++h) {
+            mixed.block(block.first, h * w, block.rows, w).noalias() =
+                latent.middleRows(h * block.rows, block.rows) *
+                value_up[static_cast<std::size_t>(h)].transpose();
+          }
+        });
       },
       [&](Index first, const std::vector<MatrixF>& slots) {
         MatrixF stack(static_cast<Index>(slots.size()) * rows, features + 1);

@@ -47,7 +47,7 @@ struct AttentionSample {
   MatrixF source_query;                  // [count * per_sequence, H d], rotated, times the softmax scale
   MatrixF source_key;                    // [count * length, K d], rotated
   MatrixF target;  // [count * per_sequence, D], what the attention should add to the converted stream
-  // The source's weights per sequence, head and block of queries, kept between fits where they are few
+  // The source's weights per sequence and block of queries, kept between fits where they are few
   // enough; filled on first use. Empty: formed anew each time.
   mutable std::vector<std::vector<MatrixF>> weights;
   VectorD value_spread;  // per head E_m Σ_n P_mn |O_h (v_n - Σ_n P_mn v_n)|² of the source; [H]
