@@ -25,8 +25,13 @@ constexpr Index run_doubles = Index{1} << 24;
 constexpr double score_side_ridge = 1e-4;
 // Every how many-th sequence tells how keys and values vary, which only weighs and preconditions.
 constexpr Index moment_sequences = 4;
-// Every how many-th sequence the keys are fitted on: all heads share them, so they see more queries.
+// The keys, and the output before them, are fitted on every second sequence where that leaves so many queries
+// for each unknown: all heads share the keys, so they see more queries, and the output is refit on every
+// token later.
 constexpr Index key_sequences = 2;
+constexpr Index key_queries_per_unknown = 4;
+// Conjugate-gradient steps of the queries while keys are still to change.
+constexpr Index passing_steps = 1;
 
 // Conjugate gradients on one or several independent systems A(X) = B, preconditioned, from X = 0. Every
 // vector is a list of matrices, one for each system.
@@ -309,6 +314,11 @@ Index every(Index count, Index step) {
   return (count + step - 1) / step;
 }
 
+Index key_step(const AttentionSample& sample) {
+  const Index queries = every(sample.count, key_sequences) * sample.per_sequence();
+  return queries >= key_queries_per_unknown * sample.sampled_inputs.cols() ? key_sequences : 1;
+}
+
 double scarcity(const AttentionSample& sample) {
   return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
                  static_cast<double>(sample.sampled_inputs.rows());
@@ -502,15 +512,16 @@ class KeyProblem {
   MatrixD run(const MatrixD& key, bool against_source) const {
     MatrixD sum = MatrixD::Zero(key.rows(), key.cols());
     const MatrixF map = key.cast<float>();
+    const Index step = key_step(sample_);
     in_batches<MatrixF>(
-        every(sample_.count, key_sequences),
-        [&](Index s, MatrixF& slot) { slot = run(s * key_sequences, map, against_source); },
+        every(sample_.count, step),
+        [&](Index s, MatrixF& slot) { slot = run(s * step, map, against_source); },
         [&](Index, const std::vector<MatrixF>& slots) {
           for (const MatrixF& slot : slots) {
             sum += slot.cast<double>();
           }
         });
-    return sum / static_cast<double>(every(sample_.count, key_sequences) * sample_.per_sequence());
+    return sum / static_cast<double>(every(sample_.count, step) * sample_.per_sequence());
   }
 
   MatrixF run(Index s, const MatrixF& map, bool against_source) const {
@@ -709,9 +720,12 @@ void fit_output(const AttentionSample& sample, const FitOptions& options, Absorb
   const MatrixF o = attention.o.cast<float>();
   const RowVectorF bias = attention.o_bias.transpose().cast<float>();
   RefitSums sums(o.rows(), features + 1);
+  const Index step = key_step(sample);
+  const Index used = every(sample.count, step);
   in_batches<MatrixF>(
-      sample.count,
-      [&](Index s, MatrixF& mixed) {
+      used,
+      [&](Index i, MatrixF& mixed) {
+        const Index s = i * step;
         const MatrixF x = sample.inputs(s);
         const MatrixF z = keys_of(x, key, latent_shrink(attention, x), turns.all, p);
         const MatrixF u = queries_of(sample, s, query, width, turns);
@@ -737,16 +751,17 @@ void fit_output(const AttentionSample& sample, const FitOptions& options, Absorb
       },
       [&](Index first, const std::vector<MatrixF>& slots) {
         MatrixF stack(static_cast<Index>(slots.size()) * rows, features + 1);
+        MatrixF errors(stack.rows(), o.rows());
         for (std::size_t i = 0; i < slots.size(); ++i) {
-          stack.middleRows(static_cast<Index>(i) * rows, rows) = slots[i];
+          const auto at = static_cast<Index>(i);
+          stack.middleRows(at * rows, rows) = slots[i];
+          errors.middleRows(at * rows, rows) = sample.target.middleRows((first + at) * step * rows, rows);
         }
-        MatrixF errors = sample.target.middleRows(first * rows, stack.rows());
         errors.noalias() -= stack.leftCols(features) * o.transpose();
         errors.rowwise() -= bias;
         sums.add(stack, errors);
       });
-  const MatrixD delta =
-      refit_delta(sums, options.output_ridge * ridge_for_scarcity(sample.sampled_inputs.rows(), features));
+  const MatrixD delta = refit_delta(sums, options.output_ridge * ridge_for_scarcity(used * rows, features));
   attention.o += delta.leftCols(features);
   attention.o_bias += delta.col(features);
 }
@@ -755,13 +770,16 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
                          AbsorbedAttention& attention) {
   ScoreError out;
   for (Index round = 0; round < options.rounds; ++round) {
+    const bool last = round + 1 == options.rounds;
     if (options.queries) {
-      const ScoreError error = fit_queries(sample, options, attention);
+      FitOptions here = options;
+      here.steps = last ? options.steps : std::min(options.steps, passing_steps);
+      const ScoreError error = fit_queries(sample, here, attention);
       out.before = round == 0 ? error.before : out.before;
       out.after = error.after;
       limit_content_rank(attention, sample.input_moment);
     }
-    if (round + 1 == options.rounds) {
+    if (last) {
       break;  // the output is refit on every token by whoever moves the streams
     }
     if (options.refit) {

@@ -20,11 +20,11 @@ namespace relatent {
 struct FitOptions {
   bool queries = true;
   bool keys = true;
-  bool refit = true;              // o_proj, also on every token once the layer is fitted
-  Index rounds = 2;               // queries, output and keys in turn; the last round ends with the queries
-  Index steps = 2;                // conjugate-gradient steps of a query or key fit
-  Index tokens = 0;               // of the calibration that are used, whole sequences from the first; 0 = all
-  Index stride = 8;               // every how many-th position of a sequence asks
+  bool refit = true;  // o_proj, also on every token once the layer is fitted
+  Index rounds = 2;   // queries, output and keys in turn; the last round ends with the queries
+  Index steps = 2;    // conjugate-gradient steps of a fit; the queries take one before the last round
+  Index tokens = 0;   // of the calibration that are used, whole sequences from the first; 0 = all
+  Index stride = 8;   // every how many-th position of a sequence asks
   Index queries_per_unknown = 8;  // the stride shrinks until there are so many, or none is left out
   // Ridges, against the mean square of what the fitted map reads. Fewer queries than unknowns raise them.
   double query_ridge = 0.3;
@@ -77,7 +77,7 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
 // layer's output under the source's weights.
 void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
 
-// Changes o and its bias, under the converted weights.
+// Changes o and its bias, under the converted weights, on the sequences that the keys are fitted on.
 void fit_output(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
 
 // The alternation. before is what the closed forms left, after what the last fit of the queries leaves.

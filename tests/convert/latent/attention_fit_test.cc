@@ -668,6 +668,11 @@ TEST(FitAttention, AlternatesAsTold) {
     const VectorD sizes = symmetric_eigenpairs(query.bottomRows(5) * query.bottomRows(5).transpose()).values;
     EXPECT_LE(sizes(4), 1e-12 * sizes(0));
   }
+
+  // Queries that the keys are about to leave behind take one step only.
+  expected = start;
+  fit_queries(fit.sample, {.steps = 1}, expected);
+  limit_content_rank(expected, fit.sample.input_moment);
   fit_output(fit.sample, {}, expected);
   fit_keys(fit.sample, {}, expected);
   fit_queries(fit.sample, {}, expected);
