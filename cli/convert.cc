@@ -1,5 +1,6 @@
 #include "convert/convert.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
 #include <map>
@@ -16,7 +17,14 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+// Options that mean something to one method only.
+struct Owned {
+  const CLI::Option* option;
+  std::vector<Method> methods;
+};
+
 struct Options {
+  std::vector<Owned> owned;
   std::string to = "mla";
   std::string method;
   std::string kv_budget;
@@ -115,6 +123,15 @@ ConvertOptions resolve(const Options& options) {
                                                         {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
   out.method = options.method.empty() ? Method::relatent : methods.at(options.method);
+  if (!options.method.empty()) {
+    for (const Owned& owned : options.owned) {
+      if (owned.option->count() > 0 &&
+          std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
+        fail_usage(owned.option->get_name() + " belongs to --method " +
+                   std::string(method_name(owned.methods.front())) + ", not to " + options.method);
+      }
+    }
+  }
   if (out.method == Method::relatent && options.calibration.empty()) {
     out.method = Method::weights_only;
     std::fputs(
@@ -189,6 +206,7 @@ int run(const Options& options) {
                 {"peak_rss_bytes", peak_rss_bytes()},
                 {"bytes_read", report.bytes_read},
                 {"bytes_written", report.bytes_written}};
+    out["bias_fold_error"] = report.fold_error;
     out["warnings"] = conversion.plan().warnings;
     out["trials"] = Json::array();
     for (const SizeTrial& trial : conversion.plan().trials) {
@@ -198,6 +216,12 @@ int run(const Options& options) {
       out["fold"] = *report.fold;
     }
     std::puts(out.dump().c_str());
+  }
+  if (report.fold_error > 0) {
+    std::fprintf(stderr,
+                 "warning: engine %s has no biases; those of q, k and v became the nearest linear map of the "
+                 "input, which misses up to %.2g of their mean square\n",
+                 conversion.options().engine.c_str(), report.fold_error);
   }
   if (!options.quiet) {
     const ConvertPlan& plan = conversion.plan();
@@ -241,51 +265,68 @@ void add_convert(CLI::App& app, Command& chosen) {
       ->add_option("--max-nats", options->max_nats,
                    "With --kv-budget auto: most nats to lose on calibration tokens held out for it")
       ->check(CLI::PositiveNumber);
-  command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")
-      ->capture_default_str();
-  command
-      ->add_option("--balance", convert.balance,
-                   "transmla: key norm over value norm after balancing; 0 = off")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command
-      ->add_option("--balance-columns", options->balance_columns,
-                   "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
-                   "authors' code does")
-      ->check(CLI::IsMember({"head", "pca"}))
-      ->capture_default_str();
-  RelatentOptions& own = convert.relatent;
-  command->add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command
-      ->add_option("--fit-rounds", own.fit.rounds,
-                   "relatent: how often queries, output and keys are fitted in turn")
-      ->check(CLI::Range(1, 100))
-      ->capture_default_str();
-  command
-      ->add_option("--fit-tokens", own.fit.tokens,
-                   "relatent: fit on so many tokens of the calibration; 0 = all, slower and closer")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command
-      ->add_option("--fit-stride", own.fit.stride,
-                   "relatent: fit on the queries of every n-th position; 1 is slower and closer")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  const auto stage = [&](const char* flag, bool& on, const char* what) {
-    command->add_flag_callback(
-        flag, [&on] { on = false; }, what);
+  const auto owned = [&options = *options](CLI::Option* option, std::vector<Method> methods) {
+    options.owned.push_back({option, std::move(methods)});
   };
-  stage("--no-expected-rotation", own.expected_rotation, "relatent: put 1 where a rotation is dropped");
-  stage("--no-output-metric", own.output_metric, "relatent: plain PCA for the latent");
-  stage("--no-query-fit", own.fit.queries, "relatent: leave the queries as the closed forms give them");
-  stage("--no-key-fit", own.fit.keys, "relatent: likewise rotary key and latent");
-  stage("--no-refit", own.fit.refit, "relatent: leave o_proj alone");
-  command->add_flag_callback(
-      "--plain-list", [&own] { own.plain_list = true; },
-      "relatent: a geometric list of rotary frequencies, each once");
-  command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too");
+  const std::vector<Method> published = {Method::transmla};
+  const std::vector<Method> closed = {Method::relatent, Method::weights_only};
+  const std::vector<Method> fitted = {Method::relatent};
+  owned(command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")
+            ->capture_default_str(),
+        published);
+  owned(command
+            ->add_option("--balance", convert.balance,
+                         "transmla: key norm over value norm after balancing; 0 = off")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str(),
+        published);
+  owned(command
+            ->add_option("--balance-columns", options->balance_columns,
+                         "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
+                         "authors' code does")
+            ->check(CLI::IsMember({"head", "pca"}))
+            ->capture_default_str(),
+        published);
+  RelatentOptions& own = convert.relatent;
+  owned(command->add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str(),
+        closed);
+  owned(command
+            ->add_option("--fit-rounds", own.fit.rounds,
+                         "relatent: how often queries, output and keys are fitted in turn")
+            ->check(CLI::Range(1, 100))
+            ->capture_default_str(),
+        fitted);
+  owned(command
+            ->add_option("--fit-tokens", own.fit.tokens,
+                         "relatent: fit on so many tokens of the calibration; 0 = all, slower and closer")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str(),
+        fitted);
+  owned(command
+            ->add_option("--fit-stride", own.fit.stride,
+                         "relatent: fit on the queries of every n-th position; 1 is slower and closer")
+            ->check(CLI::PositiveNumber)
+            ->capture_default_str(),
+        fitted);
+  const auto stage = [&](const char* flag, bool& on, const std::vector<Method>& methods, const char* what) {
+    owned(command->add_flag_callback(
+              flag, [&on] { on = false; }, what),
+          methods);
+  };
+  stage("--no-expected-rotation", own.expected_rotation, closed,
+        "relatent: put 1 where a rotation is dropped");
+  stage("--no-output-metric", own.output_metric, closed, "relatent: plain PCA for the latent");
+  stage("--no-query-fit", own.fit.queries, fitted,
+        "relatent: leave the queries as the closed forms give them");
+  stage("--no-key-fit", own.fit.keys, fitted, "relatent: likewise rotary key and latent");
+  stage("--no-refit", own.fit.refit, fitted, "relatent: leave o_proj alone");
+  owned(command->add_flag_callback(
+            "--plain-list", [&own] { own.plain_list = true; },
+            "relatent: a geometric list of rotary frequencies, each once"),
+        closed);
+  owned(command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too"), published);
   command->add_option("--engine", convert.engine, "Who is to load the result")
       ->check(CLI::IsMember({"transformers", "deepseek"}))
       ->capture_default_str();

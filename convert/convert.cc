@@ -124,6 +124,11 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
 // What an engine cannot hold is refused, and what it needs beside the sizes is decided.
 void fit_to_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits,
                    LatentShape& shape) {
+  const bool plain = options.relatent.plain_list || !traits.any_frequencies;
+  if (options.method == Method::relatent && plain && shape.rope_dim > source.config().gqa->head_dim) {
+    fail_usage("--rope-dim " + text(shape.rope_dim) +
+               " is more than a plain list holds, head_dim = " + text(source.config().gqa->head_dim));
+  }
   if (traits.undoes_norm) {
     if (options.norm_coordinates || options.pad_rank) {
       fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek, not to " + options.engine);
@@ -142,10 +147,6 @@ void fit_to_engine(const ConvertOptions& options, const Model& source, const Eng
   if (source.has(Role::o_bias, 0)) {
     fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
-  }
-  if (shape.rope_dim > source.config().gqa->head_dim) {
-    fail_usage("--rope-dim " + text(shape.rope_dim) +
-               " is more than a plain list holds, head_dim = " + text(source.config().gqa->head_dim));
   }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {
@@ -249,9 +250,7 @@ RelatentOptions Conversion::relatent_options() const {
   out.plain_list = out.plain_list || !traits.any_frequencies;
   if (!traits.undoes_norm) {
     out.norm_coordinates = options_.norm_coordinates.value_or(default_norm_coordinates);
-    if (options_.pad_rank) {
-      out.norm_coordinates = plan_.shape.norm_coordinates;
-    }
+    out.pad_rank = options_.pad_rank;
   }
   return out;
 }
@@ -413,7 +412,7 @@ void Conversion::convert_independently(Index fold, const WriteLayer& write) cons
   }
 }
 
-void Conversion::convert_in_sequence(const WriteLayer& write) const {
+double Conversion::convert_in_sequence(const WriteLayer& write) const {
   const bool fits = options_.method == Method::relatent;
   RelatentConversion conversion(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fits ? fit_sequences() : Sequences{},
@@ -421,6 +420,7 @@ void Conversion::convert_in_sequence(const WriteLayer& write) const {
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
     write(i, conversion.next());
   }
+  return conversion.fold_error();
 }
 
 Index Conversion::choose_fold() const {
@@ -500,7 +500,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   if (options_.method == Method::lossless || options_.method == Method::transmla) {
     convert_independently(fold, write);
   } else {
-    convert_in_sequence(write);
+    report.fold_error = convert_in_sequence(write);
   }
   writer.finish();
   for (const std::filesystem::path& file : plan_.side_files) {

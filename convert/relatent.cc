@@ -11,6 +11,9 @@ namespace relatent {
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
                                        const Sequences& sequences, const RelatentOptions& options)
     : source_(source), moments_(std::move(moments)), options_(options) {
+  if (options_.pad_rank) {
+    options_.norm_coordinates = std::max<Index>(0, *options_.pad_rank - options_.rank);
+  }
   std::vector<Concentration> layers;
   for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
     const auto [maps, known] = know(std::get<GqaAttention>(source.attention(i)), i);

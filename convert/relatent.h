@@ -25,6 +25,7 @@ struct RelatentOptions {
   // For engines that normalise the latent and know no biases: so many extra latent coordinates steady the
   // norm. Needs tokens.
   std::optional<Index> norm_coordinates;
+  std::optional<Index> pad_rank;  // instead: as many as bring the latent to this size
   FitOptions fit;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }

@@ -26,7 +26,7 @@ step "run the source over tokens once and keep what compression needs" \
   "$relatent" calibrate "$model" --tokens examples/tokens/calibration.npy -o "$out/calibration.h5" --quiet
 
 step "rewrite it with half of the cache" \
-  "$relatent" convert "$model" -o "$out/half" --method transmla --kv-budget 0.5 \
+  "$relatent" convert "$model" -o "$out/half" --kv-budget 0.5 \
   --calibration "$out/calibration.h5" --quiet
 
 step "what that costs before any training" \

@@ -103,5 +103,40 @@ TEST(Moments, SecondMomentOfAMapIsThatOfItsOutputs) {
   EXPECT_TRUE(found == found.transpose());
 }
 
+// Where one direction of the input never changes, a bias is a linear map of it, and nothing is missed.
+TEST(Maps, BiasesFoldIntoWeights) {
+  GqaSample sample;
+  sample.q_bias = true;
+  Random random(5);
+  const GqaAttention attention = testing_support::random_gqa(random, sample);
+  MatrixF x = testing_support::sample_inputs(random, 200, sample.hidden);
+  for (const bool steady : {true, false}) {
+    if (steady) {
+      x.col(3).setConstant(2);
+    } else {
+      x.col(3) = random.matrix(200, 1);
+    }
+    const Moments moments = testing_support::sample_moments(random, x, sample.heads);
+    LayerMaps maps = maps_of(attention);
+    const double missed = fold_biases(moments, maps);
+    EXPECT_TRUE(maps.q.rightCols<1>().isZero(0));
+    EXPECT_TRUE(maps.k.rightCols<1>().isZero(0));
+    EXPECT_TRUE(maps.v.rightCols<1>().isZero(0));
+    MatrixD columns = with_ones(x);
+    const MatrixD wanted = maps_of(attention).q * columns;
+    const MatrixD found = maps.q * columns;
+    // What is reported is what the queries miss, in units of their bias.
+    const double bias = maps_of(attention).q.rightCols<1>().squaredNorm();
+    const double error = (found - wanted).squaredNorm() / static_cast<double>(x.rows()) / bias;
+    EXPECT_NEAR(missed, error, 1e-6);
+    if (steady) {
+      EXPECT_LE(missed, 1e-6);
+    } else {
+      EXPECT_GT(missed, 1e-3);
+      EXPECT_LT(missed, 1);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace relatent

@@ -1,0 +1,113 @@
+#include "convert/latent/norm_completion.h"
+
+#include <gtest/gtest.h>
+
+#include <Eigen/Dense>
+#include <cmath>
+
+#include "tests/support/samples.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::Random;
+using testing_support::relative_error;
+
+struct Sample {
+  MatrixF inputs;  // x̃, ends in 0
+  MatrixD moment;
+  MatrixD latent;
+};
+
+Sample sample_of(std::uint32_t seed, Index tokens = 400, Index hidden = 20, Index rank = 7) {
+  Random random(seed);
+  Sample out;
+  out.inputs = MatrixF::Zero(tokens, hidden + 1);
+  out.inputs.leftCols(hidden) = testing_support::sample_inputs(random, tokens, hidden);
+  const MatrixD x = out.inputs.cast<double>();
+  out.moment = x.transpose() * x / static_cast<double>(tokens);
+  out.latent = random.matrix_d(rank, hidden + 1);
+  return out;
+}
+
+// ρ² of every token by the definition.
+VectorD squares(const NormCompletion& norm, const Sample& sample) {
+  MatrixD map(sample.latent.rows() + norm.extra.rows(), sample.latent.cols());
+  map << sample.latent, norm.extra;
+  return (sample.inputs.cast<double>() * map.transpose()).array().square().matrix() * norm.square;
+}
+
+double miss(const VectorD& rho_squared) {
+  return (rho_squared.array() - 1).square().mean();
+}
+
+TEST(NormCompletion, InverseNormIsThatOfTheDefinition) {
+  const Sample sample = sample_of(1);
+  const NormCompletion norm = complete_norm(sample.latent, sample.inputs, sample.moment, 4);
+  const VectorD expected = squares(norm, sample).cwiseSqrt().cwiseInverse();
+  EXPECT_LE(relative_error(inverse_norm(norm, sample.latent, sample.inputs), expected), 1e-5);
+}
+
+TEST(NormCompletion, SquaresArePositiveAndTheBestThereAre) {
+  const Sample sample = sample_of(2);
+  for (const Index extra : {0, 3, 12}) {
+    const NormCompletion norm = complete_norm(sample.latent, sample.inputs, sample.moment, extra);
+    ASSERT_EQ(norm.extra.rows(), extra);
+    ASSERT_EQ(norm.square.size(), sample.latent.rows() + extra);
+    EXPECT_GT(norm.square.minCoeff(), 0);
+    const double best = miss(squares(norm, sample));
+    for (Index j = 0; j < norm.square.size(); ++j) {
+      for (const double factor : {0.9, 1.1, 2.0}) {
+        NormCompletion other = norm;
+        other.square(j) *= factor;
+        // Coordinates held at their floor would rather go lower still; by how little the floor says.
+        EXPECT_GE(miss(squares(other, sample)), best - 1e-5) << "coordinate " << j << " times " << factor;
+      }
+    }
+  }
+}
+
+TEST(NormCompletion, MoreCoordinatesSteadyTheNorm) {
+  const Sample sample = sample_of(3);
+  double before = 1;
+  for (const Index extra : {0, 4, 20}) {
+    const double now =
+        miss(squares(complete_norm(sample.latent, sample.inputs, sample.moment, extra), sample));
+    EXPECT_LT(now, before);
+    before = now;
+  }
+}
+
+// Coordinates of unit size for every token can be brought to a constant norm exactly.
+TEST(NormCompletion, ConstantNormIsFound) {
+  Sample sample = sample_of(4, 200, 6, 2);
+  for (Index i = 0; i < sample.inputs.rows(); ++i) {
+    const double angle = 0.1 * static_cast<double>(i);
+    sample.inputs.row(i).setZero();
+    sample.inputs(i, 0) = static_cast<float>(5 * std::cos(angle));
+    sample.inputs(i, 1) = static_cast<float>(0.2 * std::sin(angle));
+  }
+  const MatrixD x = sample.inputs.cast<double>();
+  sample.moment = x.transpose() * x / static_cast<double>(x.rows());
+  sample.latent.setZero();
+  sample.latent(0, 0) = 1;
+  sample.latent(1, 1) = 1;
+  const NormCompletion norm = complete_norm(sample.latent, sample.inputs, sample.moment, 0);
+  EXPECT_NEAR(norm.square(0), 1 / 25.0, 1e-6);
+  EXPECT_NEAR(norm.square(1), 25, 1e-3);
+  EXPECT_LE(miss(squares(norm, sample)), 1e-10);
+}
+
+TEST(NormCompletion, DeadCoordinatesDoNoHarm) {
+  Sample sample = sample_of(5);
+  sample.latent.row(2).setZero();
+  // More directions than the inputs have.
+  const NormCompletion norm = complete_norm(sample.latent, sample.inputs, sample.moment, 30);
+  EXPECT_EQ(norm.square(2), 1);
+  EXPECT_TRUE(norm.extra.bottomRows(10).isZero(0));
+  EXPECT_TRUE(norm.square.allFinite());
+  EXPECT_TRUE(inverse_norm(norm, sample.latent, sample.inputs).allFinite());
+}
+
+}  // namespace
+}  // namespace relatent
