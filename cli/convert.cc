@@ -294,7 +294,7 @@ void add_convert(CLI::App& app, Command& chosen) {
         closed);
   owned(command
             ->add_option("--fit-rounds", own.fit.rounds,
-                         "relatent: how often queries, output and keys are fitted in turn")
+                         "relatent: how often queries and keys are fitted in turn")
             ->check(CLI::Range(1, 100))
             ->capture_default_str(),
         fitted);

@@ -357,6 +357,10 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   }
   const auto in_flight = static_cast<std::uint64_t>(std::min<Index>(num_threads(), config.num_hidden_layers));
   plan_.memory_bytes = std::max(largest_recoded, in_flight * layer_memory(config, shape, attention_values));
+  if (options_.method == Method::relatent && relatent_options().uses_tokens()) {
+    plan_.memory_bytes += TwinStreams::memory(config, fit_sequences(), options_.relatent.fit.stride,
+                                              shape.rope_dim + shape.rank);
+  }
 }
 
 void Conversion::check_calibration() const {

@@ -20,6 +20,19 @@ constexpr Index tokens_per_feature = 32;
 
 }  // namespace
 
+std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& sequences, Index stride,
+                                  Index width) {
+  const Index d = config.gqa->head_dim;
+  const Index heads = config.num_attention_heads;
+  const Index tokens = sequences.count * sequences.length;
+  const Index queries = tokens / stride;
+  const auto weights = static_cast<std::uint64_t>(queries * heads * sequences.length / 2) * sizeof(float);
+  const Index numbers =
+      tokens * (2 * config.hidden_size + heads * d + 2 * config.gqa->num_key_value_heads * d + width) +
+      queries * (2 * config.hidden_size + heads * d);
+  return static_cast<std::uint64_t>(numbers) * sizeof(float) + (weights <= kept_weight_bytes ? weights : 0);
+}
+
 TwinStreams::TwinStreams(const Model& source, const Sequences& sequences)
     : source_(source, sequences), converted_(source_) {}
 

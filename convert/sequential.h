@@ -2,6 +2,8 @@
 // fitted to the stream that the converted layers before it really produce.
 #pragma once
 
+#include <cstdint>
+
 #include "convert/latent/attention_fit.h"
 #include "convert/model/forward.h"
 #include "convert/model/model.h"
@@ -10,6 +12,10 @@ namespace relatent {
 
 class TwinStreams {
  public:
+  // Bytes that the streams and one layer's sample take, about; width = p + r.
+  static std::uint64_t memory(const ModelConfig& config, const Sequences& sequences, Index stride,
+                              Index width);
+
   TwinStreams(const Model& source, const Sequences& sequences);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <vector>
 
-#include "convert/latent/refit.h"
 #include "linalg/decompose.h"
 #include "linalg/threads.h"
 
@@ -25,9 +24,8 @@ constexpr Index run_doubles = Index{1} << 24;
 constexpr double score_side_ridge = 1e-4;
 // Every how many-th sequence tells how keys and values vary, which only weighs and preconditions.
 constexpr Index moment_sequences = 4;
-// The keys, and the output before them, are fitted on every second sequence where that leaves so many queries
-// for each unknown: all heads share the keys, so they see more queries, and the output is refit on every
-// token later.
+// The keys are fitted on every second sequence where that leaves so many queries for each unknown: all heads
+// share them, so they see more queries.
 constexpr Index key_sequences = 2;
 constexpr Index key_queries_per_unknown = 4;
 // Conjugate-gradient steps of the queries while keys are still to change.
@@ -706,66 +704,6 @@ void fit_keys(const AttentionSample& sample, const FitOptions& options, Absorbed
   attention.key += solution.x.front();
 }
 
-void fit_output(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention) {
-  const Turns turns(attention.rotary, sample);
-  const Index rows = sample.per_sequence();
-  const Index width = attention.width();
-  const Index p = attention.rope_dim();
-  const Index w = attention.v_dim();
-  const Index heads = attention.heads();
-  const Index features = heads * w;
-  const std::vector<MatrixF> value_up = single(attention.value_up);
-  const MatrixF key = attention.key.cast<float>();
-  const MatrixF query = stacked(attention.query);
-  const MatrixF o = attention.o.cast<float>();
-  const RowVectorF bias = attention.o_bias.transpose().cast<float>();
-  RefitSums sums(o.rows(), features + 1);
-  const Index step = key_step(sample);
-  const Index used = every(sample.count, step);
-  in_batches<MatrixF>(
-      used,
-      [&](Index i, MatrixF& mixed) {
-        const Index s = i * step;
-        const MatrixF x = sample.inputs(s);
-        const MatrixF z = keys_of(x, key, latent_shrink(attention, x), turns.all, p);
-        const MatrixF u = queries_of(sample, s, query, width, turns);
-        mixed.resize(rows, features + 1);
-        mixed.col(features).setConstant(sample.affine ? 1.0F : 0.0F);
-        MatrixF queries;
-        MatrixF weights;
-        MatrixF latent;
-        for_blocks(sample, s, [&](const Block& block) {
-          const auto seen = z.topRows(block.columns);
-          stack_heads(u, block, heads, queries);
-          weights.resize(queries.rows(), block.columns);
-          weights.noalias() = queries * seen.transpose();
-          softmax_rows(sample, block, weights);
-          latent.resize(queries.rows(), width - p);
-          latent.noalias() = weights * seen.rightCols(width - p);
-          for (Index h = 0; h < heads; ++h) {
-            mixed.block(block.first, h * w, block.rows, w).noalias() =
-                latent.middleRows(h * block.rows, block.rows) *
-                value_up[static_cast<std::size_t>(h)].transpose();
-          }
-        });
-      },
-      [&](Index first, const std::vector<MatrixF>& slots) {
-        MatrixF stack(static_cast<Index>(slots.size()) * rows, features + 1);
-        MatrixF errors(stack.rows(), o.rows());
-        for (std::size_t i = 0; i < slots.size(); ++i) {
-          const auto at = static_cast<Index>(i);
-          stack.middleRows(at * rows, rows) = slots[i];
-          errors.middleRows(at * rows, rows) = sample.target.middleRows((first + at) * step * rows, rows);
-        }
-        errors.noalias() -= stack.leftCols(features) * o.transpose();
-        errors.rowwise() -= bias;
-        sums.add(stack, errors);
-      });
-  const MatrixD delta = refit_delta(sums, options.output_ridge * ridge_for_scarcity(used * rows, features));
-  attention.o += delta.leftCols(features);
-  attention.o_bias += delta.col(features);
-}
-
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
                          AbsorbedAttention& attention) {
   ScoreError out;
@@ -780,10 +718,7 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
       limit_content_rank(attention, sample.input_moment);
     }
     if (last) {
-      break;  // the output is refit on every token by whoever moves the streams
-    }
-    if (options.refit) {
-      fit_output(sample, options, attention);
+      break;
     }
     if (options.keys) {
       fit_keys(sample, options, attention);

@@ -20,8 +20,8 @@ namespace relatent {
 struct FitOptions {
   bool queries = true;
   bool keys = true;
-  bool refit = true;  // o_proj, also on every token once the layer is fitted
-  Index rounds = 2;   // queries, output and keys in turn; the last round ends with the queries
+  bool refit = true;  // o_proj, on every token once the layer is fitted (sequential.h)
+  Index rounds = 2;   // queries and keys in turn; the last round ends with the queries
   Index steps = 2;    // conjugate-gradient steps of a fit; the queries take one before the last round
   Index tokens = 0;   // of the calibration that are used, whole sequences from the first; 0 = all
   Index stride = 8;   // every how many-th position of a sequence asks
@@ -76,9 +76,6 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
 // Changes rotary key and latent together, against scores (per head weighed by value_spread) and against the
 // layer's output under the source's weights.
 void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
-
-// Changes o and its bias, under the converted weights, on the sequences that the keys are fitted on.
-void fit_output(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
 
 // The alternation. before is what the closed forms left, after what the last fit of the queries leaves.
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,

@@ -520,54 +520,6 @@ TEST(FitKeys, ScoreWeightTradesOutputForScores) {
   }
 }
 
-TEST(FitOutput, LowersTheErrorOfTheOutput) {
-  for (const SampleOptions& options : sample_options) {
-    SCOPED_TRACE(name_of(options));
-    const FitSample fit = fit_sample(18, options);
-    for (const bool norm : {false, true}) {
-      AbsorbedAttention attention = truncated(fit);
-      if (norm) {
-        Random random(19);
-        attention.norm = {random.matrix_d(2, 11), random.matrix_d(7, 1).cwiseAbs2()};
-      }
-      const AbsorbedAttention start = attention;
-      const double before = output_error(fit, attention, sequences_of(fit.sample), false);
-      double best = before;
-      for (const double ridge : {0.1, 1e-3, 1e-9}) {
-        attention = start;
-        FitOptions fit_options;
-        fit_options.output_ridge = ridge;
-        fit_output(fit.sample, fit_options, attention);
-        const double after = output_error(fit, attention, sequences_of(fit.sample), false);
-        EXPECT_LT(after, best) << ridge;
-        best = after;
-        EXPECT_TRUE(attention.key == start.key);
-        EXPECT_TRUE(attention.query[1] == start.query[1]);
-      }
-      EXPECT_LT(best, 0.9 * before);
-      // Nothing more can be had from o.
-      const auto steepness_at = [&](AbsorbedAttention at) {
-        return steepness([&] { return output_error(fit, at, sequences_of(fit.sample), false); }, at.o);
-      };
-      EXPECT_LE(steepness_at(attention), 1e-3 * steepness_at(start));
-    }
-  }
-}
-
-TEST(FitOutput, FindsTheBias) {
-  const FitSample fit = fit_sample(21, {.count = 3, .length = 40, .bias = true});
-  AbsorbedAttention attention = lossless(fit);
-  const MatrixD o = attention.o;
-  const VectorD bias = attention.o_bias;
-  attention.o_bias.setZero();
-  attention.o.setZero();
-  fit_output(fit.sample, exact(1), attention);
-  EXPECT_LE(output_error(fit, attention, sequences_of(fit.sample), false),
-            1e-8 * fit.sample.target.cast<double>().squaredNorm());
-  EXPECT_LE(relative_error(attention.o, o), 1e-2);
-  EXPECT_LE(relative_error(attention.o_bias, bias), 1e-2);
-}
-
 // x̃ ends in 0, so nothing may come to rest on what it would multiply.
 TEST(AttentionFits, WithoutConstantsNoBiasChanges) {
   const FitSample fit =
@@ -575,7 +527,6 @@ TEST(AttentionFits, WithoutConstantsNoBiasChanges) {
   const AbsorbedAttention start = truncated(fit);
   AbsorbedAttention attention = start;
   fit_queries(fit.sample, {}, attention);
-  fit_output(fit.sample, {}, attention);
   fit_keys(fit.sample, {}, attention);
   for (std::size_t h = 0; h < 4; ++h) {
     EXPECT_FALSE(start.query[h].col(10).isZero(0));
@@ -585,19 +536,17 @@ TEST(AttentionFits, WithoutConstantsNoBiasChanges) {
   EXPECT_FALSE(start.key.col(10).isZero(0));
   EXPECT_TRUE(attention.key.col(10) == start.key.col(10));
   EXPECT_FALSE(attention.key.leftCols(10) == start.key.leftCols(10));
-  EXPECT_FALSE(start.o_bias.isZero(0));
+  // The output is not theirs to change.
+  EXPECT_TRUE(attention.o == start.o);
   EXPECT_TRUE(attention.o_bias == start.o_bias);
-  EXPECT_FALSE(attention.o == start.o);
   // With constants all of them do.
   const FitSample affine =
       fit_sample(22, {.count = 3, .length = 30, .stride = 2, .drift = 0.2, .bias = true});
   attention = start;
   fit_queries(affine.sample, {}, attention);
-  fit_output(affine.sample, {}, attention);
   fit_keys(affine.sample, {}, attention);
   EXPECT_FALSE(attention.query[0].col(10) == start.query[0].col(10));
   EXPECT_FALSE(attention.key.col(10) == start.key.col(10));
-  EXPECT_FALSE(attention.o_bias == start.o_bias);
 }
 
 bool same(const AbsorbedAttention& a, const AbsorbedAttention& b) {
@@ -656,7 +605,7 @@ TEST(FitAttention, AlternatesAsTold) {
     return out;
   };
   EXPECT_TRUE(same(fitted({.rounds = 0}), start));
-  EXPECT_TRUE(same(fitted({.queries = false, .keys = false, .refit = false}), start));
+  EXPECT_TRUE(same(fitted({.queries = false, .keys = false}), start));
 
   // The last round is the queries' alone, brought down to the ranks that there is room for.
   AbsorbedAttention expected = start;
@@ -673,7 +622,6 @@ TEST(FitAttention, AlternatesAsTold) {
   expected = start;
   fit_queries(fit.sample, {.steps = 1}, expected);
   limit_content_rank(expected, fit.sample.input_moment);
-  fit_output(fit.sample, {}, expected);
   fit_keys(fit.sample, {}, expected);
   fit_queries(fit.sample, {}, expected);
   limit_content_rank(expected, fit.sample.input_moment);
@@ -682,16 +630,9 @@ TEST(FitAttention, AlternatesAsTold) {
   const AbsorbedAttention no_queries = fitted({.queries = false});
   EXPECT_TRUE(no_queries.query == start.query);
   EXPECT_FALSE(no_queries.key == start.key);
-  EXPECT_FALSE(no_queries.o == start.o);
   const AbsorbedAttention no_keys = fitted({.keys = false});
   EXPECT_TRUE(no_keys.key == start.key);
   EXPECT_FALSE(no_keys.query == start.query);
-  EXPECT_FALSE(no_keys.o == start.o);
-  const AbsorbedAttention no_refit = fitted({.refit = false});
-  EXPECT_TRUE(no_refit.o == start.o);
-  EXPECT_TRUE(no_refit.o_bias == start.o_bias);
-  EXPECT_FALSE(no_refit.query == start.query);
-  EXPECT_FALSE(no_refit.key == start.key);
 }
 
 // On the tokens that it is given the layer comes nearer, in what it adds to the stream, too.
@@ -703,9 +644,6 @@ TEST(FitAttention, BringsTheOutputNearer) {
     fit_attention(fit.sample, {}, attention);
     const double fitted = output_error(fit, attention, sequences_of(fit.sample), false);
     EXPECT_LT(fitted, 0.9 * before);
-    AbsorbedAttention output_only = truncated(fit);
-    fit_attention(fit.sample, {.queries = false, .keys = false}, output_only);
-    EXPECT_LT(fitted, output_error(fit, output_only, sequences_of(fit.sample), false));
   }
 }
 
