@@ -178,7 +178,7 @@ MatrixF stacked(const Systems& maps) {
 std::vector<MatrixF> single(const Systems& maps) {
   std::vector<MatrixF> out;
   for (const MatrixD& map : maps) {
-    out.push_back(map.cast<float>());
+    out.emplace_back(map.cast<float>());
   }
   return out;
 }
@@ -614,7 +614,7 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
   std::vector<MatrixF> roots;
   for (Index h = 0; h < heads; ++h) {
     const MatrixD head = o.middleCols(h * d, d).cast<double>();
-    roots.push_back(symmetric_root(head.transpose() * head, 0).root.cast<float>());
+    roots.emplace_back(symmetric_root(head.transpose() * head, 0).root.cast<float>());
   }
   VectorD sum = VectorD::Zero(heads);
   in_batches<VectorD>(
