@@ -19,7 +19,8 @@ int complain(int code, const char* sentence) {
   return code;
 }
 
-int guarded(const relatent::Command& command) {
+template <typename Command>
+int guarded(const Command& command) noexcept {
   try {
     return command();
   } catch (const relatent::Error& error) {
@@ -33,9 +34,7 @@ int guarded(const relatent::Command& command) {
   }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   CLI::App app(
       "relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close "
       "they are");
@@ -58,5 +57,11 @@ int main(int argc, char** argv) {
     return error.get_exit_code() == 0 ? app.exit(error) : complain(exit_usage, error.what());
   }
   relatent::set_num_threads(threads);
-  return guarded(chosen);
+  return chosen();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return guarded([&] { return run(argc, argv); });
 }

@@ -167,8 +167,7 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
   const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
   const std::uint64_t maps = (2 * heads + 2 * keys) * hidden;
   const std::uint64_t moments = shape.nope_dim > 0 ? 3 * hidden * hidden : hidden * hidden;
-  const std::uint64_t algebra =
-      shape.nope_dim > 0 ? 6 * keys * hidden + 8 * 4 * keys * keys : 2 * keys * keys;
+  const std::uint64_t algebra = shape.nope_dim > 0 ? 6 * keys * hidden + 32 * keys * keys : 2 * keys * keys;
   return 12 * maps + 8 * (moments + algebra) + 12 * output_values;
 }
 
@@ -222,7 +221,7 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
   if (options_.max_nats) {
     chosen = search.smallest_within(*options_.max_nats);
     if (!(chosen.nats <= *options_.max_nats)) {
-      plan_.warnings.push_back("no cache below the source's stays within the nats asked for");
+      plan_.warnings.emplace_back("no cache below the source's stays within the nats asked for");
     }
   } else {
     if (!(*options_.kv_budget > 0 && *options_.kv_budget <= 1)) {

@@ -118,7 +118,7 @@ class Conversion {
   void check_calibration() const;
   Moments moments(Index layer_idx) const;
   // Lossless and transmla; fold as choose_fold says.
-  LatentAttention convert_layer(Index layer_idx, const Moments& moments, Index fold) const;
+  LatentAttention convert_layer(Index layer_idx, const Moments& known, Index fold) const;
   // The fold that all layers share, because the engine keeps one list of frequencies for all of them.
   Index choose_fold() const;
   // Calls write(layer index, converted attention) for every layer in order.

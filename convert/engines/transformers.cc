@@ -17,7 +17,7 @@ constexpr double latent_norm_eps = 1e-6;
 
 // The number nearest to value that the dtype can hold.
 double round_to(DType dtype, double value) {
-  const float wide = static_cast<float>(value);
+  const auto wide = static_cast<float>(value);
   std::array<std::byte, 8> stored{};
   const std::span<std::byte> bytes(stored.data(), size_of(dtype));
   encode_floats(dtype, {&wide, 1}, bytes);
