@@ -123,13 +123,12 @@ ConvertOptions resolve(const Options& options) {
                                                         {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
   out.method = options.method.empty() ? Method::relatent : methods.at(options.method);
-  if (!options.method.empty()) {
-    for (const Owned& owned : options.owned) {
-      if (owned.option->count() > 0 &&
-          std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
-        fail_usage(owned.option->get_name() + " belongs to --method " +
-                   std::string(method_name(owned.methods.front())) + ", not to " + options.method);
-      }
+  for (const Owned& owned : options.owned) {
+    if (owned.option->count() > 0 &&
+        std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
+      fail_usage(owned.option->get_name() + " belongs to --method " +
+                 std::string(method_name(owned.methods.front())) + ", not to " +
+                 std::string(method_name(out.method)));
     }
   }
   if (out.method == Method::relatent && options.calibration.empty()) {

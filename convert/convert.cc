@@ -21,8 +21,6 @@ constexpr Index assumed_length = 1024;
 constexpr Index fold_sequences = 8;
 // Extra latent coordinates for engines that normalise the latent.
 constexpr Index default_norm_coordinates = 16;
-// Caches that a budget asks for are whole multiples of this.
-constexpr Index size_step = 16;
 
 std::string text(Index n) {
   return std::to_string(n);
@@ -64,6 +62,15 @@ void check_source(const Model& source) {
   }
 }
 
+// Numbers per token and layer that a budget leaves.
+Index budget_numbers(double budget, const GqaGeometry& gqa) {
+  if (!(budget > 0 && budget <= 1)) {
+    fail_usage("--kv-budget must lie above 0 and at most at 1");
+  }
+  return static_cast<Index>(
+      std::floor(budget * static_cast<double>(2 * gqa.num_key_value_heads * gqa.head_dim)));
+}
+
 // Decides rank and rotary size from the options.
 void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentShape& shape) {
   const Index keys = gqa.num_key_value_heads * gqa.head_dim;
@@ -95,11 +102,7 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   if (options.rank) {
     shape.rank = *options.rank;
   } else if (options.kv_budget) {
-    if (!(*options.kv_budget > 0 && *options.kv_budget <= 1)) {
-      fail_usage("--kv-budget must lie above 0 and at most at 1");
-    }
-    shape.rank =
-        static_cast<Index>(std::floor(*options.kv_budget * static_cast<double>(2 * keys))) - shape.rope_dim;
+    shape.rank = budget_numbers(*options.kv_budget, gqa) - shape.rope_dim;
     if (shape.rank <= 0) {
       fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rope_dim));
     }
@@ -121,14 +124,8 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
   }
 }
 
-// What an engine cannot hold is refused, and what it needs beside the sizes is decided.
-void fit_to_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits,
-                   LatentShape& shape) {
-  const bool plain = options.relatent.plain_list || !traits.any_frequencies;
-  if (options.method == Method::relatent && plain && shape.rope_dim > source.config().gqa->head_dim) {
-    fail_usage("--rope-dim " + text(shape.rope_dim) +
-               " is more than a plain list holds, head_dim = " + text(source.config().gqa->head_dim));
-  }
+// Refuses what an engine cannot hold, whatever the sizes.
+void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
   if (traits.undoes_norm) {
     if (options.norm_coordinates || options.pad_rank) {
       fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek, not to " + options.engine);
@@ -148,11 +145,24 @@ void fit_to_engine(const ConvertOptions& options, const Model& source, const Eng
     fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
   }
+  if (options.pad_rank && options.norm_coordinates) {
+    fail_usage("--pad-rank decides how many coordinates are added: leave out --norm-coordinates");
+  }
+}
+
+// Refuses sizes that the engine cannot hold, and decides what it needs beside them.
+void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const EngineTraits& traits,
+                   LatentShape& shape) {
+  const bool plain = options.relatent.plain_list || !traits.any_frequencies;
+  if (options.method == Method::relatent && plain && shape.rope_dim > config.gqa->head_dim) {
+    fail_usage("--rope-dim " + text(shape.rope_dim) +
+               " is more than a plain list holds, head_dim = " + text(config.gqa->head_dim));
+  }
+  if (traits.undoes_norm) {
+    return;
+  }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {
-    if (options.norm_coordinates) {
-      fail_usage("--pad-rank decides how many coordinates are added: leave out --norm-coordinates");
-    }
     if (*options.pad_rank < shape.rank) {
       fail_usage("--pad-rank " + text(*options.pad_rank) + " is below the rank " + text(shape.rank));
     }
@@ -213,7 +223,6 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
     fail_usage("--max-nats chooses the sizes: leave out --rank and --rope-dim, and give --kv-budget auto");
   }
   check_calibration();
-  const GqaGeometry& gqa = *source_.config().gqa;
   SizeSearch search(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fit_sequences(), relatent_options(),
       watch);
@@ -224,11 +233,7 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
       plan_.warnings.emplace_back("no cache below the source's stays within the nats asked for");
     }
   } else {
-    if (!(*options_.kv_budget > 0 && *options_.kv_budget <= 1)) {
-      fail_usage("--kv-budget must lie above 0 and at most at 1");
-    }
-    const auto whole = static_cast<double>(2 * gqa.num_key_value_heads * gqa.head_dim);
-    const Index total = static_cast<Index>(*options_.kv_budget * whole) / size_step * size_step;
+    const Index total = budget_numbers(*options_.kv_budget, *source_.config().gqa) / size_step * size_step;
     if (total < 2 * size_step) {
       fail_usage("--kv-budget leaves less than " + text(2 * size_step) +
                  " numbers: give --rope-dim and --rank for a cache that small");
@@ -281,6 +286,7 @@ void Conversion::warn_of_few_tokens() {
 
 void Conversion::make_plan(const SizeSearch::Watch& watch) {
   check_source(source_);
+  check_engine(options_, source_, engine_->traits());
   warn_of_few_tokens();
   search_sizes(watch);
   const ModelConfig& config = source_.config();
@@ -291,7 +297,7 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
     shape.has_q_bias = shape.has_q_bias || source_.has(Role::q_bias, i);
   }
   choose_sizes(options_, *config.gqa, shape);
-  fit_to_engine(options_, source_, engine_->traits(), shape);
+  fit_to_engine(options_, config, engine_->traits(), shape);
   if (shape.q_rank) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {

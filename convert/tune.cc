@@ -10,17 +10,15 @@
 namespace relatent {
 namespace {
 
-constexpr Index step = 16;
 // Sequences that rank rotary sizes: fitted on, and held out.
 constexpr Index ranking_fit = 8;
 constexpr Index ranking_held_out = 4;
 
-Sequences part(const Sequences& all, Index first, Index count) {
+Sequences last_sequences(const Sequences& all, Index count) {
   Sequences out;
   out.count = count;
   out.length = all.length;
-  out.tokens.assign(all.tokens.begin() + first * all.length,
-                    all.tokens.begin() + (first + count) * all.length);
+  out.tokens.assign(all.tokens.end() - count * all.length, all.tokens.end());
   return out;
 }
 
@@ -36,25 +34,24 @@ SizeSearch::SizeSearch(const Model& source, std::function<Moments(Index)> moment
   if (sequences.count < 2) {
     fail_usage(
         "sizes are chosen on calibration sequences that the fits do not see, and there is only one: "
-        "calibrate "
-        "on more, or give --rope-dim and --rank");
+        "calibrate on more, or give --rope-dim and --rank");
   }
 }
 
 std::vector<Index> SizeSearch::rotary_candidates(Index total) const {
   const GqaGeometry& gqa = *source_.config().gqa;
-  const Index most =
-      std::min(total - step, options_.plain_list ? gqa.head_dim : gqa.num_key_value_heads * gqa.head_dim);
+  const Index most = std::min(total - size_step,
+                              options_.plain_list ? gqa.head_dim : gqa.num_key_value_heads * gqa.head_dim);
   const Index middle = options_.plain_list ? gqa.head_dim * 3 / 4 : total / 4;
-  const Index nearest = std::max(step, (middle + step / 2) / step * step);
+  const Index nearest = std::max(size_step, (middle + size_step / 2) / size_step * size_step);
   std::vector<Index> out;
-  for (const Index size : {nearest - step, nearest, nearest + step}) {
-    if (size >= step && size <= most) {
+  for (const Index size : {nearest - size_step, nearest, nearest + size_step}) {
+    if (size >= size_step && size <= most) {
       out.push_back(size);
     }
   }
   if (out.empty()) {
-    out.push_back(std::max<Index>(2, std::min(most, step)));
+    out.push_back(std::max<Index>(2, std::min(most, size_step)));
   }
   return out;
 }
@@ -93,8 +90,8 @@ SizeTrial SizeSearch::rotary_for(Index total) {
   quick.fit.queries_per_unknown = 2;
   SizeTrial best;
   for (const Index rope_dim : candidates) {
-    const SizeTrial here = trial(rope_dim, total - rope_dim, part(sequences_, 0, fit),
-                                 part(sequences_, sequences_.count - held, held), quick);
+    const SizeTrial here = trial(rope_dim, total - rope_dim, first_sequences(sequences_, fit),
+                                 last_sequences(sequences_, held), quick);
     // Of equals the smaller rotary key, which comes first.
     if (best.rank == 0 || here.nats < best.nats) {
       best = here;
@@ -107,8 +104,8 @@ SizeTrial SizeSearch::smallest_within(double max_nats) {
   const GqaGeometry& gqa = *source_.config().gqa;
   const Index whole = 2 * gqa.num_key_value_heads * gqa.head_dim;
   const Index held = std::max<Index>(1, sequences_.count / 4);
-  const Sequences fit = part(sequences_, 0, sequences_.count - held);
-  const Sequences held_out = part(sequences_, sequences_.count - held, held);
+  const Sequences fit = first_sequences(sequences_, sequences_.count - held);
+  const Sequences held_out = last_sequences(sequences_, held);
   const auto measured = [&](Index total) {
     const std::vector<Index> candidates = rotary_candidates(total);
     const Index rope_dim = candidates[candidates.size() / 2];
@@ -116,11 +113,11 @@ SizeTrial SizeSearch::smallest_within(double max_nats) {
   };
   // In steps: `high` is known to do (or is the whole cache), `low` is known not to (or too small to exist).
   Index low = 1;
-  Index high = whole / step;
+  Index high = whole / size_step;
   SizeTrial best;
   while (high - low > 1) {
     const Index middle = (low + high) / 2;
-    const SizeTrial here = measured(middle * step);
+    const SizeTrial here = measured(middle * size_step);
     if (here.nats <= max_nats) {
       high = middle;
       best = here;

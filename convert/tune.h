@@ -8,6 +8,9 @@
 
 namespace relatent {
 
+// Sizes that are chosen are whole multiples of this, as kernels like them.
+constexpr Index size_step = 16;
+
 // A pair of sizes and the nats it lost on held-out sequences.
 struct SizeTrial {
   Index rope_dim = 0;
@@ -15,7 +18,7 @@ struct SizeTrial {
   double nats = 0;
 };
 
-// What trials run on. Sizes are multiples of 16, as kernels like them.
+// What trials run on.
 class SizeSearch {
  public:
   using Watch = std::function<void(const SizeTrial&)>;

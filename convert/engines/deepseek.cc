@@ -16,7 +16,7 @@ class DeepseekEngine final : public Engine {
   std::string_view name() const override { return "deepseek"; }
 
   EngineTraits traits() const override {
-    return {.biases = false, .any_frequencies = false, .undoes_norm = false, .tied_head = false};
+    return {.any_frequencies = false, .undoes_norm = false, .tied_head = false};
   }
 
   Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }

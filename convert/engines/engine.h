@@ -27,7 +27,6 @@ struct LatentShape {
 
 // What an engine's layout can hold.
 struct EngineTraits {
-  bool biases = true;           // on the latent projections and o_proj
   bool any_frequencies = true;  // else base^(-2i/p), pairs in order
   bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
   bool tied_head = true;        // reads tie_word_embeddings
