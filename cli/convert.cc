@@ -25,7 +25,6 @@ struct Owned {
 
 struct Options {
   std::vector<Owned> owned;
-  std::string to = "mla";
   std::string method;
   std::string kv_budget;
   std::optional<double> max_nats;
@@ -244,16 +243,28 @@ void add_convert(CLI::App& app, Command& chosen) {
   CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
   command->add_option("model", convert.source, "Source checkpoint folder")->required();
   command->add_option("-o,--output", convert.output, "Folder to make; must not exist")->required();
-  command->add_option("--to", options->to, "Target form")
-      ->check(CLI::IsMember({"mla"}))
+  command
+      ->add_option(
+          "--to", convert.form,
+          "mla: one latent, whole on every device; gla: a latent for each group of heads; tpla, mlra: "
+          "latents that all heads read and devices split")
+      ->check(CLI::IsMember({"mla", "gla", "tpla", "mlra"}))
       ->capture_default_str();
+  command->add_option("--branches", convert.branches, "gla, tpla, mlra: number of latents")
+      ->check(CLI::Range(2, 1024));
+  command->add_option(
+      "--per-device", convert.per_device,
+      "gla, tpla, mlra: numbers per token and layer in the cache of each device, one device for "
+      "each latent");
+  command->add_option("--key-rank", convert.key_rank,
+                      "tpla, mlra: latent coordinates that all parts share and scores read");
   command
       ->add_option("--method", options->method,
                    "lossless: same cache, same output; relatent (default): the closest; transmla: the "
                    "published conversion; weights-only (default without calibration)")
       ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}));
   command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
-  command->add_option("--rank", convert.rank, "Size of the latent");
+  command->add_option("--rank", convert.rank, "Size of the latent, of all latents together");
   command->add_option("--rope-dim", convert.rope_dim,
                       "Size of the rotary key (default: the head size; with relatent and a budget, the best "
                       "of a few that are tried)");

@@ -55,10 +55,10 @@ Json to_json(const Model& model) {
     out["num_key_value_heads"] = c.gqa->num_key_value_heads;
     out["head_dim"] = c.gqa->head_dim;
   } else {
-    out["kv_lora_rank"] = c.mla->kv_lora_rank;
-    out["qk_rope_head_dim"] = c.mla->qk_rope_head_dim;
-    out["qk_nope_head_dim"] = c.mla->qk_nope_head_dim;
-    out["v_head_dim"] = c.mla->v_head_dim;
+    out["kv_lora_rank"] = c.latent->kv_lora_rank;
+    out["qk_rope_head_dim"] = c.latent->qk_rope_head_dim;
+    out["qk_nope_head_dim"] = c.latent->qk_nope_head_dim;
+    out["v_head_dim"] = c.latent->v_head_dim;
   }
   out["rope_type"] = c.rotary.rope_type;
   out["dtype"] = torch_name(c.dtype);
@@ -66,7 +66,8 @@ Json to_json(const Model& model) {
   out["tensor_bytes"] = model.checkpoint().tensor_bytes();
   out["cache_bytes_per_token"] = c.cache_bytes_per_token();
   for (const Index tp : reported_tp) {
-    out["cache_bytes_per_token_per_device"][std::to_string(tp)] = c.cache_bytes_per_token_on_device(tp);
+    const std::optional<Index> bytes = c.cache_bytes_per_token_on_device(tp);
+    out["cache_bytes_per_token_per_device"][std::to_string(tp)] = bytes ? Json(*bytes) : Json(nullptr);
   }
   if (c.gqa) {
     const Index unit = c.num_hidden_layers * static_cast<Index>(size_of(c.dtype));
@@ -88,8 +89,8 @@ void print_table(const Options& options, const Model& model) {
                 c.gqa->num_key_value_heads, c.gqa->head_dim);
   } else {
     std::printf("attention: MLA, %td heads, latent %td + rotary key %td, nope %td, v %td\n",
-                c.num_attention_heads, c.mla->kv_lora_rank, c.mla->qk_rope_head_dim, c.mla->qk_nope_head_dim,
-                c.mla->v_head_dim);
+                c.num_attention_heads, c.latent->kv_lora_rank, c.latent->qk_rope_head_dim,
+                c.latent->qk_nope_head_dim, c.latent->v_head_dim);
   }
   std::printf("rope: %s; %zu tensors, %s as %s\n\n", c.rotary.rope_type.c_str(), model.tensors().size(),
               bytes_text(model.checkpoint().tensor_bytes()).c_str(),
@@ -98,7 +99,8 @@ void print_table(const Options& options, const Model& model) {
   const auto line = [](const char* name, const auto& bytes) {
     std::printf("  %-30s", name);
     for (const Index tp : reported_tp) {
-      std::printf(" %10td", bytes(tp));
+      const std::optional<Index> here = bytes(tp);
+      std::printf(" %10s", here ? std::to_string(*here).c_str() : "-");
     }
     std::puts("");
   };
@@ -106,7 +108,7 @@ void print_table(const Options& options, const Model& model) {
   if (c.gqa) {
     const Index unit = c.num_hidden_layers * static_cast<Index>(size_of(c.dtype));
     for (const Target& target : targets) {
-      line(target.name, [&](Index tp) { return target.numbers(c, tp) * unit; });
+      line(target.name, [&](Index tp) { return std::optional<Index>(target.numbers(c, tp) * unit); });
     }
   }
 }

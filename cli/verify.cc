@@ -45,7 +45,10 @@ void print_table(const Options& options, const Verification& v, FILE* out) {
       out);
   for (std::size_t i = 1; i < reported_tp.size(); ++i) {
     const std::string what = "  per device at TP " + std::to_string(reported_tp[i]);
-    row(what.c_str(), std::to_string(v.source_per_device[i]), std::to_string(v.converted_per_device[i]), out);
+    const auto text = [](const std::optional<Index>& bytes) {
+      return bytes ? std::to_string(*bytes) : std::string("-");
+    };
+    row(what.c_str(), text(v.source_per_device[i]), text(v.converted_per_device[i]), out);
   }
   std::fprintf(out, "\n  %-10s %22s %22s\n", "layer", "attention rel. error", "residual rel. error");
   for (std::size_t i = 0; i < v.layers.size(); ++i) {

@@ -71,8 +71,76 @@ Index budget_numbers(double budget, const GqaGeometry& gqa) {
       std::floor(budget * static_cast<double>(2 * gqa.num_key_value_heads * gqa.head_dim)));
 }
 
+// What the latents of a lossless form hold: the values that each group's heads read.
+void choose_lossless(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+                     LatentShape& shape) {
+  if (options.rank || options.rope_dim || options.kv_budget || options.per_device || options.key_rank) {
+    fail_usage(
+        "--method lossless fixes rank and rotary size: leave out --rank, --rope-dim, --key-rank, "
+        "--per-device "
+        "and --kv-budget");
+  }
+  shape.rope_dim = gqa.num_key_value_heads * gqa.head_dim;
+  std::vector<GroupSizes> groups;
+  for (Index g = 0; g < partition.groups; ++g) {
+    const Index per_key = shape.heads / gqa.num_key_value_heads;
+    const Index first = partition.first_head(g, shape.heads) / per_key;
+    const Index last = (partition.first_head(g + 1, shape.heads) - 1) / per_key;
+    groups.push_back({0, (last + 1 - first) * gqa.head_dim});
+  }
+  lay_out(partition, groups, shape);
+}
+
+// Coordinates of each group's latents, from whichever option gives them.
+GroupSizes choose_group(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+                        Index rope_dim) {
+  const int given = (options.rank ? 1 : 0) + (options.kv_budget ? 1 : 0) + (options.per_device ? 1 : 0);
+  if (given != 1) {
+    fail_usage(given == 0
+                   ? "--method " + std::string(method_name(options.method)) +
+                         " needs --rank, --per-device or --kv-budget"
+                   : "--rank, --per-device and --kv-budget all decide the size of the latents: give one");
+  }
+  GroupSizes out;
+  if (partition.parts > 1) {
+    if (!options.key_rank) {
+      fail_usage("--key-rank is missing: how many coordinates the latents share");
+    }
+    out.key_rank = *options.key_rank;
+    if (out.key_rank < 0) {
+      fail_usage("--key-rank must not be negative");
+    }
+  } else if (options.key_rank) {
+    fail_usage("--key-rank belongs to forms whose latents share their keys, tpla and mlra");
+  }
+  if (options.per_device) {
+    const Index own = *options.per_device - rope_dim - out.key_rank;
+    if (own <= 0) {
+      fail_usage("--per-device " + text(*options.per_device) +
+                 " leaves no room for values beside a rotary key of " + text(rope_dim) +
+                 (out.key_rank > 0 ? " and shared coordinates of " + text(out.key_rank) : ""));
+    }
+    out.rank = out.key_rank + partition.parts * own;
+    return out;
+  }
+  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, gqa) - rope_dim;
+  if (!options.rank && total <= 0) {
+    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(rope_dim));
+  }
+  if (options.rank && total % partition.groups != 0) {
+    fail_usage("--rank " + text(total) + " does not divide into " + text(partition.groups) + " latents");
+  }
+  out.rank = total / partition.groups;
+  if (out.rank - out.key_rank < partition.parts) {
+    fail_usage("--rank leaves less than one coordinate for each latent beside --key-rank " +
+               text(out.key_rank));
+  }
+  return out;
+}
+
 // Decides rank and rotary size from the options.
-void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentShape& shape) {
+void choose_sizes(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+                  LatentShape& shape) {
   const Index keys = gqa.num_key_value_heads * gqa.head_dim;
   const std::string method(method_name(options.method));
   if (options.method != Method::transmla && (options.fold || options.q_rank)) {
@@ -82,12 +150,7 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
     fail_usage("--kv-budget auto belongs to --method relatent, not to " + method);
   }
   if (options.method == Method::lossless) {
-    if (options.rank || options.rope_dim || options.kv_budget) {
-      fail_usage(
-          "--method lossless fixes rank and rotary size: leave out --rank, --rope-dim and --kv-budget");
-    }
-    shape.rope_dim = keys;
-    shape.rank = keys;
+    choose_lossless(options, partition, gqa, shape);
     return;
   }
   shape.nope_dim = gqa.head_dim;
@@ -96,23 +159,14 @@ void choose_sizes(const ConvertOptions& options, const GqaGeometry& gqa, LatentS
     fail_usage("--rope-dim " + text(shape.rope_dim) +
                " must be an even number from 2 to num_key_value_heads * head_dim = " + text(keys));
   }
-  if (options.rank && options.kv_budget) {
-    fail_usage("--rank and --kv-budget both decide the size of the latent: give one");
+  const GroupSizes group = choose_group(options, partition, gqa, shape.rope_dim);
+  const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
+  if (group.rank <= 0 || group.rank > full) {
+    const Index found = group.rank * partition.groups;
+    fail_usage("--rank " + text(found) + " must lie between 1 and the full rank " +
+               text(full * partition.groups));
   }
-  if (options.rank) {
-    shape.rank = *options.rank;
-  } else if (options.kv_budget) {
-    shape.rank = budget_numbers(*options.kv_budget, gqa) - shape.rope_dim;
-    if (shape.rank <= 0) {
-      fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rope_dim));
-    }
-  } else {
-    fail_usage("--method " + method + " needs --rank or --kv-budget");
-  }
-  const Index full = options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys;
-  if (shape.rank <= 0 || shape.rank > full) {
-    fail_usage("--rank " + text(shape.rank) + " must lie between 1 and the full rank " + text(full));
-  }
+  lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
   if (options.method == Method::transmla) {
     // The smallest fold always fits when the rotary size does.
     check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
@@ -200,9 +254,23 @@ std::string_view method_name(Method method) {
 Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
     : options_(std::move(options)),
       source_(Model::open(options_.source)),
-      engine_(make_engine(options_.engine)) {
+      engine_(make_engine(options_.engine, options_.form)) {
   if (!engine_) {
-    fail_usage("--engine " + options_.engine + " is not one of: " + std::string(known_engines()));
+    fail_usage(make_engine(options_.engine, "mla") == nullptr
+                   ? "--engine " + options_.engine + " is not one of: " + std::string(known_engines())
+                   : "--engine " + options_.engine + " has no layout for --to " + options_.form);
+  }
+  const std::optional<Partition> partition =
+      partition_of(options_.form, options_.branches.value_or(options_.form == "mla" ? 1 : 0));
+  if (!partition) {
+    fail_usage("--to " + options_.form +
+               (options_.form == "mla"    ? " has one latent: leave out --branches"
+                : options_.form == "mlra" ? " needs --branches 2 or 4"
+                                          : " needs --branches, at least 2"));
+  }
+  partition_ = *partition;
+  if (options_.method == Method::transmla && options_.form != "mla") {
+    fail_usage("--method transmla writes --to mla only");
   }
   if ((options_.method == Method::transmla || options_.method == Method::relatent) && !options_.calibration) {
     fail_usage("--method " + std::string(method_name(options_.method)) +
@@ -252,6 +320,9 @@ RelatentOptions Conversion::relatent_options() const {
   out.rope_dim = plan_.shape.rope_dim;
   const EngineTraits traits = engine_->traits();
   out.plain_list = out.plain_list || !traits.any_frequencies;
+  out.partition = partition_;
+  out.key_rank = plan_.shape.shared_ranks.empty() ? 0 : plan_.shape.shared_ranks.front();
+  out.query_bias = options_.form != "mla";
   if (!traits.undoes_norm) {
     out.norm_coordinates = options_.norm_coordinates.value_or(default_norm_coordinates);
     out.pad_rank = options_.pad_rank;
@@ -296,7 +367,14 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
     shape.has_q_bias = shape.has_q_bias || source_.has(Role::q_bias, i);
   }
-  choose_sizes(options_, *config.gqa, shape);
+  shape.form = options_.form;
+  if (partition_.groups > shape.heads) {
+    fail_usage("--branches " + text(partition_.groups) + " is more than the model's " + text(shape.heads) +
+               " heads");
+  }
+  shape.has_bias = options_.method != Method::lossless || shape.has_q_bias || source_.has(Role::k_bias, 0) ||
+                   source_.has(Role::v_bias, 0) || source_.has(Role::o_bias, 0);
+  choose_sizes(options_, partition_, *config.gqa, shape);
   fit_to_engine(options_, config, engine_->traits(), shape);
   if (shape.q_rank) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
@@ -389,7 +467,12 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
   const LatentShape& shape = plan_.shape;
   const LayerMaps maps = maps_of(std::get<GqaAttention>(source_.attention(layer_idx)));
   if (options_.method == Method::lossless) {
-    return assemble_mla(maps, known, lossless_rotary_key(maps), lossless_latent(maps), std::nullopt);
+    std::vector<JointLatent> latents;
+    for (Index g = 0; g < partition_.groups; ++g) {
+      const Index first = partition_.first_head(g, maps.heads);
+      latents.push_back(lossless_latent(maps, first, partition_.first_head(g + 1, maps.heads) - first));
+    }
+    return assemble(maps, known, lossless_rotary_key(maps), latents, std::nullopt);
   }
   const TransmlaOptions options{shape.rope_dim, fold, options_.balance, options_.balance_columns};
   const TransmlaKey key = transmla_rotary_key(maps, known, options);
@@ -472,6 +555,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   ConvertReport report;
   report.kv_rank = plan_.shape.rank;
   report.rope_dim = plan_.shape.rope_dim;
+  report.branches = partition_.latents();
   report.bytes_read = source_.checkpoint().tensor_bytes();
 
   if (calibration_) {
@@ -503,7 +587,8 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     if (!rotary) {
       rotary = attention.rotary;
     }
-    engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
+    engine_->write_attention(split_values(attention, partition_, plan_.shape), plan_.shape, layer_idx,
+                             plan_.dtype, writer);
     progress(layer_idx + 1, config.num_hidden_layers);
   };
   if (options_.method == Method::lossless || options_.method == Method::transmla) {
@@ -523,6 +608,9 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
       folder.staging() / "config.json",
       engine_->config(source_.checkpoint().config(), config, plan_.shape, *rotary, plan_.dtype).dump(2) +
           "\n");
+  for (const ExtraFile& file : engine_->extra_files()) {
+    write_text(folder.staging() / file.name, std::string(file.text));
+  }
   folder.commit();
   report.bytes_written = writer.bytes_written();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

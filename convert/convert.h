@@ -27,12 +27,17 @@ struct ConvertOptions {
   std::filesystem::path source;
   std::filesystem::path output;
   Method method = Method::lossless;
+  std::string form = "mla";       // mla, gla, tpla or mlra
+  std::optional<Index> branches;  // latents of a partitioned form
+  std::optional<Index> key_rank;  // shared key, split value: coordinates that the parts of a group share
   std::optional<std::filesystem::path> calibration;
-  // Size of the latent, and of the rotary key. A budget is (rank + rope_dim) / (2 K d), rounded down to whole
-  // numbers.
+  // Size of all distinct latent coordinates together, and of the rotary key. A budget is (rank + rope_dim) /
+  // (2 K d), rounded down to whole numbers.
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
+  // Instead: numbers per token and layer that each of partition.latents() devices caches.
+  std::optional<Index> per_device;
   // relatent only: the smallest cache that loses at most so many nats on held-out calibration tokens.
   std::optional<double> max_nats;
   // transmla only.
@@ -131,6 +136,7 @@ class Conversion {
   Model source_;
   std::unique_ptr<Engine> engine_;
   std::optional<CalibrationFile> calibration_;
+  Partition partition_;
   ConvertPlan plan_;
 };
 

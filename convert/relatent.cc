@@ -69,21 +69,34 @@ LatentAttention RelatentConversion::next() {
   ++next_;
   const DroppedRotation rotation = dropped(maps, known);
   const RotaryKey key = rotary_key(maps, concentrate(maps, known, rotation), rotation, components_);
-  const JointLatent latent =
-      joint_latent(maps, known, key, {options_.rank, options_.lambda, options_.output_metric, affine});
-  if (!streams_) {
-    return assemble_mla(maps, known, key, latent, std::nullopt);
+  const Partition& partition = options_.partition;
+  std::vector<JointLatent> latents;
+  for (Index g = 0; g < partition.groups; ++g) {
+    JointLatentOptions latent;
+    latent.rank = options_.rank / partition.groups;
+    latent.lambda = options_.lambda;
+    latent.output_metric = options_.output_metric;
+    latent.centred = affine;
+    latent.key_rank = partition.parts > 1 ? options_.key_rank : -1;
+    latent.value_weight = options_.value_weight;
+    latent.first_head = partition.first_head(g, maps.heads);
+    latent.head_count = partition.first_head(g + 1, maps.heads) - latent.first_head;
+    latents.push_back(joint_latent(maps, known, key, latent));
   }
-  AbsorbedAttention absorbed = absorb(maps, key, latent);
+  if (!streams_) {
+    return assemble(maps, known, key, latents, std::nullopt);
+  }
+  AbsorbedAttention absorbed = absorb(maps, key, latents);
   LatentAttention out;
   {
-    const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine);
+    const AttentionSample sample = streams_->sample_attention(
+        layer, options_.fit.stride, affine, affine && (options_.query_bias || maps.has_q_bias));
     if (!affine) {
       absorbed.norm = complete_norm(absorbed.latent(), sample.sampled_inputs, sample.input_moment,
                                     *options_.norm_coordinates);
     }
     score_error_ = fit_attention(sample, options_.fit, absorbed);
-    out = to_latent_attention(absorbed, sample.input_moment);
+    out = to_latent_attention(absorbed, sample.input_moment, sample.query_moment);
   }
   // A refit may give every layer a bias, whatever the closed forms left.
   if (affine && out.o.bias.size() == 0) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "convert/forms/partition.h"
 #include "convert/latent/attention_fit.h"
 #include "convert/latent/rotary_key.h"
 #include "convert/model/model.h"
@@ -16,7 +17,7 @@
 namespace relatent {
 
 struct RelatentOptions {
-  Index rank = 0;                 // 1 ... 2 K d
+  Index rank = 0;                 // of all groups together; a multiple of the groups
   Index rope_dim = 0;             // even, 2 ... K d; at most d for a plain list
   double lambda = 1;              // of joint_latent.h
   bool expected_rotation = true;  // false: a dropped rotation is replaced by 1
@@ -26,6 +27,11 @@ struct RelatentOptions {
   // norm. Needs tokens.
   std::optional<Index> norm_coordinates;
   std::optional<Index> pad_rank;  // instead: as many as bring the latent to this size
+  bool query_bias = false;        // the written form has room for a query bias
+  // Shared key, split value, and GLA's groups of heads.
+  Partition partition;
+  Index key_rank = 0;         // coordinates that the parts of a group share; with several parts only
+  double value_weight = 0.1;  // joint_latent.h
   FitOptions fit;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
@@ -39,7 +45,8 @@ class RelatentConversion {
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  // Converts the next layer, from the first to the last.
+  // Converts the next layer, from the first to the last: one branch for each group of heads, whose scores
+  // read the first key_rank coordinates (forms/partition.h splits them).
   LatentAttention next();
 
   // Of a plain list: every how many-th frequency of the source is kept.

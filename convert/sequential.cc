@@ -44,7 +44,8 @@ MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool 
   return out;
 }
 
-AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine) {
+AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine,
+                                              bool query_affine) {
   const auto& gqa = std::get<GqaAttention>(source.attention);
   const RotaryTable table(gqa.rotary, source_.length());
   const Index d = gqa.head_dim;
@@ -86,6 +87,13 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   add_second_moment(out.sampled_inputs, out.input_moment);
   mirror_lower(out.input_moment);
   out.input_moment /= static_cast<double>(out.sampled_inputs.rows());
+  out.query_inputs = out.sampled_inputs;
+  out.query_moment = out.input_moment;
+  if (affine && !query_affine) {
+    out.query_inputs.col(hidden).setZero();
+    out.query_moment.col(hidden).setZero();
+    out.query_moment.row(hidden).setZero();
+  }
   keep_weights(out, kept_weight_bytes);
   measure_value_spread(values, gqa.o.weight, out);
   return out;

@@ -19,8 +19,9 @@ class TwinStreams {
   TwinStreams(const Model& source, const Sequences& sequences);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to
-  // this object and is good until finish_attention. affine: the converted layer may have biases.
-  AttentionSample sample_attention(const Layer& source, Index stride, bool affine);
+  // this object and is good until finish_attention. affine: the converted layer may have biases,
+  // query_affine: its queries too.
+  AttentionSample sample_attention(const Layer& source, Index stride, bool affine, bool query_affine);
 
   // Moves the converted stream past its attention. With `refit`, o_proj is first changed so that the stream
   // comes as near to the source's as ridge regression over all tokens brings it.

@@ -1,15 +1,32 @@
 #include "convert/engines/engine.h"
 
 #include "convert/engines/deepseek.h"
+#include "convert/engines/relatent.h"
 #include "convert/engines/transformers.h"
 
 namespace relatent {
 
-std::unique_ptr<Engine> make_engine(std::string_view name) {
+LatentGeometry LatentShape::geometry() const {
+  LatentGeometry out;
+  out.form = form;
+  out.kv_lora_rank = rank;
+  out.qk_nope_head_dim = nope_dim;
+  out.qk_rope_head_dim = rope_dim;
+  out.v_head_dim = v_dim;
+  out.q_lora_rank = q_rank;
+  out.attention_bias = has_bias;
+  out.shared_ranks = shared_ranks;
+  out.branches = branches;
+  out.norm = norm;
+  out.norm_rank = norm_rank;
+  return out;
+}
+
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {
   if (name == "transformers") {
-    return make_transformers_engine();
+    return form == "mla" ? make_transformers_engine() : make_relatent_engine();
   }
-  return name == "deepseek" ? make_deepseek_engine() : nullptr;
+  return name == "deepseek" && form == "mla" ? make_deepseek_engine() : nullptr;
 }
 
 std::string_view known_engines() {

@@ -15,14 +15,27 @@ namespace relatent {
 
 // What can be said of a converted layer before any weight is read; the same for all layers.
 struct LatentShape {
+  std::string form = "mla";  // mla, gla, tpla or mlra
   Index heads = 0;
   Index nope_dim = 0;
   Index rope_dim = 0;
   Index v_dim = 0;
-  Index rank = 0;               // of the latent, all branches together, without what an engine adds
+  Index rank = 0;               // all distinct latent coordinates together, without what an engine adds
   std::optional<Index> q_rank;  // of a low-rank query, likewise
   bool has_q_bias = false;
-  Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases
+  bool has_bias = false;       // any bias, of q, keys, values or o_proj
+  Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases, each branch
+  // How the latent is divided; one branch without shared coordinates for MLA.
+  std::vector<Index> shared_ranks;
+  std::vector<BranchGeometry> branches;
+  LatentNorm norm = LatentNorm::none;
+  Index norm_rank = 0;
+
+  Index rank_of(const BranchGeometry& branch) const {
+    return branch.rank + (branch.shared >= 0 ? shared_ranks[static_cast<std::size_t>(branch.shared)] : 0);
+  }
+  // The part that decides what devices hold.
+  LatentGeometry geometry() const;
 };
 
 // What an engine's layout can hold.
@@ -30,6 +43,11 @@ struct EngineTraits {
   bool any_frequencies = true;  // else base^(-2i/p), pairs in order
   bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
   bool tied_head = true;        // reads tie_word_embeddings
+};
+
+struct ExtraFile {
+  std::string name;
+  std::string_view text;
 };
 
 class Engine {
@@ -50,14 +68,16 @@ class Engine {
   virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config,
                                         const ModelConfig& source, const LatentShape& shape,
                                         const Rotary& rotary, DType dtype) const = 0;
+  // Files that go beside the weights.
+  virtual std::vector<ExtraFile> extra_files() const { return {}; }
   // Writes all attention tensors of a layer. `shape` says which there are: a layer may lack a bias that
   // others have.
   virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, Index layer_idx,
                                DType dtype, CheckpointWriter& out) const = 0;
 };
 
-// nullptr when there is no engine of that name.
-std::unique_ptr<Engine> make_engine(std::string_view name);
+// The engine of that name for a form; nullptr when there is no engine of that name, or none for that form.
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form);
 std::string_view known_engines();
 
 }  // namespace relatent

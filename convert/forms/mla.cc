@@ -22,8 +22,8 @@ double mean_square(const MatrixD& map, const Moments& moments) {
 
 }  // namespace
 
-LatentAttention assemble_mla(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
-                             const JointLatent& latent, const std::optional<LowRankQuery>& query) {
+LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
+                         const std::vector<JointLatent>& latents, const std::optional<LowRankQuery>& query) {
   const Index d = maps.head_dim;
   const Index n = key.nope_dim();
   const Index p = key.rope_dim();
@@ -51,21 +51,25 @@ LatentAttention assemble_mla(const LayerMaps& maps, const Moments& moments, cons
   }
   out.rotary_key = to_linear(key.read * maps.k);
 
-  LatentBranch branch;
-  branch.down = to_linear(latent.down);
-  branch.head_count = maps.heads;
-  branch.mean_square = mean_square(latent.down, moments);
-  branch.up.resize(maps.heads * (n + d), latent.down.rows());
   VectorD shift(maps.heads * d);
-  for (Index h = 0; h < maps.heads; ++h) {
-    const Index g = maps.group_of(h) * d;
-    if (n > 0) {
-      branch.up.middleRows(h * (n + d), n) = latent.key_up.middleRows(g, n).cast<float>();
+  for (const JointLatent& latent : latents) {
+    LatentBranch branch;
+    branch.down = to_linear(latent.down);
+    branch.first_head = latent.first_head;
+    branch.head_count = latent.heads_of(maps.heads);
+    branch.mean_square = mean_square(latent.down, moments);
+    branch.up.resize(branch.head_count * (n + d), latent.down.rows());
+    for (Index i = 0; i < branch.head_count; ++i) {
+      const Index h = latent.first_head + i;
+      const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
+      if (n > 0) {
+        branch.up.middleRows(i * (n + d), n) = latent.key_up.middleRows(g, n).cast<float>();
+      }
+      branch.up.middleRows(i * (n + d) + n, d) = latent.value_up.middleRows(g, d).cast<float>();
+      shift.segment(h * d, d) = latent.value_shift.segment(g, d);
     }
-    branch.up.middleRows(h * (n + d) + n, d) = latent.value_up.middleRows(g, d).cast<float>();
-    shift.segment(h * d, d) = latent.value_shift.segment(g, d);
+    out.branches.push_back(std::move(branch));
   }
-  out.branches.push_back(std::move(branch));
 
   out.o.weight = maps.o.cast<float>();
   const VectorD o_bias = maps.o_bias + maps.o * shift;
@@ -73,6 +77,11 @@ LatentAttention assemble_mla(const LayerMaps& maps, const Moments& moments, cons
     out.o.bias = o_bias.transpose().cast<float>();
   }
   return out;
+}
+
+LatentAttention assemble_mla(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
+                             const JointLatent& latent, const std::optional<LowRankQuery>& query) {
+  return assemble(maps, moments, key, {latent}, query);
 }
 
 }  // namespace relatent

@@ -28,9 +28,9 @@ struct ContentFactors {
 };
 
 ContentFactors factor_content(const MatrixD& content, const SymmetricRoot& latent_root,
-                              const MatrixD& input_moment, Index n) {
+                              const MatrixD& query_moment, Index n) {
   const MatrixD weighed = latent_root.root * content;
-  MatrixD energy = weighed * input_moment * weighed.transpose();
+  MatrixD energy = weighed * query_moment * weighed.transpose();
   energy = (0.5 * (energy + energy.transpose())).eval();
   const Index kept = std::min(n, content.rows());
   const MatrixD basis = symmetric_eigenpairs(energy, kept).vectors;
@@ -71,51 +71,72 @@ VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs)
   return attention.norm.present() ? inverse_norm(attention.norm, attention.latent(), inputs) : VectorF();
 }
 
-AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const JointLatent& latent) {
+AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key,
+                         const std::vector<JointLatent>& latents) {
   const Index d = maps.head_dim;
   const Index p = key.rope_dim();
-  const Index r = latent.down.rows();
+  Index r = 0;
+  for (const JointLatent& latent : latents) {
+    r += latent.rank();
+  }
   AbsorbedAttention out;
   out.nope_dim = key.nope_dim();
   out.scale = maps.scale;
   out.rotary = key.rotary;
   out.key.resize(p + r, maps.k.cols());
-  out.key << key.read * maps.k, latent.down;
+  out.key.topRows(p) = key.read * maps.k;
   out.o = maps.o;
   VectorD shift(maps.heads * d);
-  for (Index h = 0; h < maps.heads; ++h) {
-    const Index g = maps.group_of(h) * d;
-    const auto at = static_cast<std::size_t>(h);
-    const MatrixD head = maps.query_of(h);
-    MatrixD query(p + r, maps.q.cols());
-    query.topRows(p) = maps.scale * key.query[at] * head;
-    query.bottomRows(r) =
-        maps.scale * latent.key_up.middleRows(g, d).transpose() * (key.content_query[at] * head);
-    out.query.push_back(std::move(query));
-    out.value_up.emplace_back(latent.value_up.middleRows(g, d));
-    shift.segment(h * d, d) = latent.value_shift.segment(g, d);
+  Index first = 0;
+  for (const JointLatent& latent : latents) {
+    LatentGroup group;
+    group.first_head = latent.first_head;
+    group.head_count = latent.heads_of(maps.heads);
+    group.first = first;
+    group.rank = latent.rank();
+    group.key_rank = latent.key_rank < 0 ? group.rank : latent.key_rank;
+    out.key.middleRows(p + first, group.rank) = latent.down;
+    first += group.rank;
+    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+      const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
+      const auto at = static_cast<std::size_t>(h);
+      const MatrixD head = maps.query_of(h);
+      MatrixD query(p + group.key_rank, maps.q.cols());
+      query.topRows(p) = maps.scale * key.query[at] * head;
+      query.bottomRows(group.key_rank) = maps.scale *
+                                         latent.key_up.middleRows(g, d).leftCols(group.key_rank).transpose() *
+                                         (key.content_query[at] * head);
+      out.query.push_back(std::move(query));
+      out.value_up.emplace_back(latent.value_up.middleRows(g, d));
+      shift.segment(h * d, d) = latent.value_shift.segment(g, d);
+    }
+    out.groups.push_back(group);
   }
   out.o_bias = maps.o_bias + maps.o * shift;
   return out;
 }
 
-void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment) {
-  const Index p = attention.rope_dim();
-  if (attention.rank() <= attention.nope_dim) {
-    return;
-  }
-  const SymmetricRoot root = symmetric_root(covariance(attention.latent(), input_moment), variance_floor);
-  for (MatrixD& query : attention.query) {
-    const ContentFactors f =
-        factor_content(query.bottomRows(attention.rank()), root, input_moment, attention.nope_dim);
-    query.bottomRows(query.rows() - p) = f.up * f.down;
+void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment,
+                        const MatrixD& query_moment) {
+  for (const LatentGroup& group : attention.groups) {
+    if (group.key_rank <= attention.nope_dim) {
+      continue;
+    }
+    const SymmetricRoot root =
+        symmetric_root(covariance(attention.key_latent_of(group), input_moment), variance_floor);
+    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+      MatrixD& query = attention.query[static_cast<std::size_t>(h)];
+      const ContentFactors f =
+          factor_content(query.bottomRows(group.key_rank), root, query_moment, attention.nope_dim);
+      query.bottomRows(group.key_rank) = f.up * f.down;
+    }
   }
 }
 
-LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& input_moment) {
+LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& input_moment,
+                                    const MatrixD& query_moment) {
   const Index n = a.nope_dim;
   const Index p = a.rope_dim();
-  const Index r = a.rank();
   const Index w = a.v_dim();
   LatentAttention out;
   out.heads = a.heads();
@@ -126,28 +147,33 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   out.rotary = a.rotary;
   out.rotary_key = to_linear(a.key.topRows(p));
 
-  LatentBranch branch;
-  branch.down = to_linear(a.latent());
-  branch.head_count = out.heads;
-  const MatrixD half = a.latent() * input_moment;
-  branch.mean_square = half.cwiseProduct(a.latent()).sum() / static_cast<double>(r);
-  branch.up = MatrixF::Zero(out.heads * (n + w), r);
-  MatrixD q = MatrixD::Zero(out.heads * (n + p), a.key.cols());
-  const SymmetricRoot root = symmetric_root(covariance(a.latent(), input_moment), variance_floor);
-  for (Index h = 0; h < out.heads; ++h) {
-    const auto at = static_cast<std::size_t>(h);
-    const ContentFactors f = factor_content(a.query[at].bottomRows(r), root, input_moment, n);
-    branch.up.middleRows(h * (n + w), f.up.cols()) = f.up.transpose().cast<float>();
-    branch.up.middleRows(h * (n + w) + n, w) = a.value_up[at].cast<float>();
-    q.middleRows(h * (n + p), f.down.rows()) = f.down / a.scale;
-    q.middleRows(h * (n + p) + n, p) = a.query[at].topRows(p) / a.scale;
+  MatrixD q = MatrixD::Zero(out.heads * (n + p), a.query.front().cols());
+  for (const LatentGroup& group : a.groups) {
+    LatentBranch branch;
+    branch.down = to_linear(a.latent_of(group));
+    branch.first_head = group.first_head;
+    branch.head_count = group.head_count;
+    const MatrixD half = a.latent_of(group) * input_moment;
+    branch.mean_square = half.cwiseProduct(a.latent_of(group)).sum() / static_cast<double>(group.rank);
+    branch.up = MatrixF::Zero(group.head_count * (n + w), group.rank);
+    const SymmetricRoot root =
+        symmetric_root(covariance(a.key_latent_of(group), input_moment), variance_floor);
+    for (Index i = 0; i < group.head_count; ++i) {
+      const Index h = group.first_head + i;
+      const auto at = static_cast<std::size_t>(h);
+      const ContentFactors f = factor_content(a.query[at].bottomRows(group.key_rank), root, query_moment, n);
+      branch.up.block(i * (n + w), 0, f.up.cols(), group.key_rank) = f.up.transpose().cast<float>();
+      branch.up.middleRows(i * (n + w) + n, w) = a.value_up[at].cast<float>();
+      q.middleRows(h * (n + p), f.down.rows()) = f.down / a.scale;
+      q.middleRows(h * (n + p) + n, p) = a.query[at].topRows(p) / a.scale;
+    }
+    if (a.norm.present()) {
+      add_norm(a, branch);
+    }
+    out.branches.push_back(std::move(branch));
   }
-  if (a.norm.present()) {
-    add_norm(a, branch);
-  }
-  out.branches.push_back(std::move(branch));
   out.q = to_linear(q);
-  out.q_mean_square = input_moment.diagonal().head(a.key.cols() - 1).mean();
+  out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();
   out.o.weight = a.o.cast<float>();
   if (!a.o_bias.isZero(0)) {
     out.o.bias = a.o_bias.transpose().cast<float>();

@@ -143,7 +143,7 @@ MatrixF apply_map(const Eigen::Ref<const MatrixF>& x, const MatrixF& map) {
   return out;
 }
 
-// z of one sequence: [length, p + r]. `shrink`, when not empty, multiplies the latent of every token.
+// z of one sequence: [length, p + latent]. `shrink`, when not empty, multiplies the latent of every token.
 MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
                 Index p) {
   MatrixF z = apply_map(x, key);
@@ -154,9 +154,17 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
   return z;
 }
 
+// What the heads of a group read of the key map for their scores.
+MatrixF key_map(const AbsorbedAttention& attention, const LatentGroup& group) {
+  MatrixF out(attention.rope_dim() + group.key_rank, attention.key.cols());
+  out << attention.key.topRows(attention.rope_dim()).cast<float>(),
+      attention.key_latent_of(group).cast<float>();
+  return out;
+}
+
 std::vector<MatrixF> all_keys(const AttentionSample& sample, const AbsorbedAttention& attention,
-                              const RotaryTable& table) {
-  const MatrixF key = attention.key.cast<float>();
+                              const LatentGroup& group, const RotaryTable& table) {
+  const MatrixF key = key_map(attention, group);
   std::vector<MatrixF> out(static_cast<std::size_t>(sample.count));
   parallel_for(out.size(), [&](std::size_t s) {
     const MatrixF x = sample.inputs(static_cast<Index>(s));
@@ -187,7 +195,7 @@ std::vector<MatrixF> single(const Systems& maps) {
 MatrixF queries_of(const AttentionSample& sample, Index sequence, const MatrixF& map, Index width,
                    const Turns& turns) {
   const Index rows = sample.per_sequence();
-  MatrixF u = apply_map(sample.sampled_inputs.middleRows(sequence * rows, rows), map);
+  MatrixF u = apply_map(sample.query_inputs.middleRows(sequence * rows, rows), map);
   rotate_in_place(turns.of(sequence), 0, width, map.rows() / width, u);
   return u;
 }
@@ -332,7 +340,7 @@ class QueryProblem {
         keys_(keys),
         heads_(heads),
         p_(attention.rope_dim()),
-        width_(attention.width()) {}
+        width_(keys.front().cols()) {}
 
   struct Start {
     Systems residual;
@@ -454,7 +462,7 @@ class QueryProblem {
   void add(Index first_sequence, const std::vector<Slot>& slots, Systems& sum) const {
     const Index rows = sample_.per_sequence();
     parallel_for(sum.size(), [&](std::size_t h) {
-      MatrixF product(width_, sample_.sampled_inputs.cols());
+      MatrixF product(width_, sample_.query_inputs.cols());
       for (std::size_t i = 0; i < slots.size(); ++i) {
         product.noalias() =
             slots[i].pull.middleCols(static_cast<Index>(h) * width_, width_).transpose() *
@@ -480,10 +488,14 @@ class KeyProblem {
       : sample_(sample),
         attention_(attention),
         turns_(turns),
-        query_(stacked(attention.query)),
         o_(attention.o.cast<float>()),
         weight_((score_weight * sample.value_spread).cast<float>()),
-        value_up_(single(attention.value_up)) {}
+        value_up_(single(attention.value_up)) {
+    for (const LatentGroup& group : attention.groups) {
+      const auto first = attention.query.begin() + group.first_head;
+      query_.push_back(stacked({first, first + group.head_count}));
+    }
+  }
 
   MatrixD residual(const MatrixD& key) const { return run(key, true); }
   MatrixD apply(const MatrixD& direction) const { return run(direction, false); }
@@ -493,14 +505,20 @@ class KeyProblem {
     const Index width = attention_.width();
     const Index p = attention_.rope_dim();
     MatrixD out = MatrixD::Zero(width, width);
-    for (Index h = 0; h < attention_.heads(); ++h) {
-      const auto at = static_cast<std::size_t>(h);
-      const MatrixD& query = attention_.query[at];
-      const MatrixD energy = query * sample_.input_moment * query.transpose();
-      out += static_cast<double>(weight_(h)) * energy;
-      const Index w = attention_.v_dim();
-      const MatrixD through = attention_.o.middleCols(h * w, w) * attention_.value_up[at];
-      out.bottomRightCorner(width - p, width - p) += through.transpose() * through;
+    for (const LatentGroup& group : attention_.groups) {
+      const Index first = p + group.first;
+      for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+        const auto at = static_cast<std::size_t>(h);
+        const MatrixD& query = attention_.query[at];
+        const MatrixD energy =
+            static_cast<double>(weight_(h)) * (query * sample_.query_moment * query.transpose());
+        out.topLeftCorner(p, p) += energy.topLeftCorner(p, p);
+        out.block(first, first, group.key_rank, group.key_rank) +=
+            energy.bottomRightCorner(group.key_rank, group.key_rank);
+        const Index w = attention_.v_dim();
+        const MatrixD through = attention_.o.middleCols(h * w, w) * attention_.value_up[at];
+        out.block(first, first, group.rank, group.rank) += through.transpose() * through;
+      }
     }
     average_pairs(out, p);
     return out;
@@ -525,62 +543,79 @@ class KeyProblem {
   MatrixF run(Index s, const MatrixF& map, bool against_source) const {
     const Index p = attention_.rope_dim();
     const Index width = attention_.width();
-    const Index r = width - p;
     const Index w = attention_.v_dim();
-    const Index heads = attention_.heads();
     const Index rows = sample_.per_sequence();
     const MatrixF x = sample_.inputs(s);
     const VectorF shrink = latent_shrink(attention_, x);
     const MatrixF z = keys_of(x, map, shrink, turns_.all, p);
-    const MatrixF u = queries_of(sample_, s, query_, width, turns_);
     MatrixF pull = MatrixF::Zero(z.rows(), width);
-    MatrixF mixed(rows, heads * w);
+    MatrixF mixed(rows, attention_.heads() * w);
     MatrixF logits;
     MatrixF scores;
     MatrixF queries;
     MatrixF latent;  // stacked: what the heads read, then what they should
     MatrixF scratch;
-    for_blocks(sample_, s, [&](const Block& block) {
-      const auto weights = source_weights(sample_, block, {0, heads}, scratch);
-      const auto seen = z.topRows(block.columns);
-      stack_heads(u, block, heads, queries);
-      scores.resize(queries.rows(), block.columns);
-      scores.noalias() = queries * seen.transpose();
-      if (against_source) {
-        source_logits(sample_, block, {0, heads}, logits);
-        scores = logits - scores;
+    MatrixF gathered;
+    for (std::size_t g = 0; g < attention_.groups.size(); ++g) {
+      const LatentGroup& group = attention_.groups[g];
+      const Heads heads{group.first_head, group.head_count};
+      const MatrixF u = queries_of(sample_, s, query_[g], p + group.key_rank, turns_);
+      const bool whole = group.first == 0 && group.key_rank + p == width;
+      if (!whole) {
+        gathered.resize(z.rows(), p + group.key_rank);
+        gathered << z.leftCols(p), z.middleCols(p + group.first, group.key_rank);
       }
-      latent.resize(queries.rows(), r);
-      latent.noalias() = weights * seen.rightCols(r);
-      for (Index h = 0; h < heads; ++h) {
-        const Index at = h * block.rows;
-        auto of_head = scores.middleRows(at, block.rows);
-        centre(weights.middleRows(at, block.rows), of_head);
-        of_head *= weight_(h);
-        mixed.block(block.first, h * w, block.rows, w).noalias() =
-            latent.middleRows(at, block.rows) * value_up_[static_cast<std::size_t>(h)].transpose();
-      }
-      pull.topRows(block.columns).noalias() += scores.transpose() * queries;
-    });
+      const MatrixF& keys = whole ? z : gathered;
+      MatrixF key_pull = MatrixF::Zero(z.rows(), keys.cols());
+      for_blocks(sample_, s, [&](const Block& block) {
+        const auto weights = source_weights(sample_, block, heads, scratch);
+        const auto seen = keys.topRows(block.columns);
+        stack_heads(u, block, heads.count, queries);
+        scores.resize(queries.rows(), block.columns);
+        scores.noalias() = queries * seen.transpose();
+        if (against_source) {
+          source_logits(sample_, block, heads, logits);
+          scores = logits - scores;
+        }
+        latent.resize(queries.rows(), group.rank);
+        latent.noalias() = weights * z.block(0, p + group.first, block.columns, group.rank);
+        for (Index i = 0; i < heads.count; ++i) {
+          const Index h = heads.first + i;
+          const Index at = i * block.rows;
+          auto of_head = scores.middleRows(at, block.rows);
+          centre(weights.middleRows(at, block.rows), of_head);
+          of_head *= weight_(h);
+          mixed.block(block.first, h * w, block.rows, w).noalias() =
+              latent.middleRows(at, block.rows) * value_up_[static_cast<std::size_t>(h)].transpose();
+        }
+        key_pull.topRows(block.columns).noalias() += scores.transpose() * queries;
+      });
+      pull.leftCols(p) += key_pull.leftCols(p);
+      pull.middleCols(p + group.first, group.key_rank) += key_pull.rightCols(group.key_rank);
+    }
     MatrixF output = apply_map(mixed, o_);
     if (against_source) {
       output = sample_.target.middleRows(s * rows, rows) - output;
       output.rowwise() -= attention_.o_bias.transpose().cast<float>();
     }
-    MatrixF wanted(rows, heads * w);
+    MatrixF wanted(rows, mixed.cols());
     wanted.noalias() = output * o_;
-    for_blocks(sample_, s, [&](const Block& block) {
-      const auto weights = source_weights(sample_, block, {0, heads}, scratch);
-      latent.resize(heads * block.rows, r);
-      for (Index h = 0; h < heads; ++h) {
-        latent.middleRows(h * block.rows, block.rows).noalias() =
-            wanted.block(block.first, h * w, block.rows, w) * value_up_[static_cast<std::size_t>(h)];
-      }
-      pull.topRightCorner(block.columns, r).noalias() += weights.transpose() * latent;
-    });
+    for (const LatentGroup& group : attention_.groups) {
+      const Heads heads{group.first_head, group.head_count};
+      for_blocks(sample_, s, [&](const Block& block) {
+        const auto weights = source_weights(sample_, block, heads, scratch);
+        latent.resize(heads.count * block.rows, group.rank);
+        for (Index i = 0; i < heads.count; ++i) {
+          const Index h = heads.first + i;
+          latent.middleRows(i * block.rows, block.rows).noalias() =
+              wanted.block(block.first, h * w, block.rows, w) * value_up_[static_cast<std::size_t>(h)];
+        }
+        pull.block(0, p + group.first, block.columns, group.rank).noalias() += weights.transpose() * latent;
+      });
+    }
     rotate_in_place(reversed(turns_.all), 0, p, 1, pull);
     if (shrink.size() > 0) {
-      pull.rightCols(r).array().colwise() *= shrink.array();
+      pull.rightCols(width - p).array().colwise() *= shrink.array();
     }
     MatrixF out(width, x.cols());
     out.noalias() = pull.transpose() * x;
@@ -590,7 +625,7 @@ class KeyProblem {
   const AttentionSample& sample_;
   const AbsorbedAttention& attention_;
   const Turns& turns_;
-  MatrixF query_;
+  std::vector<MatrixF> query_;  // per group, its heads stacked
   MatrixF o_;
   VectorF weight_;
   std::vector<MatrixF> value_up_;
@@ -651,35 +686,40 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
 ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
                        AbsorbedAttention& attention) {
   const Turns turns(attention.rotary, sample);
-  const std::vector<MatrixF> keys = all_keys(sample, attention, turns.all);
-  const double ridge = options.query_ridge * scarcity(sample) * mean_square(sample.input_moment);
-  const Side inputs = regularised(sample.input_moment, ridge);
+  const double ridge = options.query_ridge * scarcity(sample) * mean_square(sample.query_moment);
+  const Side inputs = regularised(sample.query_moment, ridge);
   const Index heads = attention.heads();
-  const Index run = std::clamp<Index>(run_doubles / attention.query.front().size(), 1, heads);
   ScoreError out;
-  for (Index first = 0; first < heads; first += run) {
-    const Index count = std::min(run, heads - first);
-    const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
-    const QueryProblem problem(sample, attention, turns, keys, {first, count});
-    QueryProblem::Start start = problem.start(queries);
-    std::vector<Side> sides(queries.size());
-    parallel_for(sides.size(), [&](std::size_t h) { sides[h] = score_side(start.key_moment[h]); });
-    const Solution solution = conjugate_gradients(
-        std::move(start.residual), options.steps,
-        [&](const Systems& direction) {
-          Systems image = problem.apply(direction);
-          for (std::size_t h = 0; h < image.size(); ++h) {
-            image[h].noalias() += ridge * (sides[h].moment * direction[h]);
-          }
-          return image;
-        },
-        [&](const MatrixD& residual, std::size_t h) {
-          return MatrixD(sides[h].inverse * residual * inputs.inverse);
-        });
-    for (std::size_t h = 0; h < queries.size(); ++h) {
-      attention.query[static_cast<std::size_t>(first) + h] += solution.x[h];
-      out.before += start.error[h] / static_cast<double>(heads);
-      out.after += (start.error[h] - solution.gain[h]) / static_cast<double>(heads);
+  for (const LatentGroup& group : attention.groups) {
+    const std::vector<MatrixF> keys = all_keys(sample, attention, group, turns.all);
+    const Index run =
+        std::clamp<Index>(run_doubles / attention.query[static_cast<std::size_t>(group.first_head)].size(), 1,
+                          group.head_count);
+    const Index end = group.first_head + group.head_count;
+    for (Index first = group.first_head; first < end; first += run) {
+      const Index count = std::min(run, end - first);
+      const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
+      const QueryProblem problem(sample, attention, turns, keys, {first, count});
+      QueryProblem::Start start = problem.start(queries);
+      std::vector<Side> sides(queries.size());
+      parallel_for(sides.size(), [&](std::size_t h) { sides[h] = score_side(start.key_moment[h]); });
+      const Solution solution = conjugate_gradients(
+          std::move(start.residual), options.steps,
+          [&](const Systems& direction) {
+            Systems image = problem.apply(direction);
+            for (std::size_t h = 0; h < image.size(); ++h) {
+              image[h].noalias() += ridge * (sides[h].moment * direction[h]);
+            }
+            return image;
+          },
+          [&](const MatrixD& residual, std::size_t h) {
+            return MatrixD(sides[h].inverse * residual * inputs.inverse);
+          });
+      for (std::size_t h = 0; h < queries.size(); ++h) {
+        attention.query[static_cast<std::size_t>(first) + h] += solution.x[h];
+        out.before += start.error[h] / static_cast<double>(heads);
+        out.after += (start.error[h] - solution.gain[h]) / static_cast<double>(heads);
+      }
     }
   }
   return out;
@@ -715,7 +755,7 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
       const ScoreError error = fit_queries(sample, here, attention);
       out.before = round == 0 ? error.before : out.before;
       out.after = error.after;
-      limit_content_rank(attention, sample.input_moment);
+      limit_content_rank(attention, sample.input_moment, sample.query_moment);
     }
     if (last) {
       break;

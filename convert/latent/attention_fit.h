@@ -44,9 +44,13 @@ struct AttentionSample {
   std::function<MatrixF(Index)> inputs;  // x̃ of one sequence on the converted stream, [length, D + 1]
   MatrixF sampled_inputs;                // [count * per_sequence, D + 1]
   MatrixD input_moment;                  // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
-  MatrixF source_query;                  // [count * per_sequence, H d], rotated, times the softmax scale
-  MatrixF source_key;                    // [count * length, K d], rotated
-  MatrixF target;  // [count * per_sequence, D], what the attention should add to the converted stream
+  // What the queries act on, [z; 1] or [z; 0] where they may have no bias: x itself, or the normalised latent
+  // of a low-rank query.
+  MatrixF query_inputs;  // [count * per_sequence, Q + 1]
+  MatrixD query_moment;  // [Q + 1, Q + 1]
+  MatrixF source_query;  // [count * per_sequence, H d], rotated, times the softmax scale
+  MatrixF source_key;    // [count * length, K d], rotated
+  MatrixF target;        // [count * per_sequence, D], what the attention should add to the converted stream
   // The source's weights per sequence and block of queries, kept between fits where they are few
   // enough; filled on first use. Empty: formed anew each time.
   mutable std::vector<std::vector<MatrixF>> weights;

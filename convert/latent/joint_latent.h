@@ -12,6 +12,13 @@ struct JointLatentOptions {
   bool output_metric = true;
   // false: S = E[y yᵀ] and nothing is shifted, for engines that have no bias to carry the mean.
   bool centred = true;
+  // Shared key, split value: keys may read only the first so many coordinates, values all; -1 = keys may read
+  // all.
+  Index key_rank = -1;
+  double value_weight = 0.1;  // of values against keys in those first coordinates
+  // The heads that read it; 0 = all.
+  Index first_head = 0;
+  Index head_count = 0;
 };
 
 // To first order an error in a key matters as q̃ · δk and one in a value as W_O δv, so with
@@ -19,7 +26,11 @@ struct JointLatentOptions {
 //   M = blockdiag(λ A_K / √tr(A_K S_rr A_K), A_V / √tr(A_V S_vv A_V)),
 // the latent is the rank leading eigenvectors P of M S M: down = Pᵀ M Y, up = M⁻¹ P. S is the covariance of
 // y = [r; v]: a constant in a leftover key cancels in the softmax, and one in a value comes out of the
-// attention unchanged, as value_shift. q̃ = content_query q. rank ≤ 2 K d.
+// attention unchanged, as value_shift. q̃ = content_query q. rank ≤ 2 K' d, K' the groups that the heads read.
+//
+// With a key_rank, the first coordinates are the leading eigenvectors of that M S M with A_V scaled by
+// value_weight, keys are what they tell of r, and the rest are the leading eigenvectors of what they leave of
+// the values, A_V S_vv|c A_V.
 JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
                          const JointLatentOptions& options);
 

@@ -26,9 +26,23 @@ RotaryKey lossless_rotary_key(const LayerMaps& maps) {
   return out;
 }
 
+JointLatent lossless_latent(const LayerMaps& maps, Index first_head, Index head_count) {
+  const Index d = maps.head_dim;
+  JointLatent out;
+  out.first_head = first_head;
+  out.head_count = head_count;
+  out.first_kv_head = maps.group_of(first_head);
+  const Index rank = (maps.group_of(first_head + head_count - 1) + 1 - out.first_kv_head) * d;
+  out.down = maps.v.middleRows(out.first_kv_head * d, rank);
+  out.key_up = MatrixD::Zero(0, rank);
+  out.value_up = MatrixD::Identity(rank, rank);
+  out.value_shift = VectorD::Zero(rank);
+  out.key_rank = 0;
+  return out;
+}
+
 JointLatent lossless_latent(const LayerMaps& maps) {
-  const Index rank = maps.key_dim();
-  return {maps.v, MatrixD::Zero(0, rank), MatrixD::Identity(rank, rank), VectorD::Zero(rank)};
+  return lossless_latent(maps, 0, maps.heads);
 }
 
 }  // namespace relatent

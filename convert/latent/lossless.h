@@ -9,7 +9,8 @@ namespace relatent {
 // d/2 + f belonging to group g; query of head h is zero outside its group. No leftover (n = 0).
 RotaryKey lossless_rotary_key(const LayerMaps& maps);
 
-// The latent is the values themselves, rank K d.
-JointLatent lossless_latent(const LayerMaps& maps);
+// The latent of some heads is the values that they read, rank K' d.
+JointLatent lossless_latent(const LayerMaps& maps, Index first_head, Index head_count);
+JointLatent lossless_latent(const LayerMaps& maps);  // of all heads
 
 }  // namespace relatent

@@ -66,13 +66,21 @@ struct RotaryKey {
   Index nope_dim() const { return content_query.front().rows(); }
 };
 
-// One latent for the leftover keys r and the values v of all groups:
+// One latent for the leftover keys r and the values v of the K' groups that some heads read:
 //   c = down [x; 1],  r ≈ key_up c,  v ≈ value_up c + value_shift
+// Keys may be confined to the leading coordinates: key_up is zero beyond them.
 struct JointLatent {
   MatrixD down;         // [rank, D + 1]
-  MatrixD key_up;       // [K d, rank]; [0, rank] when there is no leftover
-  MatrixD value_up;     // [K d, rank]
-  VectorD value_shift;  // [K d], carried by o_proj's bias because attention weights sum to 1
+  MatrixD key_up;       // [K' d, rank]; [0, rank] when there is no leftover
+  MatrixD value_up;     // [K' d, rank]
+  VectorD value_shift;  // [K' d], carried by o_proj's bias because attention weights sum to 1
+  Index first_kv_head = 0;
+  Index first_head = 0;
+  Index head_count = 0;  // 0 = all heads
+  Index key_rank = -1;   // coordinates that keys may read; -1 = all
+
+  Index rank() const { return down.rows(); }
+  Index heads_of(Index all) const { return head_count > 0 ? head_count : all; }
 };
 
 // q ≈ lift (down [x; 1]) for the stacked queries of all heads.

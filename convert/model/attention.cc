@@ -73,6 +73,9 @@ void RmsNorm::apply(MatrixF& x) const {
 
 Index LatentAttention::total_rank() const {
   Index rank = 0;
+  for (const Linear& latent : shared) {
+    rank += latent.out();
+  }
   for (const LatentBranch& branch : branches) {
     rank += branch.down.out();
   }
@@ -110,40 +113,77 @@ MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projectio
   return out;
 }
 
-MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table) {
+MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
+  if (attention.q_down.out() == 0) {
+    return x;
+  }
+  MatrixF out = attention.q_down(x);
+  if (attention.q_norm.present()) {
+    attention.q_norm.apply(out);
+  }
+  return out;
+}
+
+VectorF latent_shrink(const LatentAttention& attention, const MatrixF& x) {
+  if (attention.norm_rows.rows() == 0) {
+    return {};
+  }
+  MatrixF y(x.rows(), attention.norm_rows.rows());
+  y.noalias() = x * attention.norm_rows.transpose();
+  const auto size = static_cast<float>(y.cols());
+  return (y.rowwise().squaredNorm().array() / size + attention.norm_eps).sqrt().inverse();
+}
+
+MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+                  DistanceMass* mass) {
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
   const Index w = attention.v_dim;
-  MatrixF q;
-  if (attention.q_down.out() > 0) {
-    MatrixF a = attention.q_down(x);
-    if (attention.q_norm.present()) {
-      attention.q_norm.apply(a);
-    }
-    q = attention.q(a);
-  } else {
-    q = attention.q(x);
-  }
+  MatrixF q = attention.q(query_features(attention, x));
   rotate_in_place(table, n, n + p, attention.heads, q);
   MatrixF rotary_key = attention.rotary_key(x);
   rotate_in_place(table, 0, p, 1, rotary_key);
+  const VectorF shrink = latent_shrink(attention, x);
+  std::vector<MatrixF> shared;
+  for (const Linear& latent : attention.shared) {
+    shared.push_back(latent(x));
+  }
 
   MatrixF out = MatrixF::Zero(x.rows(), attention.heads * w);
   MatrixF scratch;
   MatrixF key(x.rows(), n + p);
   key.rightCols(p) = rotary_key;
+  VectorD by_age(mass != nullptr ? x.rows() : 0);
   for (const LatentBranch& branch : attention.branches) {
     MatrixF latent = branch.down(x);
+    if (branch.shared >= 0) {
+      const MatrixF& first = shared[static_cast<std::size_t>(branch.shared)];
+      MatrixF whole(x.rows(), first.cols() + latent.cols());
+      whole << first, latent;
+      latent = std::move(whole);
+    }
     if (branch.norm.present()) {
       branch.norm.apply(latent);
+    }
+    if (shrink.size() > 0) {
+      latent.array().colwise() *= shrink.array();
     }
     MatrixF expanded(x.rows(), branch.up.rows());
     expanded.noalias() = latent * branch.up.transpose();
     for (Index i = 0; i < branch.head_count; ++i) {
       const Index h = branch.first_head + i;
       key.leftCols(n) = expanded.middleCols(i * (n + w), n);
+      by_age.setZero();
       attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w),
-             {attention.scale, 0}, scratch, nullptr, out.middleCols(h * w, w));
+             {attention.scale, 0}, scratch, mass != nullptr ? by_age.data() : nullptr,
+             out.middleCols(h * w, w));
+      if (mass != nullptr) {
+        const auto share = static_cast<double>(std::count_if(
+            attention.branches.begin(), attention.branches.end(), [&](const LatentBranch& other) {
+              return h >= other.first_head && h < other.first_head + other.head_count;
+            }));
+        mass->sum.row(h) += by_age.reverse().transpose() / share;
+      }
     }
   }
   return out;

@@ -44,10 +44,12 @@ struct GqaAttention {
   Index group_of(Index head) const { return head / (heads / kv_heads); }
 };
 
-// One latent and the heads that read it.
+// One latent and the heads that read it. Its coordinates are those of a shared latent, if it reads one, and
+// then its own.
 struct LatentBranch {
-  Linear down;           // W_b [r_b, hidden], what the cache holds (before the norm)
-  RmsNorm norm;          // on the latent, where the engine insists on one
+  Linear down;           // own rows [rank, hidden], what the cache holds (before a norm)
+  Index shared = -1;     // index into LatentAttention::shared; -1 = none
+  RmsNorm norm;          // on the whole latent, where the engine insists on one
   MatrixF up;            // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
   Index first_head = 0;  // the branch serves heads first_head ... first_head + head_count - 1
   Index head_count = 0;
@@ -55,8 +57,10 @@ struct LatentBranch {
 };
 
 // The canonical latent form:
-//   k^R = RoPE(rotary_key x),  c_b = norm(down_b x)
+//   k^R = RoPE(rotary_key x),  c_b = norm([shared_s(b) x; down_b x]) / ρ(x)
 //   s_hb = scale * (q^R_h · k^R + q^N_h · U^K_hb c_b),  out_h = Σ_b softmax(s_hb) U^V_hb c_b
+// Branches of the same heads that read their keys from one shared latent alone attend alike (shared key,
+// split value).
 struct LatentAttention {
   Index heads = 0;
   Index nope_dim = 0;  // n
@@ -68,12 +72,16 @@ struct LatentAttention {
   RmsNorm q_norm;
   double q_mean_square = 0;  // E|z|² / size of what q acts on (q_down x, or x), as above
   Linear q;  // [heads * (n + p), hidden or q rank]: per head n content rows, then p rotary rows (half-split)
-  Linear rotary_key;  // [p, hidden], half-split
+  Linear rotary_key;           // [p, hidden], half-split
+  std::vector<Linear> shared;  // latents that several branches read
+  // ρ(x) = √(mean((norm_rows x)²) + norm_eps), the same for all latents; no rows = 1.
+  MatrixF norm_rows;  // [norm rank, hidden]
+  float norm_eps = 0;
   std::vector<LatentBranch> branches;
   Linear o;  // [hidden, heads * w]
   Rotary rotary;
 
-  Index total_rank() const;
+  Index total_rank() const;  // distinct latent coordinates
 };
 
 using Attention = std::variant<GqaAttention, LatentAttention>;
@@ -85,7 +93,7 @@ struct DistanceMass {
 
 // Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before
 // o_proj, [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass,
-// when given, is added to; only GQA fills it.
+// when given, is added to; a head of several branches counts their mean.
 MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass = nullptr);
 // What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
@@ -97,7 +105,12 @@ struct GqaProjections {
 GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
 MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections,
                   DistanceMass* mass = nullptr);
-MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table);
+// What LatentAttention's queries act on: x, or norm(q_down x).
+MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
+// 1 / ρ for every row of x; empty when ρ = 1.
+VectorF latent_shrink(const LatentAttention& attention, const MatrixF& x);
+MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+                  DistanceMass* mass = nullptr);
 MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table);
 
 const Linear& output_projection(const Attention& attention);

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 
+#include "convert/model/devices.h"
 #include "convert/model/families.h"
 #include "formats/error.h"
 
@@ -77,8 +79,9 @@ std::optional<Index> parse_sliding_window(const Reader& in) {
   return in.size("sliding_window");
 }
 
-MlaGeometry parse_mla(const Reader& in, const Json& config, const std::filesystem::path& path) {
-  MlaGeometry mla;
+// The keys that every latent family shares.
+LatentGeometry parse_latent(const Reader& in, const Json& config, const std::filesystem::path& path) {
+  LatentGeometry mla;
   mla.kv_lora_rank = in.size("kv_lora_rank");
   mla.qk_nope_head_dim = in.count("qk_nope_head_dim");
   mla.qk_rope_head_dim = in.size("qk_rope_head_dim");
@@ -110,18 +113,101 @@ MlaGeometry parse_mla(const Reader& in, const Json& config, const std::filesyste
   return mla;
 }
 
+// DeepSeek's MLA: one latent that all heads read, normalised.
+void one_branch(const ModelConfig& config, LatentGeometry& latent) {
+  latent.branches = {{0, config.num_attention_heads, latent.kv_lora_rank, -1}};
+  latent.norm = LatentNorm::branch;
+}
+
+// The branches of a relatent model (engines/relatent.h writes them).
+void parse_branches(const Reader& in, Index heads, const std::filesystem::path& path,
+                    LatentGeometry& latent) {
+  static const std::map<std::string, LatentNorm> norms = {
+      {"none", LatentNorm::none}, {"branch", LatentNorm::branch}, {"replicated", LatentNorm::replicated}};
+  latent.form = in.text("latent_form");
+  latent.rope_interleave = false;
+  const auto norm = norms.find(in.text("latent_norm"));
+  if (norm == norms.end()) {
+    in.complain("latent_norm", "none, branch or replicated");
+  }
+  latent.norm = norm->second;
+  latent.norm_rank = latent.norm == LatentNorm::replicated ? in.size("latent_norm_rank") : 0;
+  Index total = 0;
+  const Json* shared = in.find("latent_shared_ranks");
+  if (shared == nullptr || !shared->is_array()) {
+    in.complain("latent_shared_ranks", "a list of whole numbers");
+  }
+  for (const Json& rank : *shared) {
+    if (!rank.is_number_integer() || rank.get<Index>() <= 0 || rank.get<Index>() > (1 << 20)) {
+      in.complain("latent_shared_ranks", "a list of positive whole numbers");
+    }
+    latent.shared_ranks.push_back(rank.get<Index>());
+    total += latent.shared_ranks.back();
+  }
+  const Json* branches = in.find("latent_branches");
+  if (branches == nullptr || !branches->is_array() || branches->empty() || branches->size() > 1024) {
+    in.complain("latent_branches", "a list of latents");
+  }
+  std::vector<bool> read(static_cast<std::size_t>(heads), false);
+  for (const Json& entry : *branches) {
+    if (!entry.is_object()) {
+      in.complain("latent_branches", "a list of objects");
+    }
+    const Reader branch(entry, path);
+    BranchGeometry out;
+    out.first_head = branch.count("first_head");
+    out.head_count = branch.size("num_heads");
+    out.rank = branch.size("rank");
+    out.shared = branch.find("shared") == nullptr ? -1 : branch.count("shared");
+    if (out.first_head + out.head_count > heads) {
+      in.complain("latent_branches", "heads below num_attention_heads = " + std::to_string(heads));
+    }
+    if (out.shared >= static_cast<Index>(latent.shared_ranks.size())) {
+      in.complain("latent_branches", "\"shared\" below the length of latent_shared_ranks");
+    }
+    std::fill_n(read.begin() + out.first_head, out.head_count, true);
+    total += out.rank;
+    latent.branches.push_back(out);
+  }
+  if (std::find(read.begin(), read.end(), false) != read.end()) {
+    in.complain("latent_branches", "a latent for every head");
+  }
+  if (total != latent.kv_lora_rank) {
+    fail_input({path, "", "kv_lora_rank", std::to_string(total) + ", the sum over latents",
+                std::to_string(latent.kv_lora_rank), ""});
+  }
+  const auto reaches = [&](const BranchGeometry& a, const BranchGeometry& b) {
+    return a.first_head == b.first_head && a.head_count == b.head_count;
+  };
+  for (const BranchGeometry& a : latent.branches) {
+    for (const BranchGeometry& b : latent.branches) {
+      if (a.shared >= 0 && a.shared == b.shared && !reaches(a, b)) {
+        in.complain("latent_branches", "latents that share coordinates to serve the same heads");
+      }
+    }
+  }
+}
+
 }  // namespace
 
 Index ModelConfig::cache_numbers() const {
-  return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : mla->kv_lora_rank + mla->qk_rope_head_dim;
+  return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : latent->kv_lora_rank + latent->qk_rope_head_dim;
 }
 
-Index ModelConfig::cache_bytes_per_token_on_device(Index tp) const {
-  if (!gqa) {
-    return cache_bytes_per_token();
+std::optional<Index> ModelConfig::cache_bytes_per_token_on_device(Index tp) const {
+  const Index unit = num_hidden_layers * static_cast<Index>(size_of(dtype));
+  if (gqa) {
+    const Index heads_here = std::max<Index>(1, (gqa->num_key_value_heads + tp - 1) / tp);
+    return 2 * heads_here * gqa->head_dim * unit;
   }
-  const Index heads_here = std::max<Index>(1, (gqa->num_key_value_heads + tp - 1) / tp);
-  return cache_bytes_per_token() / gqa->num_key_value_heads * heads_here;
+  if (!why_not_shared(*latent, tp).empty()) {
+    return std::nullopt;
+  }
+  Index most = 0;
+  for (const DeviceShare& share : device_shares(*latent, tp)) {
+    most = std::max(most, share.cache_numbers(*latent));
+  }
+  return most * unit;
 }
 
 ModelConfig parse_config(const Json& config, const std::filesystem::path& config_path) {
@@ -159,15 +245,22 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
                 "convert the unquantised source and quantise the result"});
   }
   if (family->latent) {
-    out.mla = parse_mla(in, config, config_path);
-    const Index dense = in.find("first_k_dense_replace") == nullptr ? 0 : in.count("first_k_dense_replace");
+    out.latent = parse_latent(in, config, config_path);
+    if (out.model_type == "relatent") {
+      parse_branches(in, out.num_attention_heads, config_path, *out.latent);
+    } else {
+      one_branch(out, *out.latent);
+    }
+    const Index dense = in.find("first_k_dense_replace") == nullptr
+                            ? (out.model_type == "relatent" ? out.num_hidden_layers : 0)
+                            : in.count("first_k_dense_replace");
     if (dense < out.num_hidden_layers) {
       fail_input(
           {config_path, "", "first_k_dense_replace",
            "at least num_hidden_layers = " + std::to_string(out.num_hidden_layers) + " (dense layers only)",
            std::to_string(dense), ""});
     }
-    out.rotary = parse_rotary(config, out.mla->qk_rope_head_dim, config_path);
+    out.rotary = parse_rotary(config, out.latent->qk_rope_head_dim, config_path);
   } else {
     GqaGeometry gqa;
     gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);

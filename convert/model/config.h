@@ -1,16 +1,21 @@
 // What config.json says, in one form for every family.
 #pragma once
 
+#include <array>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "convert/model/rotary.h"
 #include "formats/checkpoint.h"
 #include "linalg/dtype.h"
 
 namespace relatent {
+
+// Tensor-parallel sizes that the cache is reported for.
+inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
 
 // Grouped-query attention: num_attention_heads queries share num_key_value_heads keys and values of size
 // head_dim.
@@ -19,9 +24,25 @@ struct GqaGeometry {
   Index head_dim = 0;
 };
 
-// Multi-head latent attention as DeepSeek-V2/V3 lay it out.
-struct MlaGeometry {
-  Index kv_lora_rank = 0;      // r
+// One latent of the canonical form (attention.h) and the heads that read it.
+struct BranchGeometry {
+  Index first_head = 0;
+  Index head_count = 0;
+  Index rank = 0;     // coordinates of its own
+  Index shared = -1;  // index into shared_ranks of the coordinates that come before them; -1 = none
+};
+
+// What a stored latent is divided by before it is expanded.
+enum class LatentNorm {
+  none,
+  branch,      // RMSNorm over each branch's whole latent
+  replicated,  // the root mean square of rows that every device holds, the same for all latents
+};
+
+// Latent attention: DeepSeek-V2/V3's MLA is one branch, the partitioned forms have several.
+struct LatentGeometry {
+  std::string form = "mla";    // mla, gla, tpla or mlra
+  Index kv_lora_rank = 0;      // all distinct latent coordinates together
   Index qk_nope_head_dim = 0;  // n
   Index qk_rope_head_dim = 0;  // p
   Index v_head_dim = 0;        // w
@@ -29,6 +50,14 @@ struct MlaGeometry {
   bool attention_bias = false;
   bool rope_interleave = true;  // rotary rows come as pairs (2i, 2i+1) rather than halves
   double scale_factor = 1;      // multiplies (n + p)^-1/2; YaRN's mscale squared
+  std::vector<Index> shared_ranks;
+  std::vector<BranchGeometry> branches;
+  LatentNorm norm = LatentNorm::branch;
+  Index norm_rank = 0;  // rows of a replicated norm
+
+  Index rank_of(const BranchGeometry& branch) const {
+    return branch.rank + (branch.shared >= 0 ? shared_ranks[static_cast<std::size_t>(branch.shared)] : 0);
+  }
 };
 
 struct ModelConfig {
@@ -46,17 +75,17 @@ struct ModelConfig {
   DType dtype = DType::f32;  // what config.json says the weights are
   Rotary rotary;             // over head_dim (GQA) or qk_rope_head_dim (MLA)
   std::optional<GqaGeometry> gqa;
-  std::optional<MlaGeometry> mla;
+  std::optional<LatentGeometry> latent;
 
-  // Numbers kept per token and layer: 2 K d for GQA, r + p for MLA.
+  // Numbers kept per token and layer: 2 K d for GQA, r + p for latents.
   Index cache_numbers() const;
   // Cache bytes per token over all layers, at the config's dtype.
   Index cache_bytes_per_token() const {
     return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype));
   }
-  // The same on one of tp tensor-parallel devices: GQA splits (and then repeats) its heads, one latent is
-  // held by all.
-  Index cache_bytes_per_token_on_device(Index tp) const;
+  // The same on that one of tp tensor-parallel devices that holds most; nothing when tp devices cannot share
+  // the attention (devices.h). GQA splits (and then repeats) its heads.
+  std::optional<Index> cache_bytes_per_token_on_device(Index tp) const;
 };
 
 // Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing

@@ -27,31 +27,31 @@ Presence head_presence(const Config& c) {
   return c.tie_word_embeddings ? Presence::optional : Presence::required;
 }
 Presence with_q_rank(const Config& c) {
-  return required_if(c.mla->q_lora_rank.has_value());
+  return required_if(c.latent->q_lora_rank.has_value());
 }
 Presence without_q_rank(const Config& c) {
-  return required_if(!c.mla->q_lora_rank.has_value());
+  return required_if(!c.latent->q_lora_rank.has_value());
 }
 Presence with_bias(const Config& c) {
-  return required_if(c.mla->attention_bias);
+  return required_if(c.latent->attention_bias);
 }
 Presence with_q_rank_and_bias(const Config& c) {
-  return required_if(c.mla->attention_bias && c.mla->q_lora_rank.has_value());
+  return required_if(c.latent->attention_bias && c.latent->q_lora_rank.has_value());
 }
 
-Shape hidden(const Config& c) {
+Shape hidden(const Config& c, Index /*part*/) {
   return {c.hidden_size};
 }
-Shape vocab_by_hidden(const Config& c) {
+Shape vocab_by_hidden(const Config& c, Index /*part*/) {
   return {c.vocab_size, c.hidden_size};
 }
-Shape inner(const Config& c) {
+Shape inner(const Config& c, Index /*part*/) {
   return {c.intermediate_size};
 }
-Shape inner_by_hidden(const Config& c) {
+Shape inner_by_hidden(const Config& c, Index /*part*/) {
   return {c.intermediate_size, c.hidden_size};
 }
-Shape hidden_by_inner(const Config& c) {
+Shape hidden_by_inner(const Config& c, Index /*part*/) {
   return {c.hidden_size, c.intermediate_size};
 }
 
@@ -77,22 +77,22 @@ Index q_rows(const Config& c) {
 Index kv_rows(const Config& c) {
   return c.gqa->num_key_value_heads * c.gqa->head_dim;
 }
-Shape q_shape(const Config& c) {
+Shape q_shape(const Config& c, Index /*part*/) {
   return {q_rows(c), c.hidden_size};
 }
-Shape kv_shape(const Config& c) {
+Shape kv_shape(const Config& c, Index /*part*/) {
   return {kv_rows(c), c.hidden_size};
 }
-Shape o_shape(const Config& c) {
+Shape o_shape(const Config& c, Index /*part*/) {
   return {c.hidden_size, q_rows(c)};
 }
-Shape q_bias_shape(const Config& c) {
+Shape q_bias_shape(const Config& c, Index /*part*/) {
   return {q_rows(c)};
 }
-Shape kv_bias_shape(const Config& c) {
+Shape kv_bias_shape(const Config& c, Index /*part*/) {
   return {kv_rows(c)};
 }
-Shape inv_freq_shape(const Config& c) {
+Shape inv_freq_shape(const Config& c, Index /*part*/) {
   return {c.gqa->head_dim / 2};
 }
 
@@ -113,31 +113,32 @@ std::vector<TensorRule> gqa_rules(Presence (*qkv_bias)(const Config&)) {
 }
 
 Index mla_q_rows(const Config& c) {
-  return c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->qk_rope_head_dim);
+  return c.num_attention_heads * (c.latent->qk_nope_head_dim + c.latent->qk_rope_head_dim);
 }
-Shape mla_q_b_shape(const Config& c) {
-  return {mla_q_rows(c), c.mla->q_lora_rank.value_or(c.hidden_size)};
+Shape mla_q_b_shape(const Config& c, Index /*part*/) {
+  return {mla_q_rows(c), c.latent->q_lora_rank.value_or(c.hidden_size)};
 }
-Shape q_a_shape(const Config& c) {
-  return {c.mla->q_lora_rank.value_or(0), c.hidden_size};
+Shape q_a_shape(const Config& c, Index /*part*/) {
+  return {c.latent->q_lora_rank.value_or(0), c.hidden_size};
 }
-Shape q_a_vector_shape(const Config& c) {
-  return {c.mla->q_lora_rank.value_or(0)};
+Shape q_a_vector_shape(const Config& c, Index /*part*/) {
+  return {c.latent->q_lora_rank.value_or(0)};
 }
-Shape kv_a_shape(const Config& c) {
-  return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim, c.hidden_size};
+Shape kv_a_shape(const Config& c, Index /*part*/) {
+  return {c.latent->kv_lora_rank + c.latent->qk_rope_head_dim, c.hidden_size};
 }
-Shape kv_a_bias_shape(const Config& c) {
-  return {c.mla->kv_lora_rank + c.mla->qk_rope_head_dim};
+Shape kv_a_bias_shape(const Config& c, Index /*part*/) {
+  return {c.latent->kv_lora_rank + c.latent->qk_rope_head_dim};
 }
-Shape kv_a_norm_shape(const Config& c) {
-  return {c.mla->kv_lora_rank};
+Shape kv_a_norm_shape(const Config& c, Index /*part*/) {
+  return {c.latent->kv_lora_rank};
 }
-Shape kv_b_shape(const Config& c) {
-  return {c.num_attention_heads * (c.mla->qk_nope_head_dim + c.mla->v_head_dim), c.mla->kv_lora_rank};
+Shape kv_b_shape(const Config& c, Index /*part*/) {
+  return {c.num_attention_heads * (c.latent->qk_nope_head_dim + c.latent->v_head_dim),
+          c.latent->kv_lora_rank};
 }
-Shape mla_o_shape(const Config& c) {
-  return {c.hidden_size, c.num_attention_heads * c.mla->v_head_dim};
+Shape mla_o_shape(const Config& c, Index /*part*/) {
+  return {c.hidden_size, c.num_attention_heads * c.latent->v_head_dim};
 }
 
 std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more) {
@@ -169,21 +170,104 @@ std::vector<TensorRule> deepseek_rules() {
   });
 }
 
+Index part_count(const Config& c) {
+  return static_cast<Index>(c.latent->branches.size());
+}
+Index shared_count(const Config& c) {
+  return static_cast<Index>(c.latent->shared_ranks.size());
+}
+const BranchGeometry& branch_of(const Config& c, Index part) {
+  return c.latent->branches[static_cast<std::size_t>(part)];
+}
+Presence with_branch_norm(const Config& c) {
+  return required_if(c.latent->norm == LatentNorm::branch);
+}
+Presence with_replicated_norm(const Config& c) {
+  return required_if(c.latent->norm == LatentNorm::replicated);
+}
+Presence without_q_rank_with_bias(const Config& c) {
+  return required_if(c.latent->attention_bias && !c.latent->q_lora_rank.has_value());
+}
+Shape mla_q_bias_shape(const Config& c, Index /*part*/) {
+  return {mla_q_rows(c)};
+}
+Shape k_rope_shape(const Config& c, Index /*part*/) {
+  return {c.latent->qk_rope_head_dim, c.hidden_size};
+}
+Shape k_rope_bias_shape(const Config& c, Index /*part*/) {
+  return {c.latent->qk_rope_head_dim};
+}
+Shape kv_norm_shape(const Config& c, Index /*part*/) {
+  return {c.latent->norm_rank, c.hidden_size};
+}
+Shape shared_shape(const Config& c, Index part) {
+  return {c.latent->shared_ranks[static_cast<std::size_t>(part)], c.hidden_size};
+}
+Shape shared_bias_shape(const Config& c, Index part) {
+  return {c.latent->shared_ranks[static_cast<std::size_t>(part)]};
+}
+Shape branch_down_shape(const Config& c, Index part) {
+  return {branch_of(c, part).rank, c.hidden_size};
+}
+Shape branch_bias_shape(const Config& c, Index part) {
+  return {branch_of(c, part).rank};
+}
+Shape branch_norm_shape(const Config& c, Index part) {
+  return {c.latent->rank_of(branch_of(c, part))};
+}
+Shape branch_up_shape(const Config& c, Index part) {
+  const BranchGeometry& branch = branch_of(c, part);
+  return {branch.head_count * (c.latent->qk_nope_head_dim + c.latent->v_head_dim), c.latent->rank_of(branch)};
+}
+
+// Our own layout of the canonical latent form (engines/relatent.h).
+std::vector<TensorRule> relatent_rules() {
+  return with_common({
+      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
+      {Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", without_q_rank_with_bias, mla_q_bias_shape},
+      {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
+      {Role::q_a_bias, "model.layers.{i}.self_attn.q_a_proj.bias", with_q_rank_and_bias, q_a_vector_shape},
+      {Role::q_a_norm, "model.layers.{i}.self_attn.q_a_layernorm.weight", with_q_rank, q_a_vector_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.q_b_proj.weight", with_q_rank, mla_q_b_shape},
+      {Role::k_rope_weight, "model.layers.{i}.self_attn.k_rope_proj.weight", required, k_rope_shape},
+      {Role::k_rope_bias, "model.layers.{i}.self_attn.k_rope_proj.bias", with_bias, k_rope_bias_shape},
+      {Role::kv_norm_weight, "model.layers.{i}.self_attn.kv_norm_proj.weight", with_replicated_norm,
+       kv_norm_shape},
+      {Role::kv_shared_weight, "model.layers.{i}.self_attn.kv_shared_proj.{b}.weight", required, shared_shape,
+       shared_count},
+      {Role::kv_shared_bias, "model.layers.{i}.self_attn.kv_shared_proj.{b}.bias", with_bias,
+       shared_bias_shape, shared_count},
+      {Role::kv_a_weight, "model.layers.{i}.self_attn.kv_a_proj.{b}.weight", required, branch_down_shape,
+       part_count},
+      {Role::kv_a_bias, "model.layers.{i}.self_attn.kv_a_proj.{b}.bias", with_bias, branch_bias_shape,
+       part_count},
+      {Role::kv_a_norm, "model.layers.{i}.self_attn.kv_a_layernorm.{b}.weight", with_branch_norm,
+       branch_norm_shape, part_count},
+      {Role::kv_b_weight, "model.layers.{i}.self_attn.kv_b_proj.{b}.weight", required, branch_up_shape,
+       part_count},
+      {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
+      {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
+  });
+}
+
 const std::vector<Family>& families() {
   static const std::vector<Family> all = {
       {"llama", "LlamaForCausalLM", false, llama_rules()},
       {"mistral", "MistralForCausalLM", false, gqa_rules(nullptr)},
       {"qwen2", "Qwen2ForCausalLM", false, gqa_rules(required)},
       {"deepseek_v3", "DeepseekV3ForCausalLM", true, deepseek_rules()},
+      {"relatent", "RelatentForCausalLM", true, relatent_rules()},
   };
   return all;
 }
 
-std::string with_layer(std::string_view pattern, Index layer_idx) {
+std::string with_indices(std::string_view pattern, Index layer_idx, Index part) {
   std::string out(pattern);
-  const std::size_t at = out.find("{i}");
-  if (at != std::string::npos) {
-    out.replace(at, 3, std::to_string(layer_idx));
+  for (const auto& [mark, index] : {std::pair{"{i}", layer_idx}, std::pair{"{b}", part}}) {
+    const std::size_t at = out.find(mark);
+    if (at != std::string::npos) {
+      out.replace(at, 3, std::to_string(index));
+    }
   }
   return out;
 }
@@ -204,7 +288,7 @@ std::string list_names(const std::set<std::string>& names) {
 }  // namespace
 
 bool is_attention(Role role) {
-  return role >= Role::q_weight && role <= Role::kv_b_weight;
+  return role >= Role::q_weight && role <= Role::kv_shared_bias;
 }
 
 const Family* find_family(std::string_view model_type) {
@@ -238,15 +322,19 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
       continue;
     }
     const bool in_layer = rule.name.find("{i}") != std::string_view::npos;
-    const std::vector<Index> shape = rule.shape(config);
-    for (Index i = in_layer ? 0 : -1; i < (in_layer ? config.num_hidden_layers : 0); ++i) {
-      const std::string name = with_layer(rule.name, i);
+    const Index layers = in_layer ? config.num_hidden_layers : 1;
+    const Index parts = rule.parts != nullptr ? rule.parts(config) : 1;
+    for (Index at = 0; at < layers * parts; ++at) {
+      const Index layer_idx = in_layer ? at / parts : -1;
+      const Index part = rule.parts != nullptr ? at % parts : -1;
+      const std::string name = with_indices(rule.name, layer_idx, part);
       if (unplaced.erase(name) == 0) {
         if (presence == Presence::required) {
           missing.insert(name);
         }
         continue;
       }
+      const std::vector<Index> shape = rule.shape(config, part);
       const TensorInfo& info = checkpoint.info(name);
       if (info.shape != std::vector<std::int64_t>(shape.begin(), shape.end())) {
         fail_input({checkpoint.file_of(name).path(), name, "shape",
@@ -257,7 +345,7 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
         fail_input({checkpoint.file_of(name).path(), name, "dtype", "BF16, F16, F32 or F64",
                     std::string(safetensors_name(info.dtype)), ""});
       }
-      placed.push_back({name, rule.role, i});
+      placed.push_back({name, rule.role, layer_idx, part});
     }
   }
   if (!unplaced.empty()) {

@@ -35,6 +35,11 @@ enum class Role {
   kv_a_bias,
   kv_a_norm,
   kv_b_weight,
+  k_rope_weight,
+  k_rope_bias,
+  kv_norm_weight,
+  kv_shared_weight,
+  kv_shared_bias,
   gate_weight,
   gate_bias,
   up_weight,
@@ -52,10 +57,12 @@ enum class Presence { required, optional, absent };
 
 struct TensorRule {
   Role role;
-  std::string_view name;  // "{i}" stands for the layer index
+  std::string_view name;  // "{i}" stands for the layer index, "{b}" for a part of the layer (a latent)
   Presence (*presence)(const ModelConfig&);
-  // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}.
-  std::vector<Index> (*shape)(const ModelConfig&);
+  // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}; of one part where there are
+  // parts.
+  std::vector<Index> (*shape)(const ModelConfig&, Index part);
+  Index (*parts)(const ModelConfig&) = nullptr;  // how many; none where the name has no "{b}"
 };
 
 struct Family {
@@ -73,6 +80,7 @@ struct PlacedTensor {
   std::string name;
   Role role;
   Index layer_idx;  // -1 outside the layers
+  Index part = -1;  // which latent; -1 where there are no parts
 };
 
 // Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that

@@ -29,7 +29,7 @@ Model::Model(Checkpoint checkpoint, ModelConfig config)
       config_(std::move(config)),
       tensors_(place_tensors(checkpoint_, config_)) {
   for (const PlacedTensor& tensor : tensors_) {
-    names_[{tensor.role, tensor.layer_idx}] = tensor.name;
+    names_[{tensor.role, tensor.layer_idx, tensor.part}] = tensor.name;
   }
 }
 
@@ -39,8 +39,8 @@ Model Model::open(const std::filesystem::path& folder) {
   return {std::move(checkpoint), std::move(config)};
 }
 
-MatrixF Model::matrix(Role role, Index layer_idx) const {
-  const std::string& name = name_of(role, layer_idx);
+MatrixF Model::matrix(Role role, Index layer_idx, Index part) const {
+  const std::string& name = name_of(role, layer_idx, part);
   MatrixF out = checkpoint_.read_matrix(name);
   checkpoint_.release(name);
   if (!out.allFinite()) {
@@ -50,12 +50,12 @@ MatrixF Model::matrix(Role role, Index layer_idx) const {
   return out;
 }
 
-RowVectorF Model::vector_or_empty(Role role, Index layer_idx) const {
-  return has(role, layer_idx) ? RowVectorF(matrix(role, layer_idx).row(0)) : RowVectorF();
+RowVectorF Model::vector_or_empty(Role role, Index layer_idx, Index part) const {
+  return has(role, layer_idx, part) ? RowVectorF(matrix(role, layer_idx, part).row(0)) : RowVectorF();
 }
 
-Linear Model::linear(Role weight, Role bias, Index layer_idx) const {
-  return {matrix(weight, layer_idx), vector_or_empty(bias, layer_idx)};
+Linear Model::linear(Role weight, Role bias, Index layer_idx, Index part) const {
+  return {matrix(weight, layer_idx, part), vector_or_empty(bias, layer_idx, part)};
 }
 
 RmsNorm Model::norm(Role role, Index layer_idx) const {
@@ -78,38 +78,30 @@ GqaAttention Model::gqa(Index layer_idx) const {
 }
 
 LatentAttention Model::latent(Index layer_idx) const {
-  const MlaGeometry& mla = *config_.mla;
-  const Index n = mla.qk_nope_head_dim;
-  const Index p = mla.qk_rope_head_dim;
-  const Index r = mla.kv_lora_rank;
+  const LatentGeometry& geometry = *config_.latent;
   LatentAttention out;
   out.heads = config_.num_attention_heads;
-  out.nope_dim = n;
-  out.rope_dim = p;
-  out.v_dim = mla.v_head_dim;
-  out.scale = static_cast<float>(mla.scale_factor / std::sqrt(static_cast<double>(n + p)));
-  if (mla.q_lora_rank) {
+  out.nope_dim = geometry.qk_nope_head_dim;
+  out.rope_dim = geometry.qk_rope_head_dim;
+  out.v_dim = geometry.v_head_dim;
+  out.scale =
+      static_cast<float>(geometry.scale_factor / std::sqrt(static_cast<double>(out.nope_dim + out.rope_dim)));
+  if (geometry.q_lora_rank) {
     out.q_down = linear(Role::q_a_weight, Role::q_a_bias, layer_idx);
     out.q_norm = {vector_or_empty(Role::q_a_norm, layer_idx), latent_norm_eps};
   }
-  out.q.weight = matrix(Role::q_weight, layer_idx);
-  const Linear kv_a = linear(Role::kv_a_weight, Role::kv_a_bias, layer_idx);
-  LatentBranch branch;
-  branch.down.weight = kv_a.weight.topRows(r);
-  out.rotary_key.weight = kv_a.weight.bottomRows(p);
-  if (kv_a.bias.size() > 0) {
-    branch.down.bias = kv_a.bias.head(r);
-    out.rotary_key.bias = kv_a.bias.tail(p);
-  }
-  branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx), latent_norm_eps};
-  branch.up = matrix(Role::kv_b_weight, layer_idx);
-  branch.head_count = out.heads;
-  out.branches.push_back(std::move(branch));
+  out.q = linear(Role::q_weight, Role::q_bias, layer_idx);
   out.o = linear(Role::o_weight, Role::o_bias, layer_idx);
   out.rotary = config_.rotary;
-  if (mla.rope_interleave) {
+  if (has(Role::k_rope_weight, layer_idx)) {
+    read_branches(layer_idx, out);
+  } else {
+    read_joint_latent(layer_idx, out);
+  }
+  if (geometry.rope_interleave) {
+    const Index p = out.rope_dim;
     for (Index h = 0; h < out.heads; ++h) {
-      to_halves(out.q.weight, h * (n + p) + n, p);
+      to_halves(out.q.weight, h * (out.nope_dim + p) + out.nope_dim, p);
     }
     to_halves(out.rotary_key.weight, 0, p);
     if (out.rotary_key.bias.size() > 0) {
@@ -119,6 +111,48 @@ LatentAttention Model::latent(Index layer_idx) const {
     }
   }
   return out;
+}
+
+// DeepSeek's kv_a_proj_with_mqa holds the latent's rows and then the rotary key's.
+void Model::read_joint_latent(Index layer_idx, LatentAttention& out) const {
+  const Index r = config_.latent->kv_lora_rank;
+  const Linear kv_a = linear(Role::kv_a_weight, Role::kv_a_bias, layer_idx);
+  LatentBranch branch;
+  branch.down.weight = kv_a.weight.topRows(r);
+  out.rotary_key.weight = kv_a.weight.bottomRows(out.rope_dim);
+  if (kv_a.bias.size() > 0) {
+    branch.down.bias = kv_a.bias.head(r);
+    out.rotary_key.bias = kv_a.bias.tail(out.rope_dim);
+  }
+  branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx), latent_norm_eps};
+  branch.up = matrix(Role::kv_b_weight, layer_idx);
+  branch.head_count = out.heads;
+  out.branches.push_back(std::move(branch));
+}
+
+void Model::read_branches(Index layer_idx, LatentAttention& out) const {
+  const LatentGeometry& geometry = *config_.latent;
+  out.rotary_key = linear(Role::k_rope_weight, Role::k_rope_bias, layer_idx);
+  if (geometry.norm == LatentNorm::replicated) {
+    out.norm_rows = matrix(Role::kv_norm_weight, layer_idx);
+    out.norm_eps = latent_norm_eps;
+  }
+  for (std::size_t s = 0; s < geometry.shared_ranks.size(); ++s) {
+    out.shared.push_back(
+        linear(Role::kv_shared_weight, Role::kv_shared_bias, layer_idx, static_cast<Index>(s)));
+  }
+  for (std::size_t b = 0; b < geometry.branches.size(); ++b) {
+    const auto part = static_cast<Index>(b);
+    const BranchGeometry& sizes = geometry.branches[b];
+    LatentBranch branch;
+    branch.down = linear(Role::kv_a_weight, Role::kv_a_bias, layer_idx, part);
+    branch.shared = sizes.shared;
+    branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx, part), latent_norm_eps};
+    branch.up = matrix(Role::kv_b_weight, layer_idx, part);
+    branch.first_head = sizes.first_head;
+    branch.head_count = sizes.head_count;
+    out.branches.push_back(std::move(branch));
+  }
 }
 
 Attention Model::attention(Index layer_idx) const {

@@ -30,8 +30,13 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const std::vector<PlacedTensor>& tensors() const { return tensors_; }
-  bool has(Role role, Index layer_idx) const { return names_.contains({role, layer_idx}); }
-  const std::string& name_of(Role role, Index layer_idx) const { return names_.at({role, layer_idx}); }
+  // part: which latent, of roles that have several.
+  bool has(Role role, Index layer_idx, Index part = -1) const {
+    return names_.contains({role, layer_idx, part});
+  }
+  const std::string& name_of(Role role, Index layer_idx, Index part = -1) const {
+    return names_.at({role, layer_idx, part});
+  }
 
   // Weights widened to float32, the checkpoint's pages let go again.
   Layer layer(Index layer_idx) const;
@@ -45,17 +50,19 @@ class Model {
 
  private:
   Model(Checkpoint checkpoint, ModelConfig config);
-  MatrixF matrix(Role role, Index layer_idx) const;
-  RowVectorF vector_or_empty(Role role, Index layer_idx) const;
-  Linear linear(Role weight, Role bias, Index layer_idx) const;
+  MatrixF matrix(Role role, Index layer_idx, Index part = -1) const;
+  RowVectorF vector_or_empty(Role role, Index layer_idx, Index part = -1) const;
+  Linear linear(Role weight, Role bias, Index layer_idx, Index part = -1) const;
   RmsNorm norm(Role role, Index layer_idx) const;
   GqaAttention gqa(Index layer_idx) const;
   LatentAttention latent(Index layer_idx) const;
+  void read_joint_latent(Index layer_idx, LatentAttention& out) const;
+  void read_branches(Index layer_idx, LatentAttention& out) const;
 
   Checkpoint checkpoint_;
   ModelConfig config_;
   std::vector<PlacedTensor> tensors_;
-  std::map<std::pair<Role, Index>, std::string> names_;
+  std::map<std::tuple<Role, Index, Index>, std::string> names_;
 };
 
 }  // namespace relatent

@@ -64,6 +64,10 @@ LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& 
           relative(sum.residual_diff, sum.residual_source)};
 }
 
+nlohmann::ordered_json or_null(const std::optional<Index>& number) {
+  return number ? nlohmann::ordered_json(*number) : nlohmann::ordered_json(nullptr);
+}
+
 }  // namespace
 
 Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
@@ -109,7 +113,8 @@ nlohmann::ordered_json to_json(const Verification& v) {
   cache["converted"] = v.converted_cache_bytes;
   for (std::size_t i = 0; i < reported_tp.size(); ++i) {
     const std::string tp = std::to_string(reported_tp[i]);
-    cache["per_device"][tp] = {{"source", v.source_per_device[i]}, {"converted", v.converted_per_device[i]}};
+    cache["per_device"][tp] = {{"source", or_null(v.source_per_device[i])},
+                               {"converted", or_null(v.converted_per_device[i])}};
   }
   out["layers"] = nlohmann::ordered_json::array();
   for (const LayerFidelity& layer : v.layers) {

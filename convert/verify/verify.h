@@ -3,6 +3,7 @@
 
 #include <array>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,9 +12,6 @@
 #include "convert/model/model.h"
 
 namespace relatent {
-
-// Tensor-parallel sizes that the cache is reported for.
-inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
 
 struct LayerFidelity {
   double attention_rel_error =
@@ -28,8 +26,9 @@ struct Verification {
   double nats = 0;               // ln(converted_ppl / source_ppl)
   Index source_cache_bytes = 0;  // per token, all layers
   Index converted_cache_bytes = 0;
-  std::array<Index, reported_tp.size()> source_per_device{};
-  std::array<Index, reported_tp.size()> converted_per_device{};
+  // On the device that holds most; nothing where so many devices cannot share the attention.
+  std::array<std::optional<Index>, reported_tp.size()> source_per_device{};
+  std::array<std::optional<Index>, reported_tp.size()> converted_per_device{};
   std::vector<LayerFidelity> layers;
 };
 

@@ -64,7 +64,7 @@ TEST(TwinStreams, LosslessAttentionKeepsThemTogether) {
     EXPECT_TRUE(streams.converted().hidden() == alone.hidden());
     for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
       const Layer layer = model.layer(i);
-      streams.sample_attention(layer, 4, false);
+      streams.sample_attention(layer, 4, false, false);
       LatentAttention converted = lossless(layer);
       const MatrixF before = converted.o.weight;
       streams.finish_attention(layer, converted, refit, 0.1);
@@ -91,7 +91,7 @@ TEST(TwinStreams, FirstTargetIsTheSourcesAttention) {
   const Stream start(model, sequences);
   for (const Index stride : {1, 3, 1000}) {
     TwinStreams streams(model, sequences);
-    const AttentionSample sample = streams.sample_attention(layer, stride, true);
+    const AttentionSample sample = streams.sample_attention(layer, stride, true, true);
     EXPECT_EQ(sample.stride, std::min<Index>(stride, 40));
     for (Index s = 0; s < 3; ++s) {
       const MatrixF output = output_of(layer.attention, normed(layer.input_norm, start.sequence(s)));
@@ -115,7 +115,7 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
   for (const bool affine : {false, true}) {
     TwinStreams streams(model, sequences);
     const Layer first = model.layer(0);
-    streams.sample_attention(first, 1, affine);
+    streams.sample_attention(first, 1, affine, affine);
     LatentAttention other = damaged(first, 2, true);
     streams.finish_attention(first, other, false, 0);
     streams.finish_layer(first);
@@ -125,7 +125,7 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
 
     const Layer layer = model.layer(1);
     const auto& gqa = std::get<GqaAttention>(layer.attention);
-    const AttentionSample sample = streams.sample_attention(layer, 4, affine);
+    const AttentionSample sample = streams.sample_attention(layer, 4, affine, affine);
     EXPECT_EQ(sample.count, 5);
     EXPECT_EQ(sample.length, 17);
     EXPECT_EQ(sample.stride, 4);
@@ -188,7 +188,7 @@ struct Finished {
 Finished finished(const Model& model, const Sequences& sequences, bool bias, bool refit, double ridge) {
   TwinStreams streams(model, sequences);
   const Layer layer = model.layer(0);
-  streams.sample_attention(layer, 8, bias);
+  streams.sample_attention(layer, 8, bias, bias);
   Finished out{damaged(layer, 3, bias), streams.source().hidden(), streams.converted().hidden(), {}, {}};
   const RotaryTable table(out.attention.rotary, sequences.length);
   out.mixed.resize(out.before.rows(), out.attention.o.weight.cols());
@@ -274,7 +274,7 @@ TEST(TwinStreams, AreTheSameForAnyThreadCount) {
     std::pair<MatrixF, AttentionSample> out;
     for (Index i = 0; i < 2; ++i) {
       const Layer layer = model.layer(i);
-      out.second = streams.sample_attention(layer, 5, true);
+      out.second = streams.sample_attention(layer, 5, true, true);
       LatentAttention attention = damaged(layer, 7, true);
       streams.finish_attention(layer, attention, true, 0.1);
       streams.finish_layer(layer);

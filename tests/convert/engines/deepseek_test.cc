@@ -59,8 +59,17 @@ TEST(GeometricBase, RefusesOtherLists) {
 }
 
 constexpr Index kHidden = 24;
-const LatentShape kShape{
-    .heads = 6, .nope_dim = 5, .rope_dim = 8, .v_dim = 7, .rank = 9, .q_rank = {}, .norm_coordinates = 3};
+LatentShape deepseek_shape() {
+  LatentShape out;
+  out.heads = 6;
+  out.nope_dim = 5;
+  out.rope_dim = 8;
+  out.v_dim = 7;
+  out.rank = 9;
+  out.norm_coordinates = 3;
+  return out;
+}
+const LatentShape kShape = deepseek_shape();
 
 LatentAttention random_layer(Random& random) {
   LatentAttention out;

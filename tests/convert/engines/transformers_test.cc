@@ -118,13 +118,15 @@ std::vector<ShapeSample> shape_samples() {
 }
 
 LatentShape shape_of(const ShapeSample& sample) {
-  return {.heads = 6,
-          .nope_dim = sample.nope_dim,
-          .rope_dim = 6,
-          .v_dim = 7,
-          .rank = 9,
-          .q_rank = sample.q_rank,
-          .has_q_bias = sample.q_bias};
+  LatentShape out;
+  out.heads = 6;
+  out.nope_dim = sample.nope_dim;
+  out.rope_dim = 6;
+  out.v_dim = 7;
+  out.rank = 9;
+  out.q_rank = sample.q_rank;
+  out.has_q_bias = sample.q_bias;
+  return out;
 }
 
 // The mean squares are those of the outputs for x.
@@ -326,17 +328,17 @@ TEST(TransformersEngine, ConfigIsWhatDeepseekV3Needs) {
     EXPECT_NEAR(static_cast<double>(back.rotary.inv_freq[i] / rotary.inv_freq[i]), 1, kFloatEpsilon);
   }
   EXPECT_EQ(back.rotary.attention_factor, 1.25F);
-  EXPECT_EQ(back.mla->kv_lora_rank, 10);
-  EXPECT_EQ(back.mla->scale_factor, 1);
+  EXPECT_EQ(back.latent->kv_lora_rank, 10);
+  EXPECT_EQ(back.latent->scale_factor, 1);
 }
 
 TEST(Engine, IsFoundByName) {
-  ASSERT_NE(make_engine("transformers"), nullptr);
-  EXPECT_EQ(make_engine("transformers")->name(), "transformers");
-  ASSERT_NE(make_engine("deepseek"), nullptr);
-  EXPECT_EQ(make_engine("deepseek")->name(), "deepseek");
-  EXPECT_EQ(make_engine("llama.cpp"), nullptr);
-  EXPECT_EQ(make_engine(""), nullptr);
+  ASSERT_NE(make_engine("transformers", "mla"), nullptr);
+  EXPECT_EQ(make_engine("transformers", "mla")->name(), "transformers");
+  ASSERT_NE(make_engine("deepseek", "mla"), nullptr);
+  EXPECT_EQ(make_engine("deepseek", "mla")->name(), "deepseek");
+  EXPECT_EQ(make_engine("llama.cpp", "mla"), nullptr);
+  EXPECT_EQ(make_engine("", "mla"), nullptr);
   EXPECT_EQ(known_engines(), "transformers, deepseek");
 }
 

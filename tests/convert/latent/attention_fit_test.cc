@@ -93,6 +93,8 @@ FitSample fit_sample(std::uint32_t seed, const SampleOptions& options) {
   }
   const MatrixD sampled = sample.sampled_inputs.cast<double>();
   sample.input_moment = sampled.transpose() * sampled / static_cast<double>(sampled.rows());
+  sample.query_inputs = sample.sampled_inputs;
+  sample.query_moment = sample.input_moment;
   measure_value_spread(out.values, attention.o.weight, sample);
   return out;
 }
@@ -658,6 +660,7 @@ TEST(FitQueries, RefuseNaN) {
       broken.source_key(7, 3) = nan;
     } else {
       broken.input_moment(2, 2) = nan;
+      broken.query_moment(2, 2) = nan;
     }
     AbsorbedAttention attention = truncated(fit);
     EXPECT_THROW(fit_queries(broken, {}, attention), NumericalError) << where;

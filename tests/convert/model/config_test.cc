@@ -48,7 +48,7 @@ TEST(Config, ReadsGroupedQueryModels) {
     EXPECT_EQ(found.rotary.inv_freq.size(), 4U);
     EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(100.0, -0.25), 1e-7);
     ASSERT_TRUE(found.gqa);
-    EXPECT_FALSE(found.mla);
+    EXPECT_FALSE(found.latent);
     EXPECT_EQ(found.gqa->num_key_value_heads, 2);
     EXPECT_EQ(found.gqa->head_dim, 8);
     EXPECT_EQ(found.cache_numbers(), 2 * 2 * 8);
@@ -69,15 +69,15 @@ TEST(Config, UnevenHeadsRoundUpOnADevice) {
 TEST(Config, ReadsLatentModels) {
   const ModelConfig found = parse(mla_config());
   EXPECT_FALSE(found.gqa);
-  ASSERT_TRUE(found.mla);
-  EXPECT_EQ(found.mla->kv_lora_rank, 11);
-  EXPECT_EQ(found.mla->qk_nope_head_dim, 5);
-  EXPECT_EQ(found.mla->qk_rope_head_dim, 6);
-  EXPECT_EQ(found.mla->v_head_dim, 7);
-  EXPECT_EQ(found.mla->q_lora_rank, 9);
-  EXPECT_FALSE(found.mla->attention_bias);
-  EXPECT_TRUE(found.mla->rope_interleave);
-  EXPECT_EQ(found.mla->scale_factor, 1.0);
+  ASSERT_TRUE(found.latent);
+  EXPECT_EQ(found.latent->kv_lora_rank, 11);
+  EXPECT_EQ(found.latent->qk_nope_head_dim, 5);
+  EXPECT_EQ(found.latent->qk_rope_head_dim, 6);
+  EXPECT_EQ(found.latent->v_head_dim, 7);
+  EXPECT_EQ(found.latent->q_lora_rank, 9);
+  EXPECT_FALSE(found.latent->attention_bias);
+  EXPECT_TRUE(found.latent->rope_interleave);
+  EXPECT_EQ(found.latent->scale_factor, 1.0);
   EXPECT_EQ(found.rotary.inv_freq.size(), 3U);
   EXPECT_EQ(found.cache_numbers(), 17);
   EXPECT_EQ(found.cache_bytes_per_token(), 17 * 3 * 4);
@@ -89,10 +89,10 @@ TEST(Config, ReadsLatentModels) {
   config["rope_interleave"] = false;
   config["attention_bias"] = true;
   const ModelConfig other = parse(config);
-  EXPECT_EQ(other.mla->q_lora_rank, std::nullopt);
-  EXPECT_EQ(other.mla->qk_nope_head_dim, 0);
-  EXPECT_FALSE(other.mla->rope_interleave);
-  EXPECT_TRUE(other.mla->attention_bias);
+  EXPECT_EQ(other.latent->q_lora_rank, std::nullopt);
+  EXPECT_EQ(other.latent->qk_nope_head_dim, 0);
+  EXPECT_FALSE(other.latent->rope_interleave);
+  EXPECT_TRUE(other.latent->attention_bias);
 }
 
 // DeepSeek multiplies the softmax scale by the square of 0.1 mscale_all_dim ln(factor) + 1.
@@ -103,15 +103,15 @@ TEST(Config, ScaledRotationScalesTheSoftmaxOfLatentModels) {
   const double mscale = 0.1 * 0.7 * std::log(40.0) + 1;
   Json config = mla_config();
   config["rope_parameters"] = yarn;
-  EXPECT_DOUBLE_EQ(parse(config).mla->scale_factor, mscale * mscale);
+  EXPECT_DOUBLE_EQ(parse(config).latent->scale_factor, mscale * mscale);
   config = mla_config();
   config.erase("rope_parameters");
   config["rope_scaling"] = yarn;
-  EXPECT_DOUBLE_EQ(parse(config).mla->scale_factor, mscale * mscale);
+  EXPECT_DOUBLE_EQ(parse(config).latent->scale_factor, mscale * mscale);
   config["rope_scaling"].erase("mscale_all_dim");
-  EXPECT_EQ(parse(config).mla->scale_factor, 1.0);
+  EXPECT_EQ(parse(config).latent->scale_factor, 1.0);
   config["rope_scaling"] = {{"rope_type", "default"}, {"factor", 40.0}, {"mscale_all_dim", 0.7}};
-  EXPECT_EQ(parse(config).mla->scale_factor, 1.0);
+  EXPECT_EQ(parse(config).latent->scale_factor, 1.0);
 }
 
 TEST(Config, FillsInWhatMayBeLeftOut) {

@@ -107,9 +107,9 @@ TEST(Verify, CountsTheCacheOfBoth) {
   const Verification found = verify(source, converted, random_sequences(3, 2, 5, 50), ignore);
   // Float32, three layers; two of three heads on one of two devices, one on each of more.
   EXPECT_EQ(found.source_cache_bytes, 2 * 3 * 8 * 3 * 4);
-  EXPECT_EQ(found.source_per_device, (std::array<Index, 4>{576, 384, 192, 192}));
+  EXPECT_EQ(found.source_per_device, (std::array<std::optional<Index>, 4>{576, 384, 192, 192}));
   EXPECT_EQ(found.converted_cache_bytes, 17 * 3 * 4);
-  EXPECT_EQ(found.converted_per_device, (std::array<Index, 4>{204, 204, 204, 204}));
+  EXPECT_EQ(found.converted_per_device, (std::array<std::optional<Index>, 4>{204, 204, 204, 204}));
   // Two unrelated models.
   EXPECT_GT(found.layers[0].attention_rel_error, 0.3);
 }

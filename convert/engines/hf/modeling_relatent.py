@@ -1,0 +1,1 @@
+"""Placeholder while the first lines are written."""

@@ -1,0 +1,26 @@
+// The canonical latent form as it is, for forms that no engine knows: model_type `relatent`, one tensor for
+// each map of attention.h, and beside the weights the code that Hugging Face transformers runs them with
+// (trust_remote_code). Latents are stored as they are, so nothing has to be undone.
+//
+// Under model.layers.{i}.self_attn., with D = hidden_size, n = qk_nope_head_dim, p = qk_rope_head_dim, w =
+// v_head_dim, r_b = (shared rank) + (own rank) of latent b, h_b its heads; biases where attention_bias:
+//   q_proj.weight [H(n+p), D], .bias; or q_a_proj.weight [a, D], .bias, q_a_layernorm.weight [a],
+//   q_b_proj.weight [H(n+p), a]          per head n content rows, then p rotary rows (half-split)
+//   k_rope_proj.weight [p, D], .bias     half-split
+//   kv_norm_proj.weight [norm rank, D]   where latent_norm is replicated
+//   kv_shared_proj.{s}.weight [r_s, D], .bias
+//   kv_a_proj.{b}.weight [own rank, D], .bias
+//   kv_a_layernorm.{b}.weight [r_b]      where latent_norm is branch
+//   kv_b_proj.{b}.weight [h_b(n+w), r_b] per head n key rows, then w value rows; columns: shared, then own
+//   o_proj.weight [D, H w], .bias
+#pragma once
+
+#include <memory>
+
+#include "convert/engines/engine.h"
+
+namespace relatent {
+
+std::unique_ptr<Engine> make_relatent_engine();
+
+}  // namespace relatent

@@ -1,0 +1,48 @@
+// The partitioned forms: how a latent layer is cut into pieces that devices can hold apart.
+//
+// Heads fall into groups with latents of their own (GLA: Zadouri et al. 2025, arXiv 2505.21487), and the
+// latents of a group into parts that all its heads read (TPLA: Tang et al. 2025, arXiv 2508.15881; MLRA: Liu
+// et al. 2026). Σ over parts of softmax(s) U^V_b c_b is softmax(s) Σ_b U^V_b c_b whenever every part can form
+// the whole score, so the parts of a group share their key coordinates and split their value coordinates.
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "convert/engines/engine.h"
+#include "convert/model/attention.h"
+
+namespace relatent {
+
+struct Partition {
+  Index groups = 1;  // of heads
+  Index parts = 1;   // latents of each group's heads
+
+  Index latents() const { return groups * parts; }
+  // Heads first_head(g) ... first_head(g + 1) - 1 belong to group g; as even as can be.
+  Index first_head(Index group, Index heads) const { return group * heads / groups; }
+  // Latent of a part of a group, as MLRA's authors number them.
+  Index latent(Index group, Index part) const { return part * groups + group; }
+};
+
+// mla: 1 group, 1 part. gla: `branches` groups. tpla: `branches` parts. mlra: 4 parts, or 2 groups of 2 parts
+// (MLRA-2). Nothing for a form or a number of branches that there is not.
+std::optional<Partition> partition_of(std::string_view form, Index branches);
+
+// Sizes of one group's latents.
+struct GroupSizes {
+  Index key_rank = 0;  // coordinates that its parts share; of a single part all that scores may read
+  Index rank = 0;      // distinct coordinates together, key_rank included
+};
+
+// Fills in rank, shared_ranks and branches of a shape. A group of several parts has key_rank shared
+// coordinates (none for 0), and rank - key_rank that its parts divide as evenly as can be.
+void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, LatentShape& shape);
+
+// A layer with one branch per group, whose scores read only the first key_rank coordinates, as the layer of
+// `shape`: same output. Values that read a shared coordinate do so in the first part.
+LatentAttention split_values(const LatentAttention& grouped, const Partition& partition,
+                             const LatentShape& shape);
+
+}  // namespace relatent
