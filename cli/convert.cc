@@ -320,6 +320,18 @@ void add_convert(CLI::App& app, Command& chosen) {
             ->check(CLI::PositiveNumber)
             ->capture_default_str(),
         fitted);
+  command
+      ->add_option_function<std::string>(
+          "--order",
+          [&own](const std::string& name) {
+            own.order = name == "pca"        ? LatentOrder::pca
+                        : name == "hadamard" ? LatentOrder::hadamard
+                                             : LatentOrder::shared;
+          },
+          "tpla: shared key and split value (shared, the default), or the published slices of one latent "
+          "(pca, "
+          "hadamard)")
+      ->check(CLI::IsMember({"shared", "pca", "hadamard"}));
   const auto stage = [&](const char* flag, bool& on, const std::vector<Method>& methods, const char* what) {
     owned(command->add_flag_callback(
               flag, [&on] { on = false; }, what),

@@ -44,8 +44,9 @@ bool is_mlp_bias(Role role) {
 void check_source(const Model& source) {
   const ModelConfig& config = source.config();
   const std::filesystem::path path = source.checkpoint().config_path();
-  if (!config.gqa) {
-    fail_input({path, "", "model_type", "a grouped-query model", config.model_type, ""});
+  if (config.latent && config.latent->branches.size() != 1) {
+    fail_input({path, "", "latent_form", "a grouped-query or MLA model", config.latent->form,
+                "a model whose latents are partitioned already is a result, not a source"});
   }
   if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
     fail_input(
@@ -63,12 +64,11 @@ void check_source(const Model& source) {
 }
 
 // Numbers per token and layer that a budget leaves.
-Index budget_numbers(double budget, const GqaGeometry& gqa) {
+Index budget_numbers(double budget, const ModelConfig& config) {
   if (!(budget > 0 && budget <= 1)) {
     fail_usage("--kv-budget must lie above 0 and at most at 1");
   }
-  return static_cast<Index>(
-      std::floor(budget * static_cast<double>(2 * gqa.num_key_value_heads * gqa.head_dim)));
+  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_numbers())));
 }
 
 // What the latents of a lossless form hold: the values that each group's heads read.
@@ -92,7 +92,7 @@ void choose_lossless(const ConvertOptions& options, const Partition& partition, 
 }
 
 // Coordinates of each group's latents, from whichever option gives them.
-GroupSizes choose_group(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+GroupSizes choose_group(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
                         Index rope_dim) {
   const int given = (options.rank ? 1 : 0) + (options.kv_budget ? 1 : 0) + (options.per_device ? 1 : 0);
   if (given != 1) {
@@ -102,7 +102,15 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
                    : "--rank, --per-device and --kv-budget all decide the size of the latents: give one");
   }
   GroupSizes out;
-  if (partition.parts > 1) {
+  if (options.relatent.order != LatentOrder::shared) {
+    if (options.form != "tpla") {
+      fail_usage("--order belongs to --to tpla");
+    }
+    if (options.key_rank) {
+      fail_usage("--key-rank belongs to --order shared, not to " +
+                 std::string(order_name(options.relatent.order)));
+    }
+  } else if (partition.parts > 1) {
     if (!options.key_rank) {
       fail_usage("--key-rank is missing: how many coordinates the latents share");
     }
@@ -123,7 +131,7 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
     out.rank = out.key_rank + partition.parts * own;
     return out;
   }
-  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, gqa) - rope_dim;
+  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, config) - rope_dim;
   if (!options.rank && total <= 0) {
     fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(rope_dim));
   }
@@ -131,6 +139,9 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
     fail_usage("--rank " + text(total) + " does not divide into " + text(partition.groups) + " latents");
   }
   out.rank = total / partition.groups;
+  if (options.relatent.order != LatentOrder::shared && out.rank % partition.parts != 0) {
+    fail_usage("--rank " + text(out.rank) + " does not divide into " + text(partition.parts) + " slices");
+  }
   if (out.rank - out.key_rank < partition.parts) {
     fail_usage("--rank leaves less than one coordinate for each latent beside --key-rank " +
                text(out.key_rank));
@@ -138,9 +149,61 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
   return out;
 }
 
+// Sizes for an MLA source: its rotary key stays as it is.
+void choose_from_mla(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
+                     LatentShape& shape) {
+  const LatentGeometry& latent = *config.latent;
+  if (options.method == Method::transmla || options.method == Method::lossless) {
+    fail_usage(
+        options.method == Method::transmla
+            ? "--method transmla converts grouped-query models; this one has latents already"
+            : "--method lossless cannot split an MLA latent: scores and values of every head read all of it, "
+              "so each device would keep the whole");
+  }
+  if (options.form == "mla") {
+    fail_usage("the source is MLA already: give --to gla, tpla or mlra");
+  }
+  if (options.rope_dim && *options.rope_dim != latent.qk_rope_head_dim) {
+    fail_usage("--rope-dim: an MLA source keeps its rotary key of " + text(latent.qk_rope_head_dim));
+  }
+  if (options.relatent.plain_list) {
+    fail_usage("--plain-list: an MLA source keeps its own list of rotary frequencies");
+  }
+  shape.nope_dim = latent.qk_nope_head_dim;
+  shape.rope_dim = latent.qk_rope_head_dim;
+  shape.v_dim = latent.v_head_dim;
+  shape.q_rank = latent.q_lora_rank;
+  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
+  if (options.relatent.order == LatentOrder::shared) {
+    shape.norm = LatentNorm::replicated;
+    shape.norm_rank = latent.kv_lora_rank;
+  } else {
+    shape.norm = LatentNorm::branch;
+    if (group.rank != latent.kv_lora_rank) {
+      fail_usage("--order " + std::string(order_name(options.relatent.order)) +
+                 " slices the whole latent of " + text(latent.kv_lora_rank) + ", so each of " +
+                 text(partition.parts) + " devices caches " +
+                 text(latent.kv_lora_rank / partition.parts + shape.rope_dim));
+    }
+  }
+  if (group.rank > 2 * latent.kv_lora_rank) {
+    fail_usage("latents of " + text(group.rank) +
+               " coordinates for each group of heads are more than twice the "
+               "source's " +
+               text(latent.kv_lora_rank));
+  }
+  lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
+}
+
 // Decides rank and rotary size from the options.
-void choose_sizes(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+void choose_sizes(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
                   LatentShape& shape) {
+  if (config.latent) {
+    choose_from_mla(options, partition, config, shape);
+    return;
+  }
+  const GqaGeometry& gqa = *config.gqa;
+  shape.v_dim = gqa.head_dim;
   const Index keys = gqa.num_key_value_heads * gqa.head_dim;
   const std::string method(method_name(options.method));
   if (options.method != Method::transmla && (options.fold || options.q_rank)) {
@@ -159,7 +222,7 @@ void choose_sizes(const ConvertOptions& options, const Partition& partition, con
     fail_usage("--rope-dim " + text(shape.rope_dim) +
                " must be an even number from 2 to num_key_value_heads * head_dim = " + text(keys));
   }
-  const GroupSizes group = choose_group(options, partition, gqa, shape.rope_dim);
+  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
   const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
   if (group.rank <= 0 || group.rank > full) {
     const Index found = group.rank * partition.groups;
@@ -208,7 +271,7 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
 void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const EngineTraits& traits,
                    LatentShape& shape) {
   const bool plain = options.relatent.plain_list || !traits.any_frequencies;
-  if (options.method == Method::relatent && plain && shape.rope_dim > config.gqa->head_dim) {
+  if (options.method == Method::relatent && config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
     fail_usage("--rope-dim " + text(shape.rope_dim) +
                " is more than a plain list holds, head_dim = " + text(config.gqa->head_dim));
   }
@@ -227,8 +290,10 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
 // Peak of one layer in flight: its maps and moments in float64 with the temporaries of the algebra.
 std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, std::uint64_t output_values) {
   const auto hidden = static_cast<std::uint64_t>(config.hidden_size) + 1;
-  const auto heads = static_cast<std::uint64_t>(config.num_attention_heads * config.gqa->head_dim);
-  const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
+  const Index head_dim = config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim;
+  const auto heads = static_cast<std::uint64_t>(config.num_attention_heads * head_dim);
+  const auto keys = static_cast<std::uint64_t>(config.gqa ? config.gqa->num_key_value_heads * head_dim
+                                                          : config.latent->kv_lora_rank);
   const std::uint64_t maps = (2 * heads + 2 * keys) * hidden;
   const std::uint64_t moments = shape.nope_dim > 0 ? 3 * hidden * hidden : hidden * hidden;
   const std::uint64_t algebra = shape.nope_dim > 0 ? 6 * keys * hidden + 32 * keys * keys : 2 * keys * keys;
@@ -301,7 +366,7 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
       plan_.warnings.emplace_back("no cache below the source's stays within the nats asked for");
     }
   } else {
-    const Index total = budget_numbers(*options_.kv_budget, *source_.config().gqa) / size_step * size_step;
+    const Index total = budget_numbers(*options_.kv_budget, source_.config()) / size_step * size_step;
     if (total < 2 * size_step) {
       fail_usage("--kv-budget leaves less than " + text(2 * size_step) +
                  " numbers: give --rope-dim and --rank for a cache that small");
@@ -346,7 +411,8 @@ void Conversion::warn_of_few_tokens() {
   const Sequences sequences = fit_sequences();
   const Index tokens = sequences.count * sequences.length;
   const ModelConfig& config = source_.config();
-  const Index wanted = 8 * std::max(config.num_attention_heads * config.gqa->head_dim, config.hidden_size);
+  const Index value_dim = config.gqa ? config.gqa->head_dim : config.latent->v_head_dim;
+  const Index wanted = 8 * std::max(config.num_attention_heads * value_dim, config.hidden_size);
   if (tokens < wanted) {
     plan_.warnings.push_back("the calibration has " + text(tokens) + " tokens and the fits want at least " +
                              text(wanted) +
@@ -363,7 +429,6 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   const ModelConfig& config = source_.config();
   LatentShape& shape = plan_.shape;
   shape.heads = config.num_attention_heads;
-  shape.v_dim = config.gqa->head_dim;
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
     shape.has_q_bias = shape.has_q_bias || source_.has(Role::q_bias, i);
   }
@@ -374,15 +439,15 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   }
   shape.has_bias = options_.method != Method::lossless || shape.has_q_bias || source_.has(Role::k_bias, 0) ||
                    source_.has(Role::v_bias, 0) || source_.has(Role::o_bias, 0);
-  choose_sizes(options_, partition_, *config.gqa, shape);
+  choose_sizes(options_, partition_, config, shape);
   fit_to_engine(options_, config, engine_->traits(), shape);
-  if (shape.q_rank) {
+  if (shape.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {
       fail_usage("--q-rank " + text(*shape.q_rank) + " must lie between 1 and the full rank " + text(full));
     }
   }
-  plan_.dtype = options_.dtype.value_or(source_.checkpoint().info(source_.name_of(Role::q_weight, 0)).dtype);
+  plan_.dtype = options_.dtype.value_or(source_.checkpoint().info(source_.name_of(Role::o_weight, 0)).dtype);
   plan_.source_cache_numbers = config.cache_numbers();
   plan_.converted_cache_numbers = engine_->cache_numbers(shape);
 
@@ -472,7 +537,8 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
       const Index first = partition_.first_head(g, maps.heads);
       latents.push_back(lossless_latent(maps, first, partition_.first_head(g + 1, maps.heads) - first));
     }
-    return assemble(maps, known, lossless_rotary_key(maps), latents, std::nullopt);
+    return split_values(assemble(maps, known, lossless_rotary_key(maps), latents, std::nullopt), partition_,
+                        shape);
   }
   const TransmlaOptions options{shape.rope_dim, fold, options_.balance, options_.balance_columns};
   const TransmlaKey key = transmla_rotary_key(maps, known, options);
@@ -587,8 +653,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     if (!rotary) {
       rotary = attention.rotary;
     }
-    engine_->write_attention(split_values(attention, partition_, plan_.shape), plan_.shape, layer_idx,
-                             plan_.dtype, writer);
+    engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
     progress(layer_idx + 1, config.num_hidden_layers);
   };
   if (options_.method == Method::lossless || options_.method == Method::transmla) {

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "convert/forms/partition.h"
+#include "convert/forms/tpla.h"
+#include "convert/latent/absorbed.h"
 #include "convert/latent/attention_fit.h"
 #include "convert/latent/rotary_key.h"
 #include "convert/model/model.h"
@@ -32,6 +34,9 @@ struct RelatentOptions {
   Partition partition;
   Index key_rank = 0;         // coordinates that the parts of a group share; with several parts only
   double value_weight = 0.1;  // joint_latent.h
+  // Other than shared: TPLA as published, one latent turned and sliced; of the fits only that of o_proj
+  // applies.
+  LatentOrder order = LatentOrder::shared;
   FitOptions fit;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
@@ -45,8 +50,7 @@ class RelatentConversion {
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  // Converts the next layer, from the first to the last: one branch for each group of heads, whose scores
-  // read the first key_rank coordinates (forms/partition.h splits them).
+  // Converts the next layer, from the first to the last, to branches as forms/partition.h numbers them.
   LatentAttention next();
 
   // Of a plain list: every how many-th frequency of the source is kept.
@@ -63,6 +67,15 @@ class RelatentConversion {
     Moments moments;
   };
   Known know(const GqaAttention& attention, Index layer_idx);
+  // The closed forms, from either kind of source.
+  AbsorbedAttention absorb_gqa(const Known& known) const;
+  AbsorbedAttention absorb_mla(const LatentAttention& attention, const Moments& known) const;
+  Partition fitted_partition() const {
+    return options_.order == LatentOrder::shared ? options_.partition : Partition{};
+  }
+  // As the source has it, cut into slices.
+  LatentAttention sliced(const Layer& layer, const AbsorbedAttention& absorbed, const Moments& known) const;
+  bool affine() const { return !options_.norm_coordinates; }
   DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
 
   const Model& source_;

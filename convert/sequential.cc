@@ -3,6 +3,7 @@
 #include <Eigen/Dense>
 #include <algorithm>
 
+#include "convert/latent/from_mla.h"
 #include "convert/latent/refit.h"
 #include "linalg/moments.h"
 #include "linalg/threads.h"
@@ -22,14 +23,25 @@ constexpr Index tokens_per_feature = 32;
 
 std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& sequences, Index stride,
                                   Index width) {
-  const Index d = config.gqa->head_dim;
   const Index heads = config.num_attention_heads;
   const Index tokens = sequences.count * sequences.length;
   const Index queries = tokens / stride;
   const auto weights = static_cast<std::uint64_t>(queries * heads * sequences.length / 2) * sizeof(float);
+  // Queries, keys and values of the source, and the head outputs of the converted layer.
+  Index query = 0;
+  Index key = 0;
+  Index mixed = 0;
+  if (config.gqa) {
+    query = heads * config.gqa->head_dim;
+    key = 2 * config.gqa->num_key_value_heads * config.gqa->head_dim;
+    mixed = query;
+  } else {
+    key = 2 * (config.latent->kv_lora_rank + config.latent->qk_rope_head_dim);
+    query = heads * key / 2;
+    mixed = heads * config.latent->v_head_dim;
+  }
   const Index numbers =
-      tokens * (2 * config.hidden_size + heads * d + 2 * config.gqa->num_key_value_heads * d + width) +
-      queries * (2 * config.hidden_size + heads * d);
+      tokens * (2 * config.hidden_size + mixed + key + width) + queries * (2 * config.hidden_size + query);
   return static_cast<std::uint64_t>(numbers) * sizeof(float) + (weights <= kept_weight_bytes ? weights : 0);
 }
 
@@ -46,57 +58,97 @@ MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool 
 
 AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine,
                                               bool query_affine) {
-  const auto& gqa = std::get<GqaAttention>(source.attention);
-  const RotaryTable table(gqa.rotary, source_.length());
-  const Index d = gqa.head_dim;
+  const RotaryTable table(rotary_of(source.attention), source_.length());
   const Index hidden = source_.hidden().cols();
   const Index length = source_.length();
   AttentionSample out;
   out.count = source_.count();
   out.length = length;
   out.stride = std::clamp<Index>(stride, 1, length);
-  out.head_dim = d;
-  out.group_size = gqa.heads / gqa.kv_heads;
   out.affine = affine;
   out.inputs = [this, norm = source.input_norm, affine](Index sequence) {
     return converted_inputs(norm, sequence, affine);
   };
+  // What differs between the two kinds of source: one key and value per group of heads, or one latent for
+  // all.
+  const auto* gqa = std::get_if<GqaAttention>(&source.attention);
+  const auto* mla = std::get_if<LatentAttention>(&source.attention);
+  const Index heads = gqa != nullptr ? gqa->heads : mla->heads;
+  out.group_size = gqa != nullptr ? gqa->heads / gqa->kv_heads : heads;
+  out.head_dim = gqa != nullptr ? gqa->head_dim : mla->rope_dim + mla->branches.front().down.out();
+  const Index value_dim = gqa != nullptr ? gqa->head_dim : mla->branches.front().down.out();
+  const float scale = gqa != nullptr ? gqa->scale : mla->scale;
+  const MatrixF value_map = gqa != nullptr ? gqa->o.weight : mla_value_map(*mla);
+  const bool low_rank_query = mla != nullptr && mla->q_down.out() > 0;
+
   const Index rows = out.per_sequence();
   out.sampled_inputs.resize(out.count * rows, hidden + 1);
-  out.source_query.resize(out.count * rows, gqa.heads * d);
-  out.source_key.resize(out.count * length, gqa.kv_heads * d);
+  out.query_inputs.resize(low_rank_query ? out.count * rows : 0, low_rank_query ? mla->q_down.out() + 1 : 0);
+  out.source_query.resize(out.count * rows, heads * out.head_dim);
+  out.source_key.resize(out.count * length, heads / out.group_size * out.head_dim);
   out.target.resize(out.count * rows, hidden);
-  MatrixF values(out.count * length, gqa.kv_heads * d);
+  MatrixF values(out.count * length, heads / out.group_size * value_dim);
   parallel_for(static_cast<std::size_t>(out.count), [&](std::size_t i) {
     const auto s = static_cast<Index>(i);
     const MatrixF x = normed(source.input_norm, source_.sequence(s));
     const MatrixF converted = converted_inputs(source.input_norm, s, affine);
-    const GqaProjections projections = project(gqa, x, table);
-    source_.sequence(s) += gqa.o(mix_heads(gqa, projections));
-    out.source_key.middleRows(s * length, length) = projections.k;
-    values.middleRows(s * length, length) = projections.v;
+    MatrixF query;
+    if (gqa != nullptr) {
+      GqaProjections projections = project(*gqa, x, table);
+      source_.sequence(s) += gqa->o(mix_heads(*gqa, projections));
+      out.source_key.middleRows(s * length, length) = projections.k;
+      values.middleRows(s * length, length) = projections.v;
+      query = std::move(projections.q);
+    } else {
+      MlaProjections projections = project(*mla, x, table);
+      source_.sequence(s) += mla->o(mix_heads(*mla, x, table));
+      out.source_key.middleRows(s * length, length) = projections.key;
+      values.middleRows(s * length, length) = projections.key.rightCols(value_dim);
+      query = std::move(projections.query);
+    }
     for (Index j = 0; j < rows; ++j) {
       const Index at = out.position(s, j);
       const Index row = s * rows + j;
       out.sampled_inputs.row(row) = converted.row(at);
-      out.source_query.row(row) = projections.q.row(at) * gqa.scale;
+      out.source_query.row(row) = query.row(at) * scale;
       out.target.row(row) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
     }
+    if (low_rank_query) {
+      const MatrixF sampled = out.sampled_inputs.block(s * rows, 0, rows, hidden);
+      out.query_inputs.middleRows(s * rows, rows) << query_features(*mla, sampled),
+          VectorF::Constant(rows, query_affine ? 1.0F : 0.0F);
+    }
   });
-  out.input_moment = MatrixD::Zero(hidden + 1, hidden + 1);
-  add_second_moment(out.sampled_inputs, out.input_moment);
-  mirror_lower(out.input_moment);
-  out.input_moment /= static_cast<double>(out.sampled_inputs.rows());
-  out.query_inputs = out.sampled_inputs;
-  out.query_moment = out.input_moment;
-  if (affine && !query_affine) {
-    out.query_inputs.col(hidden).setZero();
-    out.query_moment.col(hidden).setZero();
-    out.query_moment.row(hidden).setZero();
+  const auto moment_of = [](const MatrixF& inputs) {
+    MatrixD moment = MatrixD::Zero(inputs.cols(), inputs.cols());
+    add_second_moment(inputs, moment);
+    mirror_lower(moment);
+    return MatrixD(moment / static_cast<double>(inputs.rows()));
+  };
+  out.input_moment = moment_of(out.sampled_inputs);
+  if (low_rank_query) {
+    out.query_moment = moment_of(out.query_inputs);
+  } else {
+    out.query_inputs = out.sampled_inputs;
+    out.query_moment = out.input_moment;
+    if (affine && !query_affine) {
+      out.query_inputs.col(hidden).setZero();
+      out.query_moment.col(hidden).setZero();
+      out.query_moment.row(hidden).setZero();
+    }
   }
   keep_weights(out, kept_weight_bytes);
-  measure_value_spread(values, gqa.o.weight, out);
+  measure_value_spread(values, value_map, out);
   return out;
+}
+
+void TwinStreams::follow_source(const Layer& source) {
+  const RotaryTable table(rotary_of(source.attention), source_.length());
+  parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
+    auto hidden = source_.sequence(static_cast<Index>(i));
+    hidden += output_projection(source.attention)(
+        mix_heads(source.attention, normed(source.input_norm, hidden), table));
+  });
 }
 
 void TwinStreams::finish_attention(const Layer& source, LatentAttention& converted, bool refit,

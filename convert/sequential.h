@@ -23,6 +23,9 @@ class TwinStreams {
   // query_affine: its queries too.
   AttentionSample sample_attention(const Layer& source, Index stride, bool affine, bool query_affine);
 
+  // Moves the source's stream past its attention, for layers that need no sample.
+  void follow_source(const Layer& source);
+
   // Moves the converted stream past its attention. With `refit`, o_proj is first changed so that the stream
   // comes as near to the source's as ridge regression over all tokens brings it.
   void finish_attention(const Layer& source, LatentAttention& converted, bool refit, double ridge);

@@ -18,8 +18,8 @@ namespace {
 constexpr Index batch_tokens = 8192;
 
 LayerMoments observe_layer(const Layer& layer, Stream& stream) {
-  const auto& attention = std::get<GqaAttention>(layer.attention);
-  const RotaryTable table(attention.rotary, stream.length());
+  const RotaryTable table(rotary_of(layer.attention), stream.length());
+  const Index heads = std::visit([](const auto& kind) { return kind.heads; }, layer.attention);
   const Index hidden = stream.hidden().cols();
   const Index length = stream.length();
   const Index batch = std::max<Index>(1, batch_tokens / length);
@@ -27,16 +27,18 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
   out.tokens = stream.count() * length;
   out.second_moment = MatrixD::Zero(hidden, hidden);
   out.mean = VectorD::Zero(hidden);
-  out.distance_mass = MatrixD::Zero(attention.heads, length);
+  out.distance_mass = MatrixD::Zero(heads, length);
   MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
-    std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(attention.heads, length)});
+    std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(heads, length)});
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const auto s = static_cast<Index>(i);
       const MatrixF x = normed(layer.input_norm, stream.sequence(first + s));
       inputs.middleRows(s * length, length) = x;
-      stream.sequence(first + s) += attention.o(mix_heads(attention, x, table, &mass[i]));
+      const MatrixF mixed =
+          std::visit([&](const auto& kind) { return mix_heads(kind, x, table, &mass[i]); }, layer.attention);
+      stream.sequence(first + s) += output_projection(layer.attention)(mixed);
       add_mlp(layer, stream.sequence(first + s));
     });
     add_second_moment(inputs.topRows(count * length), out.second_moment);
@@ -58,10 +60,6 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
                const LayerProgress& progress) {
   const ModelConfig& config = model.config();
-  if (!config.gqa) {
-    fail_input({model.checkpoint().config_path(), "", "model_type", "a grouped-query model to calibrate",
-                config.model_type, ""});
-  }
   CalibrationHeader header;
   header.source_fingerprint = model.checkpoint().fingerprint();
   header.source_config = model.checkpoint().config().dump();

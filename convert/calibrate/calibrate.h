@@ -16,7 +16,7 @@ using LayerProgress = std::function<void(Index, Index)>;
 // Runs the source over the sequences layer by layer and writes, per layer, E[x xᵀ] and E[x] of the normed
 // attention input, and per query head the distribution of attention mass over distance (mean over queries, so
 // that early queries, which see few keys, count like late ones). Numbers are the same for any thread count.
-// Throws Error as the stores do; input when the model is not GQA.
+// Throws Error as the stores do.
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
                const LayerProgress& progress);
 

@@ -21,20 +21,61 @@ MatrixD covariance(const MatrixD& map, const MatrixD& input_moment) {
   return 0.5 * (out + out.transpose());
 }
 
-// query = up downᵀ for one head's content query [r, D + 1], with at most nope_dim columns.
+// query_b = up_b down for one head and its parts b, with at most nope_dim columns in all.
 struct ContentFactors {
-  MatrixD up;    // [r, n]
-  MatrixD down;  // [n, D + 1]
+  std::vector<MatrixD> up;  // [r_b, n]
+  MatrixD down;             // [n, Q + 1]
 };
 
-ContentFactors factor_content(const MatrixD& content, const SymmetricRoot& latent_root,
+ContentFactors factor_content(const std::vector<MatrixD>& content, const std::vector<SymmetricRoot>& roots,
                               const MatrixD& query_moment, Index n) {
-  const MatrixD weighed = latent_root.root * content;
+  Index rows = 0;
+  for (const MatrixD& part : content) {
+    rows += part.rows();
+  }
+  MatrixD weighed(rows, query_moment.cols());
+  Index row = 0;
+  for (std::size_t b = 0; b < content.size(); ++b) {
+    weighed.middleRows(row, content[b].rows()) = roots[b].root * content[b];
+    row += content[b].rows();
+  }
   MatrixD energy = weighed * query_moment * weighed.transpose();
   energy = (0.5 * (energy + energy.transpose())).eval();
-  const Index kept = std::min(n, content.rows());
+  const Index kept = std::min(n, rows);
   const MatrixD basis = symmetric_eigenpairs(energy, kept).vectors;
-  return {latent_root.inverse * basis, basis.transpose() * weighed};
+  ContentFactors out{{}, basis.transpose() * weighed};
+  row = 0;
+  for (std::size_t b = 0; b < content.size(); ++b) {
+    out.up.emplace_back(roots[b].inverse * basis.middleRows(row, content[b].rows()));
+    row += content[b].rows();
+  }
+  return out;
+}
+
+std::vector<SymmetricRoot> key_roots(const AbsorbedAttention& a, const LatentGroup& group,
+                                     const MatrixD& input_moment) {
+  std::vector<SymmetricRoot> out;
+  for (const LatentPart& part : group.parts) {
+    out.push_back(symmetric_root(covariance(a.key_latent_of(group, part), input_moment), variance_floor));
+  }
+  return out;
+}
+
+// What the content queries of one head are, part by part.
+std::vector<MatrixD> content_of(const AbsorbedAttention& a, const LatentGroup& group, Index head) {
+  std::vector<MatrixD> out;
+  for (const LatentPart& part : group.parts) {
+    out.emplace_back(a.query[static_cast<std::size_t>(head)].middleRows(part.query, group.width(part)));
+  }
+  return out;
+}
+
+Index content_rows(const LatentGroup& group) {
+  Index out = 0;
+  for (const LatentPart& part : group.parts) {
+    out += group.width(part);
+  }
+  return out;
 }
 
 Linear to_linear(const MatrixD& map) {
@@ -68,11 +109,21 @@ void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
 }  // namespace
 
 VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs) {
-  return attention.norm.present() ? inverse_norm(attention.norm, attention.latent(), inputs) : VectorF();
+  if (attention.norm.present()) {
+    return inverse_norm(attention.norm, attention.latent(), inputs);
+  }
+  return inverse_rms(attention.norm_rows, attention.norm_eps, inputs.leftCols(inputs.cols() - 1));
 }
 
-AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key,
-                         const std::vector<JointLatent>& latents) {
+MatrixD AbsorbedAttention::key_latent_of(const LatentGroup& group, const LatentPart& part) const {
+  const auto all = latent_of(group);
+  MatrixD out(group.shared + part.rank, key.cols());
+  out << all.topRows(group.shared), all.middleRows(part.first, part.rank);
+  return out;
+}
+
+AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std::vector<JointLatent>& latents,
+                         Index parts) {
   const Index d = maps.head_dim;
   const Index p = key.rope_dim();
   Index r = 0;
@@ -94,23 +145,36 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key,
     group.head_count = latent.heads_of(maps.heads);
     group.first = first;
     group.rank = latent.rank();
-    group.key_rank = latent.key_rank < 0 ? group.rank : latent.key_rank;
+    group.shared = parts > 1 ? latent.key_rank : 0;
+    const Index own = group.rank - group.shared;
     out.key.middleRows(p + first, group.rank) = latent.down;
     first += group.rank;
+    Index rows = p;
+    for (Index b = 0; b < parts; ++b) {
+      const Index from = b * own / parts;
+      group.parts.push_back({group.shared + from, (b + 1) * own / parts - from, rows});
+      rows += group.width(group.parts.back());
+    }
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
       const auto at = static_cast<std::size_t>(h);
       const MatrixD head = maps.query_of(h);
-      MatrixD query(p + group.key_rank, maps.q.cols());
+      const MatrixD content = key.content_query[at] * head;
+      MatrixD query(rows, maps.q.cols());
       query.topRows(p) = maps.scale * key.query[at] * head;
-      query.bottomRows(group.key_rank) = maps.scale *
-                                         latent.key_up.middleRows(g, d).leftCols(group.key_rank).transpose() *
-                                         (key.content_query[at] * head);
+      for (const LatentPart& part : group.parts) {
+        MatrixD up(d, group.width(part));
+        up << latent.key_up.block(g, 0, d, group.shared), latent.key_up.block(g, part.first, d, part.rank);
+        query.middleRows(part.query, up.cols()) = maps.scale * up.transpose() * content;
+      }
       out.query.push_back(std::move(query));
+    }
+    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+      const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
       out.value_up.emplace_back(latent.value_up.middleRows(g, d));
       shift.segment(h * d, d) = latent.value_shift.segment(g, d);
     }
-    out.groups.push_back(group);
+    out.groups.push_back(std::move(group));
   }
   out.o_bias = maps.o_bias + maps.o * shift;
   return out;
@@ -119,16 +183,17 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key,
 void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment,
                         const MatrixD& query_moment) {
   for (const LatentGroup& group : attention.groups) {
-    if (group.key_rank <= attention.nope_dim) {
+    if (content_rows(group) <= attention.nope_dim) {
       continue;
     }
-    const SymmetricRoot root =
-        symmetric_root(covariance(attention.key_latent_of(group), input_moment), variance_floor);
+    const std::vector<SymmetricRoot> roots = key_roots(attention, group, input_moment);
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
-      MatrixD& query = attention.query[static_cast<std::size_t>(h)];
       const ContentFactors f =
-          factor_content(query.bottomRows(group.key_rank), root, query_moment, attention.nope_dim);
-      query.bottomRows(group.key_rank) = f.up * f.down;
+          factor_content(content_of(attention, group, h), roots, query_moment, attention.nope_dim);
+      for (std::size_t b = 0; b < group.parts.size(); ++b) {
+        attention.query[static_cast<std::size_t>(h)].middleRows(
+            group.parts[b].query, group.width(group.parts[b])) = f.up[b] * f.down;
+      }
     }
   }
 }
@@ -146,31 +211,51 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   out.scale = static_cast<float>(a.scale);
   out.rotary = a.rotary;
   out.rotary_key = to_linear(a.key.topRows(p));
+  out.norm_rows = a.norm_rows;
+  out.norm_eps = a.norm_eps;
 
   MatrixD q = MatrixD::Zero(out.heads * (n + p), a.query.front().cols());
-  for (const LatentGroup& group : a.groups) {
-    LatentBranch branch;
-    branch.down = to_linear(a.latent_of(group));
-    branch.first_head = group.first_head;
-    branch.head_count = group.head_count;
-    const MatrixD half = a.latent_of(group) * input_moment;
-    branch.mean_square = half.cwiseProduct(a.latent_of(group)).sum() / static_cast<double>(group.rank);
-    branch.up = MatrixF::Zero(group.head_count * (n + w), group.rank);
-    const SymmetricRoot root =
-        symmetric_root(covariance(a.key_latent_of(group), input_moment), variance_floor);
+  const std::size_t group_count = a.groups.size();
+  out.branches.resize(group_count * a.groups.front().parts.size());
+  for (std::size_t g = 0; g < group_count; ++g) {
+    const LatentGroup& group = a.groups[g];
+    const MatrixD latent = a.latent_of(group);
+    if (group.shared > 0) {
+      out.shared.push_back(to_linear(latent.topRows(group.shared)));
+    }
+    const MatrixD half = latent * input_moment;
+    const double mean_square = half.cwiseProduct(latent).sum() / static_cast<double>(group.rank);
+    for (std::size_t b = 0; b < group.parts.size(); ++b) {
+      const LatentPart& part = group.parts[b];
+      LatentBranch& branch = out.branches[b * group_count + g];
+      branch.down = to_linear(latent.middleRows(part.first, part.rank));
+      branch.shared = group.shared > 0 ? static_cast<Index>(out.shared.size()) - 1 : -1;
+      branch.first_head = group.first_head;
+      branch.head_count = group.head_count;
+      branch.mean_square = mean_square;
+      branch.up = MatrixF::Zero(group.head_count * (n + w), group.width(part));
+    }
+    const std::vector<SymmetricRoot> roots = key_roots(a, group, input_moment);
     for (Index i = 0; i < group.head_count; ++i) {
       const Index h = group.first_head + i;
       const auto at = static_cast<std::size_t>(h);
-      const ContentFactors f = factor_content(a.query[at].bottomRows(group.key_rank), root, query_moment, n);
-      branch.up.block(i * (n + w), 0, f.up.cols(), group.key_rank) = f.up.transpose().cast<float>();
-      branch.up.middleRows(i * (n + w) + n, w) = a.value_up[at].cast<float>();
+      const ContentFactors f = factor_content(content_of(a, group, h), roots, query_moment, n);
+      for (std::size_t b = 0; b < group.parts.size(); ++b) {
+        const LatentPart& part = group.parts[b];
+        MatrixF& up = out.branches[b * group_count + g].up;
+        up.middleRows(i * (n + w), f.up[b].cols()) = f.up[b].transpose().cast<float>();
+        if (b == 0) {
+          up.block(i * (n + w) + n, 0, w, group.shared) = a.value_up[at].leftCols(group.shared).cast<float>();
+        }
+        up.block(i * (n + w) + n, group.shared, w, part.rank) =
+            a.value_up[at].middleCols(part.first, part.rank).cast<float>();
+      }
       q.middleRows(h * (n + p), f.down.rows()) = f.down / a.scale;
       q.middleRows(h * (n + p) + n, p) = a.query[at].topRows(p) / a.scale;
     }
-    if (a.norm.present()) {
-      add_norm(a, branch);
-    }
-    out.branches.push_back(std::move(branch));
+  }
+  if (a.norm.present()) {
+    add_norm(a, out.branches.front());
   }
   out.q = to_linear(q);
   out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();

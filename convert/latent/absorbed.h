@@ -10,33 +10,48 @@
 
 namespace relatent {
 
-// Heads that read the same latent coordinates.
+// Some of a group's own coordinates, which one branch holds.
+struct LatentPart {
+  Index first = 0;  // among the group's coordinates
+  Index rank = 0;
+  Index query = 0;  // its rows of a head's query start here; shared + rank of them
+};
+
+// Heads that read the same latent coordinates. Each of its parts is a branch that forms scores of its own
+// from the shared coordinates and the part's.
 struct LatentGroup {
   Index first_head = 0;
   Index head_count = 0;
-  Index first = 0;     // of its coordinates among all latent coordinates
-  Index rank = 0;      // that values read
-  Index key_rank = 0;  // that scores read: the leading ones
+  Index first = 0;   // of its coordinates among all latent coordinates
+  Index rank = 0;    // shared ones first, then the parts' in order
+  Index shared = 0;  // coordinates that every part reads
+  std::vector<LatentPart> parts;
+
+  Index width(const LatentPart& part) const { return shared + part.rank; }
 };
 
-// One layer on inputs x̃ = [x; 1]; for a head of group g
-//   z = [RoPE(k^R); c_g without its last rank - key_rank],  [k^R; c] = key x̃  (c / ρ where there is one),
-//   u_h = query[h] q̃, its first p rows rotated like the key; q̃ = x̃, or what a low-rank query leaves of it,
-//   out = Σ_h O_h value_up[h] (Σ_n softmax_n(u_h · z_n) c_gn) + o_bias
-// The score of a head is bilinear in (query[h], key), so either is a least-squares problem given the other.
+// One layer on inputs x̃ = [x; 1]; for head h and part b of its group
+//   z_b = [RoPE(k^R); c_shared; c_b],  [k^R; c] = key x̃  (c / ρ where there is one),
+//   u_hb = [RoPE(u^R_h); u^N_hb],  [u^R_h; u^N_h1; ...] = query[h] x̃, x̃ or what a low-rank query leaves of
+//   it, out = Σ_h O_h value_up[h] (Σ_n softmax_n(u_hb · z_b,n) c_gn, every c under its own part's weights,
+//   the shared ones under the first's) + o_bias
+// A score is bilinear in (query, key), so either is a least-squares problem given the other.
 struct AbsorbedAttention {
   Index nope_dim = 0;               // content coordinates per head that the written form has room for
   double scale = 0;                 // softmax scale of the written form; already in `query`
   Rotary rotary;                    // p/2 frequencies
   MatrixD key;                      // [p + r, D + 1]
   std::vector<LatentGroup> groups;  // of heads in order
-  std::vector<MatrixD> query;       // per head [p + key_rank, Q + 1]
-  std::vector<MatrixD> value_up;    // per head [w, rank]
+  std::vector<MatrixD> query;       // per head [p + Σ_b (shared + part), Q + 1]
+  std::vector<MatrixD> value_up;    // per head [w, group's rank]
   MatrixD o;                        // [D, H w]
   VectorD o_bias;                   // [D]
-  NormCompletion norm;              // with one group only
+  NormCompletion norm;              // with one group of one part only
+  // Or ρ(x) = √(mean((norm_rows x)²) + norm_eps), which does not depend on `key`.
+  MatrixF norm_rows;  // [norm rank, D]
+  float norm_eps = 0;
 
-  Index heads() const { return static_cast<Index>(query.size()); }
+  Index heads() const { return static_cast<Index>(value_up.size()); }
   Index rope_dim() const { return 2 * static_cast<Index>(rotary.inv_freq.size()); }
   Index rank() const { return key.rows() - rope_dim(); }
   Index width() const { return key.rows(); }
@@ -45,26 +60,28 @@ struct AbsorbedAttention {
   auto latent_of(const LatentGroup& group) const {
     return key.middleRows(rope_dim() + group.first, group.rank);
   }
-  auto key_latent_of(const LatentGroup& group) const {
-    return key.middleRows(rope_dim() + group.first, group.key_rank);
-  }
+  // Latent rows that the scores of a part read: [shared + part, D + 1].
+  MatrixD key_latent_of(const LatentGroup& group, const LatentPart& part) const;
 };
 
-// What ρ leaves of the latent of every row of inputs x̃ [tokens, D + 1]: 1/ρ. Empty without a completion.
+// What ρ leaves of the latent of every row of inputs x̃ [tokens, D + 1]: 1/ρ. Empty without one.
 VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs);
 
-// The latents' heads are all heads in order.
-AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key,
-                         const std::vector<JointLatent>& latents);
+// The latents' heads are all heads in order. A latent with a key_rank is cut into `parts` that share those
+// coordinates; scores read no others yet.
+AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std::vector<JointLatent>& latents,
+                         Index parts);
 
-// Brings the content queries down to nope_dim ranks where they have more: among all such queries, those with
-// the nearest content scores, E‖S^½ (B - B') x̃‖² least, S the covariance of the latent. input_moment =
-// E[x̃ x̃ᵀ], [D + 1, D + 1]; query_moment the same of what the queries act on.
+// Brings the content queries of every head, all parts together, down to nope_dim ranks where they have more:
+// among all such queries, those with the nearest content scores, E‖S^½ (B - B') x̃‖² least, S the covariance
+// of the latent that a part reads. input_moment = E[x̃ x̃ᵀ], [D + 1, D + 1]; query_moment the same of what the
+// queries act on.
 void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment,
                         const MatrixD& query_moment);
 
-// The canonical layer with one branch for each group. The content rows that a head does not need are zero.
-// With a completion the latent carries its extra coordinates and an RMSNorm of unit gain.
+// The canonical layer: branch part * groups + group, as forms/partition.h numbers them. The content rows that
+// a head does not need are zero. With a completion the latent carries its extra coordinates and an RMSNorm of
+// unit gain.
 LatentAttention to_latent_attention(const AbsorbedAttention& attention, const MatrixD& input_moment,
                                     const MatrixD& query_moment);
 
@@ -76,7 +93,7 @@ inline LatentAttention to_latent_attention(const AbsorbedAttention& attention, c
   return to_latent_attention(attention, input_moment, input_moment);
 }
 inline AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const JointLatent& latent) {
-  return absorb(maps, key, std::vector<JointLatent>{latent});
+  return absorb(maps, key, std::vector<JointLatent>{latent}, 1);
 }
 
 }  // namespace relatent

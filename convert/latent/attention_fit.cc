@@ -154,12 +154,45 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
   return z;
 }
 
-// What the heads of a group read of the key map for their scores.
+// The key map as a group reads it: rotary rows, then its latent's.
 MatrixF key_map(const AbsorbedAttention& attention, const LatentGroup& group) {
-  MatrixF out(attention.rope_dim() + group.key_rank, attention.key.cols());
-  out << attention.key.topRows(attention.rope_dim()).cast<float>(),
-      attention.key_latent_of(group).cast<float>();
+  MatrixF out(attention.rope_dim() + group.rank, attention.key.cols());
+  out << attention.key.topRows(attention.rope_dim()).cast<float>(), attention.latent_of(group).cast<float>();
   return out;
+}
+
+// Columns of z that the scores of a part read; the group's latent starts `first` columns after the rotary
+// key.
+MatrixF gather_keys(const MatrixF& z, const LatentGroup& group, const LatentPart& part, Index p,
+                    Index first) {
+  MatrixF out(z.rows(), p + group.width(part));
+  out << z.leftCols(p), z.middleCols(p + first, group.shared),
+      z.middleCols(p + first + part.first, part.rank);
+  return out;
+}
+
+// Rows of several heads' queries that belong to a part: [rows, heads * (p + shared + part)].
+MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, const LatentPart& part,
+                       Index p) {
+  const Index width = u.cols() / heads;
+  const Index content = group.width(part);
+  MatrixF out(u.rows(), heads * (p + content));
+  for (Index h = 0; h < heads; ++h) {
+    out.middleCols(h * (p + content), p) = u.middleCols(h * width, p);
+    out.middleCols(h * (p + content) + p, content) = u.middleCols(h * width + part.query, content);
+  }
+  return out;
+}
+
+// Adds what pulls on a part's queries to the pull on the heads' whole queries.
+void scatter_queries(const MatrixF& pull, Index heads, const LatentGroup& group, const LatentPart& part,
+                     Index p, MatrixF& sum) {
+  const Index width = sum.cols() / heads;
+  const Index content = group.width(part);
+  for (Index h = 0; h < heads; ++h) {
+    sum.middleCols(h * width, p) += pull.middleCols(h * (p + content), p);
+    sum.middleCols(h * width + part.query, content) += pull.middleCols(h * (p + content) + p, content);
+  }
 }
 
 std::vector<MatrixF> all_keys(const AttentionSample& sample, const AbsorbedAttention& attention,
@@ -333,19 +366,21 @@ double scarcity(const AttentionSample& sample) {
 // The score errors of a run of heads as a function of their queries.
 class QueryProblem {
  public:
-  QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const Turns& turns,
-               const std::vector<MatrixF>& keys, Heads heads)
+  // keys: z of the group per sequence.
+  QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const LatentGroup& group,
+               const Turns& turns, const std::vector<MatrixF>& keys, Heads heads)
       : sample_(sample),
+        group_(group),
         turns_(turns),
         keys_(keys),
         heads_(heads),
         p_(attention.rope_dim()),
-        width_(keys.front().cols()) {}
+        width_(attention.query[static_cast<std::size_t>(heads.first)].rows()) {}
 
   struct Start {
     Systems residual;
-    std::vector<MatrixD> key_moment;  // per head: within-query covariance of z, [p + r, p + r]
-    std::vector<double> error;        // J_h
+    std::vector<MatrixD> key_moment;  // per head: within-query covariance of what its rows read, by parts
+    std::vector<double> error;        // J_h, the mean over parts
   };
 
   // Where the given queries fall short of the source.
@@ -400,7 +435,7 @@ class QueryProblem {
     std::vector<double> error;
   };
 
-  double rows() const { return static_cast<double>(sample_.sampled_inputs.rows()); }
+  double rows() const { return static_cast<double>(sample_.query_inputs.rows()); }
 
   static Systems zeros(const Systems& like) {
     Systems out;
@@ -414,47 +449,69 @@ class QueryProblem {
     const MatrixF u = queries_of(sample_, s, map, width_, turns_);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
     const Index heads = heads_.count;
-    slot.pull.resize(u.rows(), u.cols());
+    const auto share = 1.0F / static_cast<float>(group_.parts.size());
+    slot.pull = MatrixF::Zero(u.rows(), u.cols());
     slot.error.assign(static_cast<std::size_t>(heads), 0);
     const bool wants_moment = against_source && s % moment_sequences == 0;
-    MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
-    MatrixF mean_keys(wants_moment ? u.rows() : 0, u.cols());
-    MatrixF logits;
-    MatrixF scratch;
-    MatrixF scores;
-    MatrixF stack;
-    for_blocks(sample_, s, [&](const Block& block) {
-      const auto weights = source_weights(sample_, block, heads_, scratch);
-      const auto seen = z.topRows(block.columns);
-      stack_heads(u, block, heads, stack);
-      scores.resize(stack.rows(), block.columns);
-      scores.noalias() = stack * seen.transpose();
-      if (against_source) {
-        source_logits(sample_, block, heads_, logits);
-        scores = logits - scores;
+    slot.key_moment.assign(static_cast<std::size_t>(wants_moment ? heads : 0), MatrixF::Zero(width_, width_));
+    for (const LatentPart& part : group_.parts) {
+      const bool alone = group_.parts.size() == 1;
+      const Index width = p_ + group_.width(part);
+      MatrixF gathered_queries;
+      MatrixF gathered_keys;
+      if (!alone) {
+        gathered_queries = gather_queries(u, heads, group_, part, p_);
+        gathered_keys = gather_keys(z, group_, part, p_, 0);
       }
-      if (wants_moment) {
-        stack.noalias() = weights * seen;
-        unstack_heads(stack, block, heads, mean_keys);
-      }
-      for (Index h = 0; h < heads; ++h) {
-        const auto of_head = weights.middleRows(h * block.rows, block.rows);
-        slot.error[static_cast<std::size_t>(h)] +=
-            centre(of_head, scores.middleRows(h * block.rows, block.rows));
-        if (wants_moment) {
-          received.row(h).head(block.columns) += of_head.colwise().sum();
+      const MatrixF& queries = alone ? u : gathered_queries;
+      const MatrixF& keys = alone ? z : gathered_keys;
+      MatrixF pull(queries.rows(), queries.cols());
+      MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
+      MatrixF mean_keys(wants_moment ? queries.rows() : 0, queries.cols());
+      MatrixF logits;
+      MatrixF scratch;
+      MatrixF scores;
+      MatrixF stack;
+      for_blocks(sample_, s, [&](const Block& block) {
+        const auto weights = source_weights(sample_, block, heads_, scratch);
+        const auto seen = keys.topRows(block.columns);
+        stack_heads(queries, block, heads, stack);
+        scores.resize(stack.rows(), block.columns);
+        scores.noalias() = stack * seen.transpose();
+        if (against_source) {
+          source_logits(sample_, block, heads_, logits);
+          scores = logits - scores;
         }
+        if (wants_moment) {
+          stack.noalias() = weights * seen;
+          unstack_heads(stack, block, heads, mean_keys);
+        }
+        for (Index h = 0; h < heads; ++h) {
+          const auto of_head = weights.middleRows(h * block.rows, block.rows);
+          slot.error[static_cast<std::size_t>(h)] +=
+              static_cast<double>(share) * centre(of_head, scores.middleRows(h * block.rows, block.rows));
+          if (wants_moment) {
+            received.row(h).head(block.columns) += of_head.colwise().sum();
+          }
+        }
+        stack.noalias() = scores * seen;
+        unstack_heads(stack, block, heads, pull);
+      });
+      for (Index h = 0; h < received.rows(); ++h) {
+        const MatrixF scaled = received.row(h).transpose().cwiseSqrt().asDiagonal() * keys;
+        const auto means = mean_keys.middleCols(h * width, width);
+        MatrixF moment(width, width);
+        moment.noalias() = scaled.transpose() * scaled;
+        moment.noalias() -= means.transpose() * means;
+        MatrixF& whole = slot.key_moment[static_cast<std::size_t>(h)];
+        whole.topLeftCorner(p_, p_) += share * moment.topLeftCorner(p_, p_);
+        whole.block(part.query, part.query, width - p_, width - p_) =
+            share * moment.bottomRightCorner(width - p_, width - p_);
       }
-      stack.noalias() = scores * seen;
-      unstack_heads(stack, block, heads, slot.pull);
-    });
-    for (Index h = 0; h < received.rows(); ++h) {
-      const MatrixF scaled = received.row(h).transpose().cwiseSqrt().asDiagonal() * z;
-      const auto means = mean_keys.middleCols(h * width_, width_);
-      MatrixF moment(width_, width_);
-      moment.noalias() = scaled.transpose() * scaled;
-      moment.noalias() -= means.transpose() * means;
-      slot.key_moment.push_back(std::move(moment));
+      if (!alone) {
+        pull *= share;
+      }
+      scatter_queries(pull, heads, group_, part, p_, slot.pull);
     }
     rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, slot.pull);
   }
@@ -466,13 +523,14 @@ class QueryProblem {
       for (std::size_t i = 0; i < slots.size(); ++i) {
         product.noalias() =
             slots[i].pull.middleCols(static_cast<Index>(h) * width_, width_).transpose() *
-            sample_.sampled_inputs.middleRows((first_sequence + static_cast<Index>(i)) * rows, rows);
+            sample_.query_inputs.middleRows((first_sequence + static_cast<Index>(i)) * rows, rows);
         sum[h] += product.cast<double>();
       }
     });
   }
 
   const AttentionSample& sample_;
+  const LatentGroup& group_;
   const Turns& turns_;
   const std::vector<MatrixF>& keys_;
   Heads heads_;
@@ -512,9 +570,17 @@ class KeyProblem {
         const MatrixD& query = attention_.query[at];
         const MatrixD energy =
             static_cast<double>(weight_(h)) * (query * sample_.query_moment * query.transpose());
+        const double share = 1 / static_cast<double>(group.parts.size());
         out.topLeftCorner(p, p) += energy.topLeftCorner(p, p);
-        out.block(first, first, group.key_rank, group.key_rank) +=
-            energy.bottomRightCorner(group.key_rank, group.key_rank);
+        for (const LatentPart& part : group.parts) {
+          const auto block = energy.block(part.query, part.query, group.width(part), group.width(part));
+          const Index own = p + group.first + part.first;
+          const Index s = group.shared;
+          out.block(first, first, s, s) += share * block.topLeftCorner(s, s);
+          out.block(own, own, part.rank, part.rank) += share * block.bottomRightCorner(part.rank, part.rank);
+          out.block(first, own, s, part.rank) += share * block.topRightCorner(s, part.rank);
+          out.block(own, first, part.rank, s) += share * block.bottomLeftCorner(part.rank, s);
+        }
         const Index w = attention_.v_dim();
         const MatrixD through = attention_.o.middleCols(h * w, w) * attention_.value_up[at];
         out.block(first, first, group.rank, group.rank) += through.transpose() * through;
@@ -555,43 +621,54 @@ class KeyProblem {
     MatrixF queries;
     MatrixF latent;  // stacked: what the heads read, then what they should
     MatrixF scratch;
-    MatrixF gathered;
     for (std::size_t g = 0; g < attention_.groups.size(); ++g) {
       const LatentGroup& group = attention_.groups[g];
       const Heads heads{group.first_head, group.head_count};
-      const MatrixF u = queries_of(sample_, s, query_[g], p + group.key_rank, turns_);
-      const bool whole = group.first == 0 && group.key_rank + p == width;
-      if (!whole) {
-        gathered.resize(z.rows(), p + group.key_rank);
-        gathered << z.leftCols(p), z.middleCols(p + group.first, group.key_rank);
+      const auto share = 1.0F / static_cast<float>(group.parts.size());
+      const MatrixF whole = queries_of(sample_, s, query_[g], query_[g].rows() / heads.count, turns_);
+      std::vector<MatrixF> keys;
+      std::vector<MatrixF> asked;
+      std::vector<MatrixF> key_pull;
+      for (const LatentPart& part : group.parts) {
+        keys.push_back(gather_keys(z, group, part, p, group.first));
+        asked.push_back(gather_queries(whole, heads.count, group, part, p));
+        key_pull.emplace_back(MatrixF::Zero(z.rows(), keys.back().cols()));
       }
-      const MatrixF& keys = whole ? z : gathered;
-      MatrixF key_pull = MatrixF::Zero(z.rows(), keys.cols());
       for_blocks(sample_, s, [&](const Block& block) {
         const auto weights = source_weights(sample_, block, heads, scratch);
-        const auto seen = keys.topRows(block.columns);
-        stack_heads(u, block, heads.count, queries);
-        scores.resize(queries.rows(), block.columns);
-        scores.noalias() = queries * seen.transpose();
         if (against_source) {
           source_logits(sample_, block, heads, logits);
-          scores = logits - scores;
         }
-        latent.resize(queries.rows(), group.rank);
+        for (std::size_t b = 0; b < keys.size(); ++b) {
+          const auto seen = keys[b].topRows(block.columns);
+          stack_heads(asked[b], block, heads.count, queries);
+          scores.resize(queries.rows(), block.columns);
+          scores.noalias() = queries * seen.transpose();
+          if (against_source) {
+            scores = logits - scores;
+          }
+          for (Index i = 0; i < heads.count; ++i) {
+            auto of_head = scores.middleRows(i * block.rows, block.rows);
+            centre(weights.middleRows(i * block.rows, block.rows), of_head);
+            of_head *= share * weight_(heads.first + i);
+          }
+          key_pull[b].topRows(block.columns).noalias() += scores.transpose() * queries;
+        }
+        latent.resize(heads.count * block.rows, group.rank);
         latent.noalias() = weights * z.block(0, p + group.first, block.columns, group.rank);
         for (Index i = 0; i < heads.count; ++i) {
           const Index h = heads.first + i;
-          const Index at = i * block.rows;
-          auto of_head = scores.middleRows(at, block.rows);
-          centre(weights.middleRows(at, block.rows), of_head);
-          of_head *= weight_(h);
           mixed.block(block.first, h * w, block.rows, w).noalias() =
-              latent.middleRows(at, block.rows) * value_up_[static_cast<std::size_t>(h)].transpose();
+              latent.middleRows(i * block.rows, block.rows) *
+              value_up_[static_cast<std::size_t>(h)].transpose();
         }
-        key_pull.topRows(block.columns).noalias() += scores.transpose() * queries;
       });
-      pull.leftCols(p) += key_pull.leftCols(p);
-      pull.middleCols(p + group.first, group.key_rank) += key_pull.rightCols(group.key_rank);
+      for (std::size_t b = 0; b < keys.size(); ++b) {
+        const LatentPart& part = group.parts[b];
+        pull.leftCols(p) += key_pull[b].leftCols(p);
+        pull.middleCols(p + group.first, group.shared) += key_pull[b].middleCols(p, group.shared);
+        pull.middleCols(p + group.first + part.first, part.rank) += key_pull[b].rightCols(part.rank);
+      }
     }
     MatrixF output = apply_map(mixed, o_);
     if (against_source) {
@@ -644,8 +721,8 @@ void keep_weights(AttentionSample& sample, std::size_t bytes) {
 }
 
 void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample) {
-  const Index d = sample.head_dim;
-  const Index heads = o.cols() / d;
+  const Index heads = source_heads(sample);
+  const Index d = o.cols() / heads;
   std::vector<MatrixF> roots;
   for (Index h = 0; h < heads; ++h) {
     const MatrixD head = o.middleCols(h * d, d).cast<double>();
@@ -699,7 +776,7 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
     for (Index first = group.first_head; first < end; first += run) {
       const Index count = std::min(run, end - first);
       const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
-      const QueryProblem problem(sample, attention, turns, keys, {first, count});
+      const QueryProblem problem(sample, attention, group, turns, keys, {first, count});
       QueryProblem::Start start = problem.start(queries);
       std::vector<Side> sides(queries.size());
       parallel_for(sides.size(), [&](std::size_t h) { sides[h] = score_side(start.key_moment[h]); });

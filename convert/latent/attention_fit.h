@@ -35,11 +35,13 @@ struct FitOptions {
 
 // What the fits know of one layer's attention. Sampled rows lie sequence by sequence.
 struct AttentionSample {
-  Index count = 0;                       // sequences
-  Index length = 0;                      // positions in each
-  Index stride = 1;                      // at most length
-  Index head_dim = 0;                    // of the source, d
-  Index group_size = 1;                  // query heads per key head of the source
+  Index count = 0;   // sequences
+  Index length = 0;  // positions in each
+  Index stride = 1;  // at most length
+  // Of the source: a head's query and key have head_dim numbers, and group_size heads read one key; an MLA
+  // source has one key for all, rotary key and latent together.
+  Index head_dim = 0;
+  Index group_size = 1;
   bool affine = true;                    // the converted layer may have biases: x̃ ends in 1, else in 0
   std::function<MatrixF(Index)> inputs;  // x̃ of one sequence on the converted stream, [length, D + 1]
   MatrixF sampled_inputs;                // [count * per_sequence, D + 1]
@@ -64,8 +66,8 @@ struct AttentionSample {
 // Lets the sample keep its weights when they take at most `bytes`.
 void keep_weights(AttentionSample& sample, std::size_t bytes);
 
-// Σ over the sample's queries: fills value_spread from the source's values [count * length, K d] and o_proj
-// [D, H d].
+// Σ over the sample's queries: fills value_spread from the source's values [count * length, K v], group_size
+// heads reading one of them, and what they do to the output, o [D, H v].
 void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample);
 
 struct ScoreError {

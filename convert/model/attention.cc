@@ -124,14 +124,13 @@ MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
   return out;
 }
 
-VectorF latent_shrink(const LatentAttention& attention, const MatrixF& x) {
-  if (attention.norm_rows.rows() == 0) {
+VectorF inverse_rms(const MatrixF& rows, float eps, const ConstBlock& x) {
+  if (rows.rows() == 0) {
     return {};
   }
-  MatrixF y(x.rows(), attention.norm_rows.rows());
-  y.noalias() = x * attention.norm_rows.transpose();
-  const auto size = static_cast<float>(y.cols());
-  return (y.rowwise().squaredNorm().array() / size + attention.norm_eps).sqrt().inverse();
+  MatrixF y(x.rows(), rows.rows());
+  y.noalias() = x * rows.transpose();
+  return (y.rowwise().squaredNorm().array() / static_cast<float>(y.cols()) + eps).sqrt().inverse();
 }
 
 MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
@@ -143,7 +142,7 @@ MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const Rota
   rotate_in_place(table, n, n + p, attention.heads, q);
   MatrixF rotary_key = attention.rotary_key(x);
   rotate_in_place(table, 0, p, 1, rotary_key);
-  const VectorF shrink = latent_shrink(attention, x);
+  const VectorF shrink = inverse_rms(attention.norm_rows, attention.norm_eps, x);
   std::vector<MatrixF> shared;
   for (const Linear& latent : attention.shared) {
     shared.push_back(latent(x));

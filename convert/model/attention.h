@@ -107,8 +107,9 @@ MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projectio
                   DistanceMass* mass = nullptr);
 // What LatentAttention's queries act on: x, or norm(q_down x).
 MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
-// 1 / ρ for every row of x; empty when ρ = 1.
-VectorF latent_shrink(const LatentAttention& attention, const MatrixF& x);
+// 1 / √(mean((rows x)²) + eps) for every row of x [length, hidden]; empty without rows.
+VectorF inverse_rms(const MatrixF& rows, float eps,
+                    const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& x);
 MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass = nullptr);
 MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table);

@@ -1,0 +1,193 @@
+#include "convert/latent/from_mla.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <stdexcept>
+
+#include "linalg/decompose.h"
+
+namespace relatent {
+namespace {
+
+// Directions of a metric below this part of its largest eigenvalue are raised to it.
+constexpr double metric_floor = 1e-8;
+
+const LatentBranch& only_branch(const LatentAttention& source) {
+  if (source.branches.size() != 1 || !source.shared.empty()) {
+    throw std::logic_error("from_mla: the source has more than one latent");
+  }
+  return source.branches.front();
+}
+
+MatrixD map_of(const Linear& linear) {
+  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
+  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
+  if (linear.bias.size() > 0) {
+    out.rightCols<1>() = linear.bias.transpose().cast<double>();
+  }
+  return out;
+}
+
+VectorD gain_of(const LatentBranch& branch) {
+  return branch.norm.present() ? VectorD(branch.norm.gain.transpose().cast<double>())
+                               : VectorD(VectorD::Ones(branch.down.out()));
+}
+
+MatrixD symmetric(const MatrixD& m) {
+  return 0.5 * (m + m.transpose());
+}
+
+// Divides a metric by the variance it sees, so that the two kinds of error compare.
+MatrixD normalised(const MatrixD& metric, const MatrixD& covariance) {
+  const double variance = metric.cwiseProduct(covariance).sum();
+  return variance > 0 ? MatrixD(metric / variance) : MatrixD(MatrixD::Zero(metric.rows(), metric.cols()));
+}
+
+// Leading directions of a covariance under a metric: c = down ĉ, ĉ ≈ up c.
+struct Directions {
+  MatrixD down;  // [rank, r]
+  MatrixD up;    // [r, rank]
+};
+
+Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank) {
+  const SymmetricRoot root = symmetric_root(metric, metric_floor);
+  const Index found = std::min(rank, covariance.rows());
+  const MatrixD basis = symmetric_eigenpairs(symmetric(root.root * covariance * root.root), found).vectors;
+  Directions out{MatrixD::Zero(rank, covariance.rows()), MatrixD::Zero(covariance.rows(), rank)};
+  out.down.topRows(found) = basis.transpose() * root.root;
+  out.up.leftCols(found) = root.inverse * basis;
+  return out;
+}
+
+}  // namespace
+
+AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_moment,
+                           const MatrixD& query_moment, const FromMlaOptions& options) {
+  const LatentBranch& branch = only_branch(source);
+  const Index n = source.nope_dim;
+  const Index p = source.rope_dim;
+  const Index w = source.v_dim;
+  const Index r = branch.down.out();
+  const Index parts = options.partition.parts;
+  const auto scale = static_cast<double>(source.scale);
+  AbsorbedAttention out;
+  out.nope_dim = n;
+  out.scale = scale;
+  out.rotary = source.rotary;
+  out.o = source.o.weight.cast<double>();
+  out.o_bias = source.o.bias.size() > 0 ? VectorD(source.o.bias.transpose().cast<double>())
+                                        : VectorD(VectorD::Zero(source.o.out()));
+  if (branch.norm.present()) {
+    out.norm_rows = branch.down.weight;
+    out.norm_eps = branch.norm.eps;
+    if (branch.down.bias.size() > 0) {
+      throw std::logic_error("from_mla: a normalised latent with a bias");
+    }
+  }
+  const MatrixD latent = gain_of(branch).asDiagonal() * map_of(branch.down);
+  const MatrixD covariance = symmetric(latent * input_moment * latent.transpose());
+  const MatrixD queries = map_of(source.q);
+  const Index total = options.partition.groups * options.rank;
+  out.key.resize(p + total, latent.cols());
+  out.key.topRows(p) = map_of(source.rotary_key);
+  for (Index g = 0; g < options.partition.groups; ++g) {
+    LatentGroup group;
+    group.first_head = options.partition.first_head(g, source.heads);
+    group.head_count = options.partition.first_head(g + 1, source.heads) - group.first_head;
+    group.first = g * options.rank;
+    group.rank = options.rank;
+    group.shared = parts > 1 ? options.key_rank : 0;
+    const Index own = group.rank - group.shared;
+    Index rows = p;
+    for (Index b = 0; b < parts; ++b) {
+      const Index from = b * own / parts;
+      group.parts.push_back({group.shared + from, (b + 1) * own / parts - from, rows});
+      rows += group.width(group.parts.back());
+    }
+    MatrixD keys = MatrixD::Zero(r, r);
+    MatrixD values = MatrixD::Zero(r, r);
+    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+      const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
+      const MatrixD asked = queries.middleRows(h * (n + p), n);
+      keys += up.topRows(n).transpose() * (asked * query_moment * asked.transpose()) * up.topRows(n);
+      const MatrixD through = out.o.middleCols(h * w, w) * up.bottomRows(w);
+      values += through.transpose() * through;
+    }
+    keys = normalised(symmetric(keys), covariance);
+    values = normalised(symmetric(values), covariance);
+    Directions directions;
+    if (parts == 1) {
+      directions = leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
+    } else {
+      const Directions shared =
+          leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
+      const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
+      const Directions rest = leading(values, symmetric(left * covariance * left.transpose()), own);
+      directions.down.resize(group.rank, r);
+      directions.down << shared.down, rest.down * left;
+      directions.up.resize(r, group.rank);
+      directions.up << shared.up, rest.up;
+    }
+    out.key.middleRows(p + group.first, group.rank) = directions.down * latent;
+    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+      const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
+      const MatrixD content = scale * queries.middleRows(h * (n + p), n);
+      MatrixD query = MatrixD::Zero(rows, queries.cols());
+      query.topRows(p) = scale * queries.middleRows(h * (n + p) + n, p);
+      for (const LatentPart& part : group.parts) {
+        MatrixD read(r, group.width(part));
+        read << directions.up.leftCols(group.shared), directions.up.middleCols(part.first, part.rank);
+        if (parts > 1) {
+          // The rest are the values' own; scores begin with what is shared.
+          read.rightCols(part.rank).setZero();
+        }
+        query.middleRows(part.query, read.cols()) = (up.topRows(n) * read).transpose() * content;
+      }
+      out.query.push_back(std::move(query));
+      out.value_up.emplace_back(up.bottomRows(w) * directions.up);
+    }
+    out.groups.push_back(std::move(group));
+  }
+  return out;
+}
+
+MatrixF mla_value_map(const LatentAttention& source) {
+  const LatentBranch& branch = only_branch(source);
+  const Index n = source.nope_dim;
+  const Index w = source.v_dim;
+  const Index r = branch.down.out();
+  MatrixF out(source.o.out(), source.heads * r);
+  for (Index h = 0; h < source.heads; ++h) {
+    out.middleCols(h * r, r).noalias() =
+        source.o.weight.middleCols(h * w, w) * branch.up.middleRows(h * (n + w) + n, w);
+  }
+  return out;
+}
+
+MlaProjections project(const LatentAttention& source, const MatrixF& x, const RotaryTable& table) {
+  const LatentBranch& branch = only_branch(source);
+  const Index n = source.nope_dim;
+  const Index p = source.rope_dim;
+  const Index w = source.v_dim;
+  const Index r = branch.down.out();
+  MatrixF q = source.q(query_features(source, x));
+  rotate_in_place(table, n, n + p, source.heads, q);
+  MlaProjections out;
+  out.query.resize(x.rows(), source.heads * (p + r));
+  for (Index h = 0; h < source.heads; ++h) {
+    out.query.middleCols(h * (p + r), p) = q.middleCols(h * (n + p) + n, p);
+    out.query.middleCols(h * (p + r) + p, r).noalias() =
+        q.middleCols(h * (n + p), n) * branch.up.middleRows(h * (n + w), n);
+  }
+  MatrixF rotary_key = source.rotary_key(x);
+  rotate_in_place(table, 0, p, 1, rotary_key);
+  MatrixF latent = branch.down(x);
+  if (branch.norm.present()) {
+    branch.norm.apply(latent);
+  }
+  out.key.resize(x.rows(), p + r);
+  out.key << rotary_key, latent;
+  return out;
+}
+
+}  // namespace relatent

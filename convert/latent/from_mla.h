@@ -1,0 +1,39 @@
+// MLA as the source: one latent c that all heads read, usually normalised, to latents in groups and parts.
+#pragma once
+
+#include "convert/forms/partition.h"
+#include "convert/latent/absorbed.h"
+#include "convert/latent/maps.h"
+
+namespace relatent {
+
+struct FromMlaOptions {
+  Partition partition;
+  Index rank = 0;             // of each group
+  Index key_rank = 0;         // with several parts: coordinates that they share
+  double lambda = 1;          // weight of key errors against value errors
+  double value_weight = 0.1;  // of values in the shared coordinates
+};
+
+// The source keeps its rotary key. Its latent ĉ, norm and gain applied, is seen by the keys through A_K² =
+// Σ_h U^K_hᵀ E[q_h q_hᵀ] U^K_h and by the outputs through A_V² = Σ_h (O_h U^V_h)ᵀ O_h U^V_h, the heads those
+// of a group, each divided by its trace against S = E[ĉ ĉᵀ]. A group of one part takes the leading
+// eigenvectors of M S M with M² = λ² A_K² + A_V²; of several parts, key_rank of them with M² = A_K² +
+// value_weight² A_V², and for the rest the leading eigenvectors of what those leave of S under A_V.
+//
+// The norm stays exact: what the latents are divided by is that of the source's own rows (norm_rows), which
+// every device can hold as it holds them today. input_moment = E[x̃ x̃ᵀ], query_moment the same of what the
+// queries act on. source has one branch.
+AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_moment,
+                           const MatrixD& query_moment, const FromMlaOptions& options);
+
+// The source's queries and keys in latent space, for attention samples: one key for all heads.
+struct MlaProjections {
+  MatrixF query;  // [length, heads * (p + r)]: rotated rotary part, then U^K_hᵀ q^N_h
+  MatrixF key;    // [length, p + r]: rotated rotary key, then ĉ, norm and gain applied
+};
+MlaProjections project(const LatentAttention& source, const MatrixF& x, const RotaryTable& table);
+// O_h U^V_h of every head: what ĉ does to the output, [hidden, heads * r].
+MatrixF mla_value_map(const LatentAttention& source);
+
+}  // namespace relatent
