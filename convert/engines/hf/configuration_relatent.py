@@ -14,9 +14,10 @@ class RelatentConfig(PreTrainedConfig):
     `kv_lora_rank` latent numbers in the cache of a layer: the shared latents, whose sizes are
     `latent_shared_ranks`, and then the own latent of every branch.
 
-    `latent_branches` lists the branches as dictionaries: the branch serves heads `first_head` to
-    `first_head + num_heads - 1`, and its latent is the shared latent number `shared` (None for none)
-    followed by `rank` numbers of its own. Heads that several branches serve add up what they read.
+    `latent_branches` lists the branches as dictionaries: a branch serves heads `first_head` to
+    `first_head + num_heads - 1`, and its latent is the shared latent number `shared` (None for
+    none) followed by `rank` numbers of its own. Heads that several branches serve add up what they
+    read.
 
     `latent_norm` is "none"; "branch", an RMSNorm on every branch's latent; or "replicated", where
     the root mean square of `latent_norm_rank` further projections divides all latents.

@@ -196,8 +196,8 @@ class RelatentAttention(nn.Module):
     ) -> torch.Tensor:
         """With keys and values per head: cheap for many queries at once.
 
-        query [batch, heads, queries, n + p], rotary_key [batch, keys, p], latent [batch, keys, rank],
-        up [heads, n + w, rank] -> [batch, heads, queries, w]
+        query [batch, heads, queries, n + p], rotary_key [batch, keys, p],
+        latent [batch, keys, rank], up [heads, n + w, rank] -> [batch, heads, queries, w]
         """
         if mask is None:
             # The queries are the first positions; what a static cache holds beyond is empty.
