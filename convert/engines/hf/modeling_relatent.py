@@ -207,14 +207,17 @@ class RelatentAttention(nn.Module):
         expanded = functional.linear(latent, up.flatten(0, 1)).unflatten(-1, (heads, -1))
         content_key, value = expanded.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
         rotary_key = rotary_key[:, None].expand(-1, heads, -1, -1)
-        return functional.scaled_dot_product_attention(
+        # Kernels that do not keep all scores want values of the keys' size.
+        padding = max(0, query.shape[-1] - self.v_dim)
+        out = functional.scaled_dot_product_attention(
             query,
             torch.cat((content_key, rotary_key), dim=-1),
-            value,
+            functional.pad(value, (0, padding)),
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.scaling,
         )
+        return out[..., : self.v_dim]
 
     def attend_absorbed(
         self,
