@@ -4,6 +4,7 @@ Larger models take part when RELATENT_MODELS names a folder that has them.
 """
 
 import os
+import tempfile
 from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may depend on the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Code beside weights is copied somewhere before it runs; never into the user's own cache.
+_modules = tempfile.TemporaryDirectory(prefix="relatent-modules-")
+os.environ["HF_MODULES_CACHE"] = _modules.name
 
 import numpy as np
 import pytest

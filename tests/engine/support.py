@@ -77,15 +77,22 @@ def validation_ids(count: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor
 
 
 def load(
-    folder: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    custom_code: bool = False,
 ) -> torch.nn.Module:
-    """The checkpoint as stock transformers loads it; every weight must find its place."""
+    """The checkpoint as transformers loads it; every weight must find its place.
+
+    Stock transformers, unless the code beside the weights is asked for.
+    """
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         attn_implementation=attention,
         local_files_only=True,
         output_loading_info=True,
+        trust_remote_code=custom_code,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not info.get(kind), f"{kind}: {info[kind]}"

@@ -1,1 +1,117 @@
-"""Placeholder while the first lines are written."""
+"""Configuration of `relatent` models: decoders whose attention reads cached latents."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+LATENT_NORMS = ("none", "branch", "replicated")
+
+
+class RelatentConfig(PreTrainedConfig):
+    """Sizes of a decoder with latent attention.
+
+    A token leaves one rotary key of `qk_rope_head_dim` numbers, which all heads share, and
+    `kv_lora_rank` latent numbers in the cache of a layer: the shared latents, whose sizes are
+    `latent_shared_ranks`, and then the own latent of every branch.
+
+    `latent_branches` lists the branches as dictionaries: a branch serves heads `first_head` to
+    `first_head + num_heads - 1`, and its latent is the shared latent number `shared` (None for
+    none) followed by `rank` numbers of its own. Heads that several branches serve add up what they
+    read.
+
+    `latent_norm` is "none"; "branch", an RMSNorm on every branch's latent; or "replicated", where
+    the root mean square of `latent_norm_rank` further projections divides all latents.
+    """
+
+    model_type = "relatent"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size: int = 32000,
+        hidden_size: int = 2048,
+        intermediate_size: int = 5632,
+        num_hidden_layers: int = 16,
+        num_attention_heads: int = 16,
+        q_lora_rank: int | None = None,
+        kv_lora_rank: int = 512,
+        qk_nope_head_dim: int = 128,
+        qk_rope_head_dim: int = 64,
+        v_head_dim: int = 128,
+        latent_form: str = "mla",
+        latent_branches: list[dict[str, int | None]] | None = None,
+        latent_shared_ranks: list[int] | None = None,
+        latent_norm: str = "none",
+        latent_norm_rank: int | None = None,
+        attention_bias: bool = False,
+        hidden_act: str = "silu",
+        max_position_embeddings: int = 2048,
+        rms_norm_eps: float = 1e-6,
+        rope_parameters: dict[str, Any] | None = None,
+        initializer_range: float = 0.02,
+        use_cache: bool = True,
+        tie_word_embeddings: bool = False,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.q_lora_rank = q_lora_rank
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.v_head_dim = v_head_dim
+        self.latent_form = latent_form
+        self.latent_shared_ranks = list(latent_shared_ranks or [])
+        if latent_branches is None:
+            latent_branches = [
+                {
+                    "first_head": 0,
+                    "num_heads": num_attention_heads,
+                    "shared": None,
+                    "rank": kv_lora_rank,
+                }
+            ]
+        self.latent_branches = latent_branches
+        self.latent_norm = latent_norm
+        self.latent_norm_rank = latent_norm_rank
+        self.attention_bias = attention_bias
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_parameters = rope_parameters
+        self.initializer_range = initializer_range
+        self.use_cache = use_cache
+        self.tie_word_embeddings = tie_word_embeddings
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.pad_token_id = pad_token_id
+        # transformers takes the size of rope from here.
+        self.head_dim = qk_rope_head_dim
+        self._check_latents()
+        super().__init__(**kwargs)
+
+    def _check_latents(self) -> None:
+        if self.latent_norm not in LATENT_NORMS:
+            raise ValueError(f"latent_norm must be one of {LATENT_NORMS}, not {self.latent_norm!r}")
+        if self.latent_norm == "replicated" and not self.latent_norm_rank:
+            raise ValueError("latent_norm 'replicated' needs latent_norm_rank")
+        ranks = self.latent_shared_ranks + [branch["rank"] for branch in self.latent_branches]
+        if sum(ranks) != self.kv_lora_rank:
+            raise ValueError(f"the latents have {sum(ranks)} numbers, not {self.kv_lora_rank}")
+        served: set[int] = set()
+        for branch in self.latent_branches:
+            first, shared = branch["first_head"], branch.get("shared")
+            served.update(range(first, first + branch["num_heads"]))
+            if shared is not None and shared not in range(len(self.latent_shared_ranks)):
+                raise ValueError(f"there is no shared latent {shared}")
+        if served != set(range(self.num_attention_heads)):
+            raise ValueError("latent_branches must serve every head, and no others")
+
+
+__all__ = ["RelatentConfig"]

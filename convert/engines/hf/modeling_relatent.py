@@ -1,1 +1,434 @@
-"""Placeholder while the first lines are written."""
+"""Decoders with latent attention: the cache holds latents that every head reads its own way.
+
+Of each token a layer caches one rotary key, which all heads share, and latents. A branch serves a
+range of heads: from its latent c, a head forms content keys and values by two matrices of its own,
+
+    score = (n + p)^-1/2 (rotary query . rotary key + content query . (key matrix) c)
+    output = softmax(scores) (value matrix) c
+
+Heads that several branches serve add up their outputs. For a single new token the matrices move to
+the query and to the mixed latents, so nothing is expanded per head and cached position.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_relatent import RelatentConfig
+
+LATENT_NORM_EPS = 1e-6
+
+
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, in float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+
+
+def rope_frequencies(config: RelatentConfig) -> tuple[torch.Tensor, float]:
+    """Angle per position of every rotary pair, in float32, and the factor on cosines and sines."""
+    rope = config.rope_parameters
+    size = config.qk_rope_head_dim
+    # Models are put together on the meta device, where numbers have no values.
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
+    periods = rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "default":
+        return 1.0 / periods, 1.0
+    if rope["rope_type"] != "longrope":
+        raise ValueError(f"rope_type must be default or longrope, not {rope['rope_type']!r}")
+    if rope["short_factor"] != rope["long_factor"]:
+        raise ValueError("short_factor and long_factor must be equal")
+    stretch = torch.tensor(rope["short_factor"], dtype=torch.float32, device="cpu")
+    factor = rope.get("attention_factor")
+    if factor is None:
+        original = rope["original_max_position_embeddings"]
+        longer = rope.get("factor") or config.max_position_embeddings / original
+        factor = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+    return 1.0 / (stretch * periods), factor
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns pairs (i, i + size / 2) of the last dimension; in float32, returned as x's type."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+class RelatentRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * (x.float() * inverse_rms(x, self.eps)).to(x.dtype)
+
+
+class RelatentRotaryEmbedding(nn.Module):
+    """Cosines and sines, in float32 whatever the type of the model."""
+
+    def __init__(self, config: RelatentConfig):
+        super().__init__()
+        frequencies, self.factor = rope_frequencies(config)
+        # Not a buffer: those change type with the model.
+        self.frequencies: list[float] = frequencies.tolist()
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[batch, length] -> twice [batch, length, pairs]"""
+        frequencies = torch.tensor(
+            self.frequencies, dtype=torch.float32, device=position_ids.device
+        )
+        angles = position_ids[..., None].float() * frequencies
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+class RelatentMLP(nn.Module):
+    def __init__(self, config: RelatentConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RelatentAttention(nn.Module):
+    def __init__(self, config: RelatentConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.nope_dim = config.qk_nope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.v_dim = config.v_head_dim
+        self.scaling = (self.nope_dim + self.rope_dim) ** -0.5
+        self.branches = config.latent_branches
+        shared_ranks = config.latent_shared_ranks
+        # Of the latent numbers in the cache.
+        self.split_sizes = shared_ranks + [branch["rank"] for branch in self.branches]
+
+        hidden, bias = config.hidden_size, config.attention_bias
+        query_size = self.num_heads * (self.nope_dim + self.rope_dim)
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, query_size, bias=bias)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RelatentRMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
+        self.k_rope_proj = nn.Linear(hidden, self.rope_dim, bias=bias)
+        if config.latent_norm == "replicated":
+            self.kv_norm_proj = nn.Linear(hidden, config.latent_norm_rank, bias=False)
+        self.kv_shared_proj = nn.ModuleList(
+            nn.Linear(hidden, rank, bias=bias) for rank in shared_ranks
+        )
+        self.kv_a_proj = nn.ModuleList(
+            nn.Linear(hidden, branch["rank"], bias=bias) for branch in self.branches
+        )
+        ranks = [
+            branch["rank"] + (0 if branch.get("shared") is None else shared_ranks[branch["shared"]])
+            for branch in self.branches
+        ]
+        if config.latent_norm == "branch":
+            self.kv_a_layernorm = nn.ModuleList(
+                RelatentRMSNorm(rank, LATENT_NORM_EPS) for rank in ranks
+            )
+        self.kv_b_proj = nn.ModuleList(
+            nn.Linear(rank, branch["num_heads"] * (self.nope_dim + self.v_dim), bias=False)
+            for branch, rank in zip(self.branches, ranks, strict=True)
+        )
+        self.o_proj = nn.Linear(self.num_heads * self.v_dim, hidden, bias=bias)
+
+    def query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[batch, length, hidden] -> [batch, heads, length, n + p]"""
+        if self.config.q_lora_rank is None:
+            query = self.q_proj(x)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        content, rotary = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        return torch.cat((content, rotate(rotary, cos[:, None], sin[:, None])), dim=-1)
+
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """The latent numbers that the cache holds: [batch, length, sum of split_sizes]
+
+        They are normalised, save for those that several branches normalise in their own way.
+        """
+        parts = [project(x) for project in self.kv_shared_proj]
+        for index, project in enumerate(self.kv_a_proj):
+            own = project(x)
+            if self.config.latent_norm == "branch" and self.branches[index].get("shared") is None:
+                own = self.kv_a_layernorm[index](own)
+            parts.append(own)
+        latents = torch.cat(parts, dim=-1)
+        if self.config.latent_norm == "replicated":
+            shrink = inverse_rms(self.kv_norm_proj(x), LATENT_NORM_EPS)
+            latents = (latents.float() * shrink).to(latents.dtype)
+        return latents
+
+    def branch_latent(self, cached: tuple[torch.Tensor, ...], index: int) -> torch.Tensor:
+        """What the heads of a branch read, from the parts of the cached latents."""
+        shared = self.branches[index].get("shared")
+        own = cached[len(self.kv_shared_proj) + index]
+        if shared is None:
+            return own
+        latent = torch.cat((cached[shared], own), dim=-1)
+        return self.kv_a_layernorm[index](latent) if self.config.latent_norm == "branch" else latent
+
+    def attend_expanded(
+        self,
+        query: torch.Tensor,
+        rotary_key: torch.Tensor,
+        latent: torch.Tensor,
+        up: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """With keys and values per head: cheap for many queries at once.
+
+        query [batch, heads, queries, n + p], rotary_key [batch, keys, p],
+        latent [batch, keys, rank], up [heads, n + w, rank] -> [batch, heads, queries, w]
+        """
+        if mask is None:
+            # The queries are the first positions; what a static cache holds beyond is empty.
+            length = query.shape[2]
+            rotary_key, latent = rotary_key[:, :length], latent[:, :length]
+        heads = up.shape[0]
+        expanded = functional.linear(latent, up.flatten(0, 1)).unflatten(-1, (heads, -1))
+        content_key, value = expanded.transpose(1, 2).split((self.nope_dim, self.v_dim), dim=-1)
+        rotary_key = rotary_key[:, None].expand(-1, heads, -1, -1)
+        # Kernels that do not keep all scores want values of the keys' size.
+        padding = max(0, query.shape[-1] - self.v_dim)
+        out = functional.scaled_dot_product_attention(
+            query,
+            torch.cat((content_key, rotary_key), dim=-1),
+            functional.pad(value, (0, padding)),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scaling,
+        )
+        return out[..., : self.v_dim]
+
+    def attend_absorbed(
+        self,
+        query: torch.Tensor,
+        rotary_key: torch.Tensor,
+        latent: torch.Tensor,
+        up: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The same with queries moved into the latent space: reads the cache as it is.
+
+        Without a mask every query sees every key.
+        """
+        heads, queries = query.shape[1:3]
+        content, rotary = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        key_map, value_map = up.split((self.nope_dim, self.v_dim), dim=1)
+        content = torch.matmul(content, key_map)  # [batch, heads, queries, rank]
+        # All heads read the same keys, so they are as good as further queries.
+        scores = torch.matmul(content.flatten(1, 2), latent.transpose(1, 2))
+        scores = scores + torch.matmul(rotary.flatten(1, 2), rotary_key.transpose(1, 2))
+        scores = scores.unflatten(1, (heads, queries)) * self.scaling
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores = scores + mask
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        mixed = torch.matmul(weights.flatten(1, 2), latent).unflatten(1, (heads, queries))
+        return torch.matmul(mixed, value_map.transpose(1, 2))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        cos, sin = position_embeddings
+        query = self.query(x, cos, sin)
+        rotary_key = rotate(self.k_rope_proj(x), cos, sin)
+        latents = self.latents(x)
+        if past_key_values is not None:
+            # One head whose keys are the latents and whose values are the rotary keys.
+            latents, rotary_key = past_key_values.update(
+                latents[:, None], rotary_key[:, None], self.layer_idx
+            )
+            latents, rotary_key = latents[:, 0], rotary_key[:, 0]
+        cached = latents.split(self.split_sizes, dim=-1)
+
+        absorb = query.shape[2] == 1 or self.config._attn_implementation == "eager"
+        attend = self.attend_absorbed if absorb else self.attend_expanded
+        out = query.new_zeros(*query.shape[:3], self.v_dim)
+        for index, branch in enumerate(self.branches):
+            first, count = branch["first_head"], branch["num_heads"]
+            out[:, first : first + count] += attend(
+                query[:, first : first + count],
+                rotary_key,
+                self.branch_latent(cached, index),
+                self.kv_b_proj[index].weight.unflatten(0, (count, -1)),
+                attention_mask,
+            )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class RelatentDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: RelatentConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = RelatentAttention(config, layer_idx)
+        self.mlp = RelatentMLP(config)
+        self.input_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class RelatentPreTrainedModel(PreTrainedModel):
+    config_class = RelatentConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RelatentDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+
+
+class RelatentModel(RelatentPreTrainedModel):
+    def __init__(self, config: RelatentConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            RelatentDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RelatentRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache is None:
+            use_cache = self.config.use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
+            position_ids = (positions + seen)[None]
+
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(position_ids)
+        hidden_states = inputs_embeds
+        all_hidden_states = [hidden_states]
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+            )
+            all_hidden_states.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        all_hidden_states[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+        )
+
+
+class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RelatentConfig):
+        super().__init__(config)
+        self.model = RelatentModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        # 0 keeps all positions, for -0 is 0.
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+__all__ = ["RelatentForCausalLM", "RelatentModel", "RelatentPreTrainedModel"]
