@@ -174,8 +174,10 @@ ConvertOptions resolve(const Options& options) {
 }
 
 void say_trial(const SizeTrial& trial) {
-  std::fprintf(stderr, "tried rotary %td + latent %td: %.4f nats on held-out calibration tokens\n",
-               trial.rope_dim, trial.rank, trial.nats);
+  const std::string shared =
+      trial.key_rank > 0 ? " (" + std::to_string(trial.key_rank) + " of them shared)" : std::string();
+  std::fprintf(stderr, "tried rotary %td + latents %td%s: %.4f nats on held-out calibration tokens\n",
+               trial.rope_dim, trial.rank, shared.c_str(), trial.nats);
 }
 
 int run(const Options& options) {
@@ -208,7 +210,10 @@ int run(const Options& options) {
     out["warnings"] = conversion.plan().warnings;
     out["trials"] = Json::array();
     for (const SizeTrial& trial : conversion.plan().trials) {
-      out["trials"].push_back({{"rope_dim", trial.rope_dim}, {"kv_rank", trial.rank}, {"nats", trial.nats}});
+      out["trials"].push_back({{"rope_dim", trial.rope_dim},
+                               {"kv_rank", trial.rank},
+                               {"key_rank", trial.key_rank},
+                               {"nats", trial.nats}});
     }
     if (report.fold) {
       out["fold"] = *report.fold;

@@ -19,6 +19,7 @@ struct Options {
   std::string tokens;
   std::int64_t sequences = 0;
   std::int64_t length = 1024;
+  std::optional<Index> tp;
   std::optional<double> max_kl;
   std::optional<double> max_nats;
   bool json = false;
@@ -57,21 +58,43 @@ void print_table(const Options& options, const Verification& v, FILE* out) {
   }
 }
 
+void print_devices(const DeviceVerification& v, FILE* out) {
+  std::fprintf(out, "\nrun by %td devices, each with its share, against one: relative logit error %.3e\n",
+               v.tp, v.logits.rel_logit_error);
+  std::fputs("cache bytes per token of each:", out);
+  for (const Index bytes : v.cache_bytes_per_token) {
+    std::fprintf(out, " %td", bytes);
+  }
+  std::fputs("\n", out);
+}
+
 int run(const Options& options) {
   const Model source = Model::open(options.source);
   const Model converted = Model::open(options.converted);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, source.config().vocab_size);
+  std::optional<DeviceVerification> devices;
+  if (options.tp) {
+    Progress progress("verify devices", options.quiet);
+    devices = verify_devices(converted, sequences, *options.tp, std::ref(progress));
+  }
   Verification v;
   {
     Progress progress("verify", options.quiet);
     v = verify(source, converted, sequences, std::ref(progress));
   }
   if (options.json) {
-    std::puts(to_json(v).dump().c_str());
+    nlohmann::ordered_json out = to_json(v);
+    if (devices) {
+      out["devices"] = to_json(*devices);
+    }
+    std::puts(out.dump().c_str());
   }
   if (!options.json || !options.quiet) {
     print_table(options, v, options.json ? stderr : stdout);
+  }
+  if (devices && (!options.json || !options.quiet)) {
+    print_devices(*devices, options.json ? stderr : stdout);
   }
   int code = 0;
   if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
@@ -99,6 +122,12 @@ void add_verify(CLI::App& app, Command& chosen) {
   command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();
+  command
+      ->add_option(
+          "--tp", options->tp,
+          "Also run the converted model as so many tensor-parallel devices would, each with its share of "
+          "weights and cache, and compare")
+      ->check(CLI::Range(1, 1024));
   command->add_option("--max-kl", options->max_kl, "Exit 1 when the mean KL is above this");
   command->add_option("--max-nats", options->max_nats, "Exit 1 when more nats are lost than this");
   command->add_flag("--json", options->json, "One JSON object on stdout, the table on stderr");

@@ -98,8 +98,8 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
   if (given != 1) {
     fail_usage(given == 0
                    ? "--method " + std::string(method_name(options.method)) +
-                         " needs --rank, --per-device or --kv-budget"
-                   : "--rank, --per-device and --kv-budget all decide the size of the latents: give one");
+                         " needs --rank or --kv-budget (or --per-device where devices split the latents)"
+                   : "--rank and --kv-budget, or --per-device, all decide the size of the latents: give one");
   }
   GroupSizes out;
   if (options.relatent.order != LatentOrder::shared) {
@@ -142,9 +142,12 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
   if (options.relatent.order != LatentOrder::shared && out.rank % partition.parts != 0) {
     fail_usage("--rank " + text(out.rank) + " does not divide into " + text(partition.parts) + " slices");
   }
+  if (total <= 0) {
+    fail_usage("--rank " + text(total) + " must be at least 1");
+  }
   if (out.rank - out.key_rank < partition.parts) {
-    fail_usage("--rank leaves less than one coordinate for each latent beside --key-rank " +
-               text(out.key_rank));
+    fail_usage("--rank " + text(total) +
+               " leaves less than one coordinate for each latent beside --key-rank " + text(out.key_rank));
   }
   return out;
 }
@@ -348,8 +351,16 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
 }
 
 void Conversion::search_sizes(const SizeSearch::Watch& watch) {
-  const bool wants_rotary = options_.kv_budget && !options_.rope_dim && !options_.rank;
-  if (options_.method != Method::relatent || !(wants_rotary || options_.max_nats)) {
+  const bool shared = options_.relatent.order == LatentOrder::shared;
+  const bool wants_rotary =
+      options_.form == "mla" && options_.kv_budget && !options_.rope_dim && !options_.rank;
+  const bool wants_split =
+      shared && options_.form != "mla" && options_.per_device &&
+      ((source_.config().gqa && !options_.rope_dim) || (partition_.parts > 1 && !options_.key_rank));
+  if (options_.max_nats && options_.form != "mla") {
+    fail_usage("--kv-budget auto belongs to --to mla; for " + options_.form + " give --per-device");
+  }
+  if (options_.method != Method::relatent || !(wants_rotary || wants_split || options_.max_nats)) {
     return;
   }
   if (options_.max_nats && (options_.kv_budget || options_.rank || options_.rope_dim)) {
@@ -360,6 +371,17 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fit_sequences(), relatent_options(),
       watch);
   SizeTrial chosen;
+  if (wants_split) {
+    const std::optional<Index> rotary =
+        source_.config().latent ? source_.config().latent->qk_rope_head_dim : options_.rope_dim;
+    chosen = search.split_for(*options_.per_device, rotary, options_.key_rank);
+    options_.rope_dim = chosen.rope_dim;
+    if (partition_.parts > 1) {
+      options_.key_rank = chosen.key_rank;
+    }
+    plan_.trials = search.trials();
+    return;
+  }
   if (options_.max_nats) {
     chosen = search.smallest_within(*options_.max_nats);
     if (!(chosen.nats <= *options_.max_nats)) {

@@ -56,11 +56,12 @@ std::vector<Index> SizeSearch::rotary_candidates(Index total) const {
   return out;
 }
 
-SizeTrial SizeSearch::trial(Index rope_dim, Index rank, const Sequences& fit, const Sequences& held_out,
+SizeTrial SizeSearch::trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
                             const RelatentOptions& options) {
   RelatentOptions sized = options;
-  sized.rope_dim = rope_dim;
-  sized.rank = rank;
+  sized.rope_dim = sizes.rope_dim;
+  sized.rank = sizes.rank;
+  sized.key_rank = sizes.key_rank;
   RelatentConversion conversion(source_, moments_, fit, sized);
   Stream source_stream(source_, held_out);
   Stream converted_stream = source_stream;
@@ -71,11 +72,20 @@ SizeTrial SizeSearch::trial(Index rope_dim, Index rank, const Sequences& fit, co
     run_layer(layer, converted_stream);
   }
   const LogitComparison logits = compare_logits(source_, source_stream, source_, converted_stream, held_out);
-  trials_.push_back({rope_dim, rank, logits.converted_nll - logits.source_nll});
+  trials_.push_back({sizes.rope_dim, sizes.rank, logits.converted_nll - logits.source_nll, sizes.key_rank});
   if (watch_) {
     watch_(trials_.back());
   }
   return trials_.back();
+}
+
+SizeTrial SizeSearch::quick_trial(const SizeTrial& sizes) {
+  const Index held = std::clamp<Index>(sequences_.count / 3, 1, ranking_held_out);
+  const Index fit = std::min<Index>(sequences_.count - held, ranking_fit);
+  RelatentOptions quick = options_;
+  quick.fit.rounds = 1;
+  quick.fit.queries_per_unknown = 2;
+  return trial(sizes, first_sequences(sequences_, fit), last_sequences(sequences_, held), quick);
 }
 
 SizeTrial SizeSearch::rotary_for(Index total) {
@@ -83,19 +93,65 @@ SizeTrial SizeSearch::rotary_for(Index total) {
   if (candidates.size() == 1) {
     return {candidates.front(), total - candidates.front(), std::numeric_limits<double>::quiet_NaN()};
   }
-  const Index held = std::clamp<Index>(sequences_.count / 3, 1, ranking_held_out);
-  const Index fit = std::min<Index>(sequences_.count - held, ranking_fit);
-  RelatentOptions quick = options_;
-  quick.fit.rounds = 1;
-  quick.fit.queries_per_unknown = 2;
   SizeTrial best;
   for (const Index rope_dim : candidates) {
-    const SizeTrial here = trial(rope_dim, total - rope_dim, first_sequences(sequences_, fit),
-                                 last_sequences(sequences_, held), quick);
+    const SizeTrial here = quick_trial({rope_dim, total - rope_dim});
     // Of equals the smaller rotary key, which comes first.
     if (best.rank == 0 || here.nats < best.nats) {
       best = here;
     }
+  }
+  return best;
+}
+
+SizeTrial SizeSearch::split_for(Index per_device, std::optional<Index> rope_dim,
+                                std::optional<Index> key_rank) {
+  const Partition& partition = options_.partition;
+  const bool shares = partition.parts > 1;
+  // Small caches are cut finer.
+  const Index step = per_device < 6 * size_step ? size_step / 2 : size_step;
+  const Index third = std::max(step, (per_device / 3 + step / 2) / step * step);
+  const Index most_rotary = source_.config().gqa
+                                ? source_.config().gqa->num_key_value_heads * source_.config().gqa->head_dim
+                                : source_.config().latent->qk_rope_head_dim;
+  const auto sized = [&](Index rotary, Index keys) {
+    const Index own = per_device - rotary - keys;
+    return SizeTrial{rotary, partition.groups * (keys + partition.parts * own), 0, keys};
+  };
+  const auto fits = [&](Index rotary, Index keys) {
+    return rotary >= 2 && rotary <= most_rotary && keys >= 0 && per_device - rotary - keys > 0;
+  };
+  Index rotary = rope_dim.value_or(std::min(third, most_rotary));
+  Index keys = shares ? key_rank.value_or(third) : 0;
+  if (shares && !key_rank) {
+    keys = std::clamp<Index>(keys, 0, std::max<Index>(0, per_device - rotary - 1));
+  }
+  if (!fits(rotary, keys)) {
+    fail_usage("--per-device " + std::to_string(per_device) + " leaves no room beside a rotary key of " +
+               std::to_string(rotary) + (shares ? " and shared coordinates of " + std::to_string(keys) : ""));
+  }
+  SizeTrial best = quick_trial(sized(rotary, keys));
+  const auto walk = [&](Index rotary_step, Index key_step) {
+    while (fits(best.rope_dim + rotary_step, best.key_rank + key_step)) {
+      const SizeTrial here = quick_trial(sized(best.rope_dim + rotary_step, best.key_rank + key_step));
+      if (!(here.nats < best.nats)) {
+        return;
+      }
+      best = here;
+    }
+  };
+  const auto both_ways = [&](Index rotary_step, Index key_step) {
+    const double before = best.nats;
+    walk(rotary_step, key_step);
+    if (best.nats == before) {
+      walk(-rotary_step, -key_step);
+    }
+  };
+  if (shares && !key_rank) {
+    both_ways(0, step);
+  }
+  if (!rope_dim) {
+    both_ways(step, 0);
   }
   return best;
 }
@@ -109,7 +165,7 @@ SizeTrial SizeSearch::smallest_within(double max_nats) {
   const auto measured = [&](Index total) {
     const std::vector<Index> candidates = rotary_candidates(total);
     const Index rope_dim = candidates[candidates.size() / 2];
-    return trial(rope_dim, total - rope_dim, fit, held_out, options_);
+    return trial({rope_dim, total - rope_dim}, fit, held_out, options_);
   };
   // In steps: `high` is known to do (or is the whole cache), `low` is known not to (or too small to exist).
   Index low = 1;

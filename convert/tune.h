@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "convert/relatent.h"
@@ -16,6 +17,7 @@ struct SizeTrial {
   Index rope_dim = 0;
   Index rank = 0;
   double nats = 0;
+  Index key_rank = 0;  // of partitioned forms: coordinates that the parts share
 };
 
 // What trials run on.
@@ -32,6 +34,11 @@ class SizeSearch {
   // enough. One candidate is taken untried.
   SizeTrial rotary_for(Index total);
 
+  // Rotary size and shared coordinates for `per_device` numbers on each of the partition's devices, either of
+  // them fixed where it is given: a third each to begin with, then one and the other moved in steps as long
+  // as it helps, ranked like rotary sizes.
+  SizeTrial split_for(Index per_device, std::optional<Index> rope_dim, std::optional<Index> key_rank);
+
   // The smallest cache that loses at most max_nats, by bisection, fitted in full on three quarters of the
   // sequences and measured on the rest; the whole of the source's cache when none does.
   SizeTrial smallest_within(double max_nats);
@@ -41,8 +48,10 @@ class SizeSearch {
 
  private:
   std::vector<Index> rotary_candidates(Index total) const;
-  SizeTrial trial(Index rope_dim, Index rank, const Sequences& fit, const Sequences& held_out,
+  SizeTrial trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
                   const RelatentOptions& options);
+  // The same with the few tokens that rank sizes.
+  SizeTrial quick_trial(const SizeTrial& sizes);
 
   const Model& source_;
   std::function<Moments(Index)> moments_;

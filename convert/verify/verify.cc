@@ -3,6 +3,7 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "convert/model/devices.h"
 #include "formats/error.h"
 #include "linalg/threads.h"
 
@@ -95,6 +96,52 @@ Verification verify(const Model& source, const Model& converted, const Sequences
     out.converted_per_device[i] = b.cache_bytes_per_token_on_device(reported_tp[i]);
   }
   return out;
+}
+
+DeviceVerification verify_devices(const Model& converted, const Sequences& sequences, Index tp,
+                                  const LayerProgress& progress) {
+  const ModelConfig& config = converted.config();
+  if (!config.latent) {
+    fail_usage("--tp runs latent models device by device, and " + converted.checkpoint().folder().string() +
+               " is " + config.model_type);
+  }
+  const std::vector<DeviceShare> shares = device_shares(*config.latent, tp);
+  DeviceVerification out;
+  out.tp = tp;
+  for (const DeviceShare& share : shares) {
+    out.cache_bytes_per_token.push_back(share.cache_numbers(*config.latent) * config.num_hidden_layers *
+                                        static_cast<Index>(size_of(config.dtype)));
+  }
+  Stream whole(converted, sequences);
+  Stream split = whole;
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    const Layer layer = converted.layer(i);
+    run_layer(layer, whole);
+    const auto& attention = std::get<LatentAttention>(layer.attention);
+    const RotaryTable table(attention.rotary, sequences.length);
+    std::vector<LatentAttention> parts;
+    for (const DeviceShare& share : shares) {
+      parts.push_back(part_of(attention, share, parts.empty()));
+    }
+    parallel_for(static_cast<std::size_t>(split.count()), [&](std::size_t s) {
+      auto hidden = split.sequence(static_cast<Index>(s));
+      const MatrixF x = normed(layer.input_norm, hidden);
+      for (const LatentAttention& part : parts) {
+        hidden += part.o(mix_heads(part, x, table));
+      }
+      add_mlp(layer, hidden);
+    });
+    progress(i + 1, config.num_hidden_layers);
+  }
+  out.logits = compare_logits(converted, whole, converted, split, sequences);
+  return out;
+}
+
+nlohmann::ordered_json to_json(const DeviceVerification& v) {
+  return {{"tp", v.tp},
+          {"rel_logit_error", v.logits.rel_logit_error},
+          {"max_abs_logit_diff", v.logits.max_abs_logit_diff},
+          {"kv_bytes_per_token", v.cache_bytes_per_token}};
 }
 
 nlohmann::ordered_json to_json(const Verification& v) {

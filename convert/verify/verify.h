@@ -36,7 +36,20 @@ struct Verification {
 Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
                     const LayerProgress& progress);
 
+// The converted model against itself, as tp devices run it: each has its share of every latent layer's
+// weights and cache (devices.h), and their outputs are summed.
+struct DeviceVerification {
+  Index tp = 0;
+  LogitComparison logits;                    // whole against by devices
+  std::vector<Index> cache_bytes_per_token;  // of each device, all layers
+};
+
+// Throws Error (usage) when the model has no latents, or tp devices cannot share it (saying why).
+DeviceVerification verify_devices(const Model& converted, const Sequences& sequences, Index tp,
+                                  const LayerProgress& progress);
+
 // The fields of `verify --json`.
 nlohmann::ordered_json to_json(const Verification& verification);
+nlohmann::ordered_json to_json(const DeviceVerification& verification);
 
 }  // namespace relatent

@@ -466,7 +466,8 @@ TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
   expect_error(ErrorKind::input, {layer_name(2, "mlp.up_proj.bias"), "deepseek_v3"},
                [&] { Conversion{write(biased)}; });
 
-  expect_error(ErrorKind::input, {"config.json", "grouped-query", "deepseek_v3"},
+  // An MLA latent splits only with loss.
+  expect_error(ErrorKind::usage, {"--method lossless", "MLA latent"},
                [&] { Conversion{write(testing_support::tiny_latent_model())}; });
 
   ConvertOptions nowhere = write(TinyOptions{});

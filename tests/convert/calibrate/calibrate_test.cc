@@ -97,13 +97,23 @@ TEST(Calibrate, BytesDoNotDependOnTheThreads) {
   EXPECT_TRUE(run(3) == one);
 }
 
-TEST(Calibrate, RefusesALatentModel) {
+TEST(Calibrate, TakesALatentModel) {
   const TempFolder folder;
   testing_support::tiny_latent_model().write(folder / "model");
   const Model model = Model::open(folder / "model");
-  expect_error(ErrorKind::input, {"config.json", "grouped-query", "deepseek_v3"},
-               [&] { calibrate(model, random_sequences(4, 2, 5, 50), folder / "moments.h5", ignore); });
-  EXPECT_FALSE(std::filesystem::exists(folder / "moments.h5"));
+  const Sequences sequences = random_sequences(4, 2, 5, 50);
+  calibrate(model, sequences, folder / "moments.h5", ignore);
+  CalibrationFile file = CalibrationFile::open(folder / "moments.h5");
+  Stream stream(model, sequences);
+  for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
+    const Layer layer = model.layer(i);
+    const LayerMoments found = file.layer(i);
+    const MatrixD x = normed(layer.input_norm, stream.hidden()).cast<double>();
+    EXPECT_LE((found.second_moment - x.transpose() * x / 10.0).norm(), 1e-5 * found.second_moment.norm());
+    ASSERT_EQ(found.distance_mass.rows(), model.config().num_attention_heads);
+    EXPECT_LE((found.distance_mass.rowwise().sum() - VectorD::Ones(found.distance_mass.rows())).norm(), 1e-5);
+    run_layer(layer, stream);
+  }
 }
 
 }  // namespace

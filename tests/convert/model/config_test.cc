@@ -81,7 +81,9 @@ TEST(Config, ReadsLatentModels) {
   EXPECT_EQ(found.rotary.inv_freq.size(), 3U);
   EXPECT_EQ(found.cache_numbers(), 17);
   EXPECT_EQ(found.cache_bytes_per_token(), 17 * 3 * 4);
-  EXPECT_EQ(found.cache_bytes_per_token_on_device(4), 17 * 3 * 4);
+  // Every device holds the one latent; more devices than heads divide by cannot share the layer.
+  EXPECT_EQ(found.cache_bytes_per_token_on_device(2), 17 * 3 * 4);
+  EXPECT_EQ(found.cache_bytes_per_token_on_device(4), std::nullopt);
 
   Json config = mla_config();
   config["q_lora_rank"] = nullptr;
