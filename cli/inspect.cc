@@ -1,12 +1,17 @@
+#include <algorithm>
+#include <array>
+#include <cctype>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/forms/partition.h"
 #include "convert/model/model.h"
-#include "convert/verify/verify.h"
 
 namespace relatent {
 namespace {
@@ -18,35 +23,73 @@ struct Options {
   bool json = false;
 };
 
-// What one target would keep per token and layer on one of tp devices.
+// A form that the checkpoint could be converted to, in one size that shows what it costs.
 struct Target {
   const char* name;
-  const char* note;
-  Index numbers(const ModelConfig& config, Index tp) const;
-  double budget;   // of the source's 2 K d; rotary size = head_dim
-  Index branches;  // the latent is split over this many devices
+  const char* form;
+  Index branches;
+  double part;  // of a grouped-query cache that one device keeps when there is a device for each latent
 };
 
-Index Target::numbers(const ModelConfig& config, Index tp) const {
-  const auto whole = static_cast<double>(2 * config.gqa->num_key_value_heads * config.gqa->head_dim);
-  const Index rotary = config.gqa->head_dim;
-  const Index rank = std::max<Index>(0, static_cast<Index>(budget * whole) - rotary);
-  const Index parts = std::min(tp, branches);
-  return rotary + (rank + parts - 1) / parts;
+constexpr std::array<Target, 5> targets = {{
+    {"MLA", "mla", 1, 0.5},
+    {"MLA", "mla", 1, 0.25},
+    {"GLA-2", "gla", 2, 0.25},
+    {"TPLA-2", "tpla", 2, 0.25},
+    {"TPLA-4 / MLRA-4", "tpla", 4, 0.1875},
+}};
+
+// Numbers per token and layer on each device. An MLA latent is divided as the published slices do.
+Index per_device_of(const ModelConfig& config, const Target& target) {
+  if (config.latent) {
+    return config.latent->qk_rope_head_dim + config.latent->kv_lora_rank / target.branches;
+  }
+  return static_cast<Index>(target.part * static_cast<double>(config.cache_numbers()));
 }
 
-constexpr std::array<Target, 4> targets = {{
-    {"MLA 50 %", "one latent, held by every device", 0.5, 1},
-    {"MLA 25 %", "one latent, held by every device", 0.25, 1},
-    {"GLA-2 50 %", "two latents, half of the heads each", 0.5, 2},
-    {"MLRA-4 / TPLA-4 50 %", "four parts of a latent", 0.5, 4},
-}};
+std::string target_name(const ModelConfig& config, const Target& target) {
+  const double part =
+      100 * static_cast<double>(per_device_of(config, target)) / static_cast<double>(config.cache_numbers());
+  std::array<char, 64> text{};
+  std::snprintf(text.data(), text.size(), "%s %.4g %%", target.name, part);
+  return text.data();
+}
+
+bool convertible(const ModelConfig& config, const Target& target) {
+  return config.gqa || (config.latent->branches.size() == 1 && target.branches > 1);
+}
+
+// Bytes on each of tp devices; nothing where so many cannot share it.
+std::optional<Index> target_bytes(const ModelConfig& config, const Target& target, Index tp) {
+  const Index per_device = per_device_of(config, target);
+  const Partition partition = *partition_of(target.form, target.branches);
+  LatentShape shape;
+  shape.heads = config.num_attention_heads;
+  shape.rope_dim = config.gqa ? std::max<Index>(2, per_device / 6 * 2) : config.latent->qk_rope_head_dim;
+  const Index latent = per_device - shape.rope_dim;
+  if (latent < 2 || partition.groups > shape.heads) {
+    return std::nullopt;
+  }
+  const Index keys = partition.parts > 1 ? latent / 2 : 0;
+  lay_out(partition,
+          std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups),
+                                  {keys, keys + partition.parts * (latent - keys)}),
+          shape);
+  ModelConfig converted = config;
+  converted.gqa.reset();
+  converted.latent = shape.geometry();
+  return converted.cache_bytes_per_token_on_device(tp);
+}
+
+Json or_null(const std::optional<Index>& number) {
+  return number ? Json(*number) : Json(nullptr);
+}
 
 Json to_json(const Model& model) {
   const ModelConfig& c = model.config();
   Json out;
   out["model_type"] = c.model_type;
-  out["attention"] = c.gqa ? "gqa" : "mla";
+  out["attention"] = c.gqa ? "gqa" : c.latent->form;
   out["num_hidden_layers"] = c.num_hidden_layers;
   out["hidden_size"] = c.hidden_size;
   out["vocab_size"] = c.vocab_size;
@@ -59,6 +102,8 @@ Json to_json(const Model& model) {
     out["qk_rope_head_dim"] = c.latent->qk_rope_head_dim;
     out["qk_nope_head_dim"] = c.latent->qk_nope_head_dim;
     out["v_head_dim"] = c.latent->v_head_dim;
+    out["latents"] = c.latent->branches.size();
+    out["shared_ranks"] = c.latent->shared_ranks;
   }
   out["rope_type"] = c.rotary.rope_type;
   out["dtype"] = torch_name(c.dtype);
@@ -66,14 +111,13 @@ Json to_json(const Model& model) {
   out["tensor_bytes"] = model.checkpoint().tensor_bytes();
   out["cache_bytes_per_token"] = c.cache_bytes_per_token();
   for (const Index tp : reported_tp) {
-    const std::optional<Index> bytes = c.cache_bytes_per_token_on_device(tp);
-    out["cache_bytes_per_token_per_device"][std::to_string(tp)] = bytes ? Json(*bytes) : Json(nullptr);
+    out["cache_bytes_per_token_per_device"][std::to_string(tp)] =
+        or_null(c.cache_bytes_per_token_on_device(tp));
   }
-  if (c.gqa) {
-    const Index unit = c.num_hidden_layers * static_cast<Index>(size_of(c.dtype));
-    for (const Target& target : targets) {
-      for (const Index tp : reported_tp) {
-        out["targets"][target.name][std::to_string(tp)] = target.numbers(c, tp) * unit;
+  for (const Target& target : targets) {
+    for (const Index tp : reported_tp) {
+      if (convertible(c, target)) {
+        out["targets"][target_name(c, target)][std::to_string(tp)] = or_null(target_bytes(c, target, tp));
       }
     }
   }
@@ -88,9 +132,14 @@ void print_table(const Options& options, const Model& model) {
     std::printf("attention: GQA, %td query heads on %td key/value heads of %td\n", c.num_attention_heads,
                 c.gqa->num_key_value_heads, c.gqa->head_dim);
   } else {
-    std::printf("attention: MLA, %td heads, latent %td + rotary key %td, nope %td, v %td\n",
-                c.num_attention_heads, c.latent->kv_lora_rank, c.latent->qk_rope_head_dim,
-                c.latent->qk_nope_head_dim, c.latent->v_head_dim);
+    std::string form = c.latent->form;
+    std::transform(form.begin(), form.end(), form.begin(),
+                   [](unsigned char letter) { return std::toupper(letter); });
+    const std::size_t latents = c.latent->branches.size();
+    std::printf(
+        "attention: %s, %td heads, %zu latent%s of %td numbers in all + rotary key %td, nope %td, v %td\n",
+        form.c_str(), c.num_attention_heads, latents, latents == 1 ? "" : "s", c.latent->kv_lora_rank,
+        c.latent->qk_rope_head_dim, c.latent->qk_nope_head_dim, c.latent->v_head_dim);
   }
   std::printf("rope: %s; %zu tensors, %s as %s\n\n", c.rotary.rope_type.c_str(), model.tensors().size(),
               bytes_text(model.checkpoint().tensor_bytes()).c_str(),
@@ -105,11 +154,13 @@ void print_table(const Options& options, const Model& model) {
     std::puts("");
   };
   line("as it is", [&](Index tp) { return c.cache_bytes_per_token_on_device(tp); });
-  if (c.gqa) {
-    const Index unit = c.num_hidden_layers * static_cast<Index>(size_of(c.dtype));
-    for (const Target& target : targets) {
-      line(target.name, [&](Index tp) { return std::optional<Index>(target.numbers(c, tp) * unit); });
+  for (const Target& target : targets) {
+    if (convertible(c, target)) {
+      line(target_name(c, target).c_str(), [&](Index tp) { return target_bytes(c, target, tp); });
     }
+  }
+  if (convertible(c, targets.back())) {
+    std::puts("(percentages: of this cache, on each device when there is one for each latent)");
   }
 }
 
