@@ -12,6 +12,7 @@ using Command = std::function<int()>;
 void add_inspect(CLI::App& app, Command& chosen);
 void add_calibrate(CLI::App& app, Command& chosen);
 void add_convert(CLI::App& app, Command& chosen);
+void add_shard(CLI::App& app, Command& chosen);
 void add_logits(CLI::App& app, Command& chosen);
 void add_verify(CLI::App& app, Command& chosen);
 

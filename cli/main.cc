@@ -48,6 +48,7 @@ int run(int argc, char** argv) {
   relatent::add_inspect(app, chosen);
   relatent::add_calibrate(app, chosen);
   relatent::add_convert(app, chosen);
+  relatent::add_shard(app, chosen);
   relatent::add_logits(app, chosen);
   relatent::add_verify(app, chosen);
   try {

@@ -14,8 +14,9 @@ constexpr std::chrono::seconds log_interval{5};
 
 }  // namespace
 
-Progress::Progress(std::string what, bool quiet)
+Progress::Progress(std::string what, bool quiet, std::string unit)
     : what_(std::move(what)),
+      unit_(std::move(unit)),
       quiet_(quiet),
       terminal_(isatty(STDERR_FILENO) == 1),
       start_(std::chrono::steady_clock::now()),
@@ -38,8 +39,8 @@ void Progress::operator()(Index done, Index total) {
   last_ = now;
   const double seconds = std::chrono::duration<double>(now - start_).count();
   const double left = seconds / static_cast<double>(done) * static_cast<double>(total - done);
-  std::fprintf(stderr, "%s%s: layer %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "",
-               what_.c_str(), done, total, seconds, left, terminal_ ? "" : "\n");
+  std::fprintf(stderr, "%s%s: %s %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "",
+               what_.c_str(), unit_.c_str(), done, total, seconds, left, terminal_ ? "" : "\n");
   std::fflush(stderr);
   open_line_ = terminal_;
 }

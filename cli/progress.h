@@ -13,15 +13,17 @@ namespace relatent {
 // One updating line on a terminal, a line every few seconds in a log.
 class Progress {
  public:
-  Progress(std::string what, bool quiet);
+  // "WHAT: UNIT 3 of 12 ..."
+  Progress(std::string what, bool quiet, std::string unit = "layer");
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
-  // Layers done of all.
+  // Units done of all.
   void operator()(Index done, Index total);
 
  private:
   std::string what_;
+  std::string unit_;
   bool quiet_;
   bool terminal_;
   bool open_line_ = false;

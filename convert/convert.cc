@@ -685,11 +685,7 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
   }
   writer.finish();
   for (const std::filesystem::path& file : plan_.side_files) {
-    PendingFile copy(folder.staging() / file.filename());
-    const std::uint64_t size = std::filesystem::file_size(file);
-    copy.reserve(size);
-    copy.copy_at(0, file, 0, size);
-    copy.commit();
+    copy_whole_file(file, folder.staging() / file.filename());
   }
   write_text(
       folder.staging() / "config.json",

@@ -1,8 +1,5 @@
 #include "formats/checkpoint.h"
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -12,15 +9,14 @@
 #include <utility>
 
 #include "formats/error.h"
+#include "formats/hash.h"
 #include "formats/json_text.h"
 
 namespace relatent {
 namespace {
 
 constexpr std::size_t kLargestConfig = std::size_t{16} << 20U;
-constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
 constexpr const char* kSingleName = "model.safetensors";
-constexpr const char* kIndexName = "model.safetensors.index.json";
 
 // Whether there is anything of that name; a broken link counts as nothing.
 bool is_there(const std::filesystem::path& path) {
@@ -54,8 +50,7 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
                   .found = shard.type_name()});
     }
     const auto& name = shard.get_ref<const std::string&>();
-    if (name.empty() || name == "." || name == ".." || name.find('/') != std::string::npos ||
-        name.find('\0') != std::string::npos) {
+    if (!is_plain_name(name)) {
       fail_input({.file = index_path,
                   .tensor = tensor,
                   .problem = "weight_map names a shard outside the folder",
@@ -71,46 +66,6 @@ bool ends_with_any(const std::string& name, std::initializer_list<std::string_vi
   return std::any_of(endings.begin(), endings.end(),
                      [&name](std::string_view ending) { return name.ends_with(ending); });
 }
-
-// XXH3-128 over pieces of any size.
-class Hasher {
- public:
-  Hasher() : state_(XXH3_createState()) {
-    if (!state_ || XXH3_128bits_reset(state_.get()) == XXH_ERROR) {
-      throw Error(ErrorKind::machine, "out of memory for a checksum");
-    }
-  }
-
-  void add(const void* data, std::size_t size) {
-    if (XXH3_128bits_update(state_.get(), data, size) == XXH_ERROR) {
-      throw std::logic_error("XXH3_128bits_update refused its input");
-    }
-  }
-  void add_number(std::uint64_t number) { add(&number, sizeof number); }
-  // With its length, so that no two lists of texts look alike.
-  void add_text(std::string_view text) {
-    add_number(text.size());
-    add(text.data(), text.size());
-  }
-
-  std::string hexadecimal() const {
-    XXH128_canonical_t canonical;
-    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(state_.get()));
-    static constexpr std::string_view kDigits = "0123456789abcdef";
-    std::string text;
-    for (const unsigned char byte : canonical.digest) {
-      text += kDigits[byte >> 4U];
-      text += kDigits[byte & 0xfU];
-    }
-    return text;
-  }
-
- private:
-  struct Free {
-    void operator()(XXH3_state_t* state) const { XXH3_freeState(state); }
-  };
-  std::unique_ptr<XXH3_state_t, Free> state_;
-};
 
 std::string shard_name(std::size_t shard, std::size_t shards) {
   const auto padded = [](std::size_t number) {
@@ -146,6 +101,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
 
   const std::filesystem::path index_path = folder / kIndexName;
   const bool has_index = is_there(index_path);
+  checkpoint.has_index_ = has_index;
   const bool has_single = is_there(folder / kSingleName);
   if (has_index == has_single) {
     fail_input({.file = folder,
@@ -209,6 +165,10 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
     }
   }
   return checkpoint;
+}
+
+std::optional<std::filesystem::path> Checkpoint::index_path() const {
+  return has_index_ ? std::optional(folder_ / kIndexName) : std::nullopt;
 }
 
 std::vector<std::string> Checkpoint::tensor_names() const {
@@ -304,7 +264,7 @@ std::string Checkpoint::fingerprint() const {
       hasher.add_number(static_cast<std::uint64_t>(dimension));
     }
     const std::span<const std::byte> data = files_[file_idx].bytes(*tensor);
-    hasher.add(data.data(), data.size());
+    hasher.add(data);
     files_[file_idx].release(*tensor);
   }
   hasher.add_text(nlohmann::json(*config_).dump());

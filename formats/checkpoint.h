@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -15,6 +16,10 @@
 #include "linalg/matrix.h"
 
 namespace relatent {
+
+inline constexpr const char* kIndexName = "model.safetensors.index.json";
+// More bytes than any checkpoint's index takes.
+inline constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
 
 class Checkpoint {
  public:
@@ -31,6 +36,10 @@ class Checkpoint {
   const std::filesystem::path& folder() const { return folder_; }
   std::filesystem::path config_path() const { return folder_ / "config.json"; }
   const nlohmann::ordered_json& config() const { return *config_; }
+  // The weight files in order of their names.
+  const std::vector<SafetensorsFile>& files() const { return files_; }
+  // Nothing for a checkpoint of a single file, which needs no index.
+  std::optional<std::filesystem::path> index_path() const;
 
   // All tensor names, sorted.
   std::vector<std::string> tensor_names() const;
@@ -62,6 +71,7 @@ class Checkpoint {
   std::filesystem::path folder_;
   std::unique_ptr<nlohmann::ordered_json> config_;
   std::vector<SafetensorsFile> files_;
+  bool has_index_ = false;
   std::map<std::string, std::pair<std::size_t, const TensorInfo*>> where_;
 };
 

@@ -198,6 +198,11 @@ void MappedFile::release(std::size_t offset, std::size_t size) const {
   }
 }
 
+bool is_plain_name(std::string_view name) {
+  return !name.empty() && name != "." && name != ".." && name.find('/') == std::string_view::npos &&
+         name.find('\0') == std::string_view::npos;
+}
+
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) {
   const OpenFile opened = open_regular(path);
   if (opened.size > max_bytes) {
@@ -328,6 +333,14 @@ void write_text(const std::filesystem::path& path, std::string_view text) {
   PendingFile file(path);
   file.write_at(0, std::as_bytes(std::span<const char>(text)));
   file.commit();
+}
+
+void copy_whole_file(const std::filesystem::path& source, const std::filesystem::path& target) {
+  const std::uint64_t size = open_regular(source).size;
+  PendingFile copy(target);
+  copy.reserve(size);
+  copy.copy_at(0, source, 0, size);
+  copy.commit();
 }
 
 PendingFolder::PendingFolder(std::filesystem::path path) : path_(std::move(path)) {

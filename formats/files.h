@@ -33,6 +33,9 @@ class MappedFile {
   std::span<const std::byte> bytes_;
 };
 
+// Whether this names a file of a folder and nothing outside of it: not empty, not "." or "..", no '/' or NUL.
+bool is_plain_name(std::string_view name);
+
 // Reads a small text file whole. Throws Error; input when it is larger than max_bytes.
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes);
 
@@ -66,6 +69,9 @@ class PendingFile {
 
 // Writes a small file through PendingFile.
 void write_text(const std::filesystem::path& path, std::string_view text);
+
+// Copies a whole file through PendingFile, without decoding it.
+void copy_whole_file(const std::filesystem::path& source, const std::filesystem::path& target);
 
 // A folder that is filled under NAME + ".partial" beside its place and gets its name only by commit(). The
 // destructor removes the partial folder of an uncommitted one.

@@ -15,7 +15,6 @@
 namespace relatent {
 namespace {
 
-constexpr std::size_t kPrefixBytes = 8;
 constexpr std::uint64_t kLongestHeader = 100'000'000;
 constexpr std::string_view kMetadata = "__metadata__";
 
@@ -267,40 +266,27 @@ void check_layout(const std::filesystem::path& file, std::vector<Entry>& entries
 }
 
 std::string_view header_of(const std::filesystem::path& file, std::span<const std::byte> bytes) {
-  if (bytes.size() < kPrefixBytes) {
+  if (bytes.size() < kSafetensorsPrefix) {
     fail_input({.file = file,
                 .problem = "not a safetensors file",
                 .expected = "at least 8 bytes",
                 .found = std::to_string(bytes.size())});
   }
   std::uint64_t length = 0;
-  std::memcpy(&length, bytes.data(), kPrefixBytes);
+  std::memcpy(&length, bytes.data(), kSafetensorsPrefix);
   if (length > kLongestHeader) {
     fail_input({.file = file,
                 .problem = "not a safetensors file",
                 .expected = "a header of at most " + std::to_string(kLongestHeader) + " bytes",
                 .found = std::to_string(length)});
   }
-  if (length > bytes.size() - kPrefixBytes) {
+  if (length > bytes.size() - kSafetensorsPrefix) {
     fail_input({.file = file,
                 .problem = "the file is truncated",
                 .expected = "a header of " + std::to_string(length) + " bytes",
-                .found = std::to_string(bytes.size() - kPrefixBytes)});
+                .found = std::to_string(bytes.size() - kSafetensorsPrefix)});
   }
-  const std::string_view header(reinterpret_cast<const char*>(bytes.data()) + kPrefixBytes, length);
-  // The JSON parser would skip a byte order mark and stop at a NUL.
-  if (!header.starts_with('{')) {
-    fail_input({.file = file,
-                .problem = "not a safetensors file",
-                .expected = "a header that begins with {",
-                .found = header.empty() ? "an empty header" : "another byte"});
-  }
-  if (const std::size_t nul = header.find('\0'); nul != std::string_view::npos) {
-    fail_input({.file = file,
-                .problem = "the safetensors header is not valid JSON",
-                .found = "a NUL at byte " + std::to_string(nul + 1) + " of the header"});
-  }
-  return header;
+  return {reinterpret_cast<const char*>(bytes.data()) + kSafetensorsPrefix, length};
 }
 
 }  // namespace
@@ -313,36 +299,92 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   return text + "]";
 }
 
+std::vector<std::int64_t> shape_of(const TensorSlice& slice, std::vector<std::int64_t> shape) {
+  if (slice.axis >= shape.size() || slice.start < 0 || slice.count < 0 ||
+      slice.count > shape[slice.axis] - slice.start) {
+    throw std::invalid_argument(std::to_string(slice.count) + " from " + std::to_string(slice.start) +
+                                " of axis " + std::to_string(slice.axis) + " is no part of the shape " +
+                                shape_text(shape));
+  }
+  shape[slice.axis] = slice.count;
+  return shape;
+}
+
+SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::int64_t>& shape) {
+  shape_of(slice, shape);
+  SliceRuns out;
+  out.count = 1;
+  std::uint64_t unit = size_of(dtype);
+  for (std::size_t i = 0; i < shape.size(); ++i) {
+    const auto dimension = static_cast<std::uint64_t>(shape[i]);
+    out.count *= i < slice.axis ? dimension : 1;
+    unit *= i > slice.axis ? dimension : 1;
+  }
+  out.first = static_cast<std::uint64_t>(slice.start) * unit;
+  out.stride = static_cast<std::uint64_t>(shape[slice.axis]) * unit;
+  out.length = static_cast<std::uint64_t>(slice.count) * unit;
+  return out;
+}
+
+SafetensorsHeader parse_safetensors_header(const std::filesystem::path& file, std::string_view text,
+                                           std::uint64_t data_bytes) {
+  // The JSON parser would skip a byte order mark and stop at a NUL.
+  if (!text.starts_with('{')) {
+    fail_input({.file = file,
+                .problem = "not a safetensors file",
+                .expected = "a header that begins with {",
+                .found = text.empty() ? "an empty header" : "another byte"});
+  }
+  if (const std::size_t nul = text.find('\0'); nul != std::string_view::npos) {
+    fail_input({.file = file,
+                .problem = "the safetensors header is not valid JSON",
+                .found = "a NUL at byte " + std::to_string(nul + 1) + " of the header"});
+  }
+  HeaderReader reader(file);
+  nlohmann::json::sax_parse(text, &reader);
+  for (const Entry& entry : reader.entries) {
+    check_entry(file, entry);
+  }
+  check_layout(file, reader.entries, data_bytes);
+
+  SafetensorsHeader out;
+  out.metadata = std::move(reader.metadata);
+  out.tensors.reserve(reader.entries.size());
+  for (Entry& entry : reader.entries) {
+    out.tensors.push_back({.name = std::move(entry.name),
+                           .dtype = entry.dtype,
+                           .shape = std::move(entry.shape),
+                           .offset = kSafetensorsPrefix + text.size() + entry.begin,
+                           .bytes = entry.end - entry.begin});
+  }
+  return out;
+}
+
+void write_safetensors_header(PendingFile& file, std::string_view text) {
+  const std::uint64_t length = text.size();
+  file.write_at(0, std::as_bytes(std::span(&length, 1)));
+  file.write_at(kSafetensorsPrefix, std::as_bytes(std::span<const char>(text)));
+}
+
 SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
   SafetensorsFile result;
   result.file_ = MappedFile::open(path);
-  const std::span<const std::byte> bytes = result.file_.bytes();
-  const std::string_view header = header_of(path, bytes);
-  const std::uint64_t data_begin = kPrefixBytes + header.size();
-
-  HeaderReader reader(path);
-  nlohmann::json::sax_parse(header, &reader);
-  for (const Entry& entry : reader.entries) {
-    check_entry(path, entry);
-  }
-  check_layout(path, reader.entries, bytes.size() - data_begin);
-
-  result.metadata_ = std::move(reader.metadata);
-  result.tensors_.reserve(reader.entries.size());
-  for (Entry& entry : reader.entries) {
-    result.index_.emplace(entry.name, result.tensors_.size());
-    result.tensors_.push_back({.name = std::move(entry.name),
-                               .dtype = entry.dtype,
-                               .shape = std::move(entry.shape),
-                               .offset = data_begin + entry.begin,
-                               .bytes = entry.end - entry.begin});
+  const std::string_view text = header_of(path, result.file_.bytes());
+  result.header_ =
+      parse_safetensors_header(path, text, result.file_.bytes().size() - kSafetensorsPrefix - text.size());
+  for (std::size_t i = 0; i < result.tensors().size(); ++i) {
+    result.index_.emplace(result.tensors()[i].name, i);
   }
   return result;
 }
 
+std::string_view SafetensorsFile::header_text() const {
+  return header_of(path(), file_.bytes());
+}
+
 const TensorInfo* SafetensorsFile::find(const std::string& name) const {
   const auto found = index_.find(name);
-  return found == index_.end() ? nullptr : &tensors_[found->second];
+  return found == index_.end() ? nullptr : &tensors()[found->second];
 }
 
 std::span<const std::byte> SafetensorsFile::bytes(const TensorInfo& tensor) const {
@@ -361,16 +403,24 @@ std::uint64_t TensorSpec::bytes() const {
   return *count;
 }
 
-SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs)
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
+                                     const std::map<std::string, std::string>& metadata)
     : file_(path) {
   const auto quoted = [](std::string_view text) {
     try {
       return nlohmann::json(text).dump();
     } catch (const nlohmann::json::exception&) {
-      throw std::invalid_argument("a tensor name is not valid UTF-8");
+      throw std::invalid_argument("a name in a safetensors header is not valid UTF-8");
     }
   };
-  std::string header = R"({"__metadata__":{"format":"pt"})";
+  std::string header = R"({"__metadata__":{"format":"pt")";
+  for (const auto& [key, value] : metadata) {
+    if (key == "format") {
+      throw std::invalid_argument(R"(the metadata "format" is always "pt")");
+    }
+    header += "," + quoted(key) + ":" + quoted(value);
+  }
+  header += "}";
   std::uint64_t end = 0;
   slots_.reserve(specs.size());
   for (TensorSpec& spec : specs) {
@@ -390,12 +440,11 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
     slots_.push_back({std::move(spec), begin, false});
   }
   header += "}";
-  header.append((kPrefixBytes - header.size() % kPrefixBytes) % kPrefixBytes, ' ');
+  header.append((kSafetensorsPrefix - header.size() % kSafetensorsPrefix) % kSafetensorsPrefix, ' ');
   if (header.size() > kLongestHeader) {
     throw std::invalid_argument("the safetensors header would be longer than readers accept");
   }
-  const std::uint64_t length = header.size();
-  const std::uint64_t data_begin = kPrefixBytes + length;
+  const std::uint64_t data_begin = kSafetensorsPrefix + header.size();
   if (__builtin_add_overflow(data_begin, end, &file_bytes_)) {
     throw std::invalid_argument("the tensors end beyond 2^64 bytes");
   }
@@ -403,8 +452,7 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
     slot.offset += data_begin;
   }
   file_.reserve(file_bytes_);
-  file_.write_at(0, std::as_bytes(std::span(&length, 1)));
-  file_.write_at(kPrefixBytes, std::as_bytes(std::span<const char>(header)));
+  write_safetensors_header(file_, header);
 }
 
 SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name) {
@@ -415,6 +463,18 @@ SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name) {
   Slot& slot = slots_[found->second];
   if (slot.written) {
     throw std::invalid_argument("tensor " + name + " is written twice to " + file_.path().string());
+  }
+  return slot;
+}
+
+SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name, DType dtype,
+                                                  const std::vector<std::int64_t>& shape) {
+  Slot& slot = claim(name);
+  if (slot.spec.dtype != dtype || slot.spec.shape != shape) {
+    throw std::invalid_argument("tensor " + name + ": expected " +
+                                std::string(safetensors_name(slot.spec.dtype)) + " " +
+                                shape_text(slot.spec.shape) + ", got " +
+                                std::string(safetensors_name(dtype)) + " " + shape_text(shape));
   }
   return slot;
 }
@@ -431,14 +491,24 @@ void SafetensorsWriter::write(const std::string& name, std::span<const std::byte
 
 void SafetensorsWriter::copy(const std::string& name, const SafetensorsFile& source,
                              const TensorInfo& tensor) {
-  Slot& slot = claim(name);
-  if (slot.spec.dtype != tensor.dtype || slot.spec.shape != tensor.shape) {
-    throw std::invalid_argument("tensor " + name + ": expected " +
-                                std::string(safetensors_name(slot.spec.dtype)) + " " +
-                                shape_text(slot.spec.shape) + ", got " +
-                                std::string(safetensors_name(tensor.dtype)) + " " + shape_text(tensor.shape));
-  }
+  Slot& slot = claim(name, tensor.dtype, tensor.shape);
   file_.copy_at(slot.offset, source.path(), tensor.offset, tensor.bytes);
+  slot.written = true;
+}
+
+void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFile& source,
+                                   const TensorInfo& tensor, const TensorSlice& slice) {
+  Slot& slot = claim(name, tensor.dtype, shape_of(slice, tensor.shape));
+  const SliceRuns runs = runs_of(slice, tensor.dtype, tensor.shape);
+  if (runs.count == 1) {
+    file_.copy_at(slot.offset, source.path(), tensor.offset + runs.first, runs.length);
+  } else {
+    const std::span<const std::byte> bytes = source.bytes(tensor);
+    for (std::uint64_t i = 0; i < runs.count; ++i) {
+      file_.write_at(slot.offset + i * runs.length, bytes.subspan(runs.first + i * runs.stride, runs.length));
+    }
+    source.release(tensor);
+  }
   slot.written = true;
 }
 

@@ -10,6 +10,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -30,6 +31,47 @@ struct TensorInfo {
 // "[512, 64]"
 std::string shape_text(const std::vector<std::int64_t>& shape);
 
+// The part [start, start + count) of one axis of a tensor, whole along the others: rows (axis 0) or columns
+// (axis 1).
+struct TensorSlice {
+  std::size_t axis = 0;
+  std::int64_t start = 0;
+  std::int64_t count = 0;
+};
+
+// The slice's own shape: count in the place of the axis. Throws std::invalid_argument for a slice that does
+// not lie within the shape.
+std::vector<std::int64_t> shape_of(const TensorSlice& slice, std::vector<std::int64_t> shape);
+
+// Where the bytes of a slice lie within a row-major tensor: run i of `count` covers [first + i * stride,
+// first
+// + i * stride + length).
+struct SliceRuns {
+  std::uint64_t count = 0;
+  std::uint64_t first = 0;
+  std::uint64_t stride = 0;
+  std::uint64_t length = 0;
+};
+// Throws std::invalid_argument as shape_of does.
+SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::int64_t>& shape);
+
+// What a header says.
+struct SafetensorsHeader {
+  std::vector<TensorInfo> tensors;  // in the order of their data
+  std::map<std::string, std::string> metadata;
+};
+
+// Checks and reads the JSON text of a header that data_bytes of data follow, as SafetensorsFile::open does.
+// `file` is where complaints say it stands.
+SafetensorsHeader parse_safetensors_header(const std::filesystem::path& file, std::string_view text,
+                                           std::uint64_t data_bytes);
+
+// Bytes before the header's text, which tell its length.
+inline constexpr std::uint64_t kSafetensorsPrefix = 8;
+
+// Writes the length and the text of a header to the beginning of a file.
+void write_safetensors_header(PendingFile& file, std::string_view text);
+
 class SafetensorsFile {
  public:
   // Maps the file and checks everything its header claims: length prefix within the file and at most 100 000
@@ -40,19 +82,21 @@ class SafetensorsFile {
   static SafetensorsFile open(const std::filesystem::path& path);
 
   // In the order of their data.
-  const std::vector<TensorInfo>& tensors() const { return tensors_; }
+  const std::vector<TensorInfo>& tensors() const { return header_.tensors; }
   const TensorInfo* find(const std::string& name) const;  // nullptr when absent
   std::span<const std::byte> bytes(const TensorInfo& tensor) const;
   // Lets the kernel drop the pages of a tensor that is done with.
   void release(const TensorInfo& tensor) const { file_.release(tensor.offset, tensor.bytes); }
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
+  const std::map<std::string, std::string>& metadata() const { return header_.metadata; }
+  // The header as it is spelled, with the padding behind it.
+  std::string_view header_text() const;
+  std::uint64_t file_bytes() const { return file_.bytes().size(); }
   const std::filesystem::path& path() const { return file_.path(); }
 
  private:
   MappedFile file_;
-  std::vector<TensorInfo> tensors_;
+  SafetensorsHeader header_;
   std::unordered_map<std::string, std::size_t> index_;
-  std::map<std::string, std::string> metadata_;
 };
 
 // A tensor to be written.
@@ -67,15 +111,20 @@ struct TensorSpec {
 // spaces to eight bytes), tensors may arrive in any order. The file appears under its name only by finish().
 class SafetensorsWriter {
  public:
-  // Data is laid out in the order of specs. metadata {"format": "pt"} is always written, as loaders demand.
-  // Throws std::invalid_argument on duplicate names, Error (machine) when the disk is full or not writable.
-  SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs);
+  // Data is laid out in the order of specs. metadata {"format": "pt"} is always written, as loaders demand,
+  // and `metadata` behind it. Throws std::invalid_argument on duplicate names, Error (machine) when the disk
+  // is full or not writable.
+  SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
+                    const std::map<std::string, std::string>& metadata = {});
 
   // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise; also when written
   // twice).
   void write(const std::string& name, std::span<const std::byte> bytes);
   // Copies a tensor of another file without decoding it; dtype and shape must agree.
   void copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor);
+  // Likewise a slice of it; dtype and shape must be the slice's. Lets the source's pages go.
+  void copy_slice(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor,
+                  const TensorSlice& slice);
   // Throws std::logic_error naming the first tensor that was never written; else flushes and renames into
   // place.
   void finish();
@@ -88,6 +137,7 @@ class SafetensorsWriter {
     bool written = false;
   };
   Slot& claim(const std::string& name);
+  Slot& claim(const std::string& name, DType dtype, const std::vector<std::int64_t>& shape);
 
   PendingFile file_;
   std::vector<Slot> slots_;

@@ -108,6 +108,9 @@ TEST(Checkpoint, ReadsWhatWasWrittenHoweverItIsCut) {
     Checkpoint checkpoint = std::move(opened);
     EXPECT_EQ(checkpoint.folder(), path);
     EXPECT_EQ(checkpoint.config_path(), path / "config.json");
+    EXPECT_EQ(checkpoint.files().size(), test.shards);
+    EXPECT_EQ(checkpoint.index_path().has_value(), test.shards > 1);
+    EXPECT_EQ(checkpoint.index_path().value_or(path / kIndexName), path / "model.safetensors.index.json");
     EXPECT_EQ(checkpoint.config().dump(), R"({"model_type":"llama","hidden_size":5,"b":{"z":1,"a":2}})");
     EXPECT_EQ(checkpoint.tensor_names(), (std::vector<std::string>{"embed", "norm", "proj", "wide"}));
     EXPECT_EQ(checkpoint.tensor_bytes(), 184U);

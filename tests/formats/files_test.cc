@@ -94,6 +94,16 @@ TEST(ReadText, ReadsUpToItsLimit) {
   expect_error(ErrorKind::input, {"missing"}, [&] { read_text(folder / "missing", 6); });
 }
 
+TEST(IsPlainName, StaysInTheFolder) {
+  for (const char* name : {"a", "config.json", "...", ".hidden", "a b"}) {
+    EXPECT_TRUE(is_plain_name(name)) << name;
+  }
+  for (const std::string& name : {std::string(), std::string("."), std::string(".."), std::string("a/b"),
+                                  std::string("/a"), std::string("a\0b", 3)}) {
+    EXPECT_FALSE(is_plain_name(name)) << name;
+  }
+}
+
 TEST(PendingFile, AppearsOnlyAtCommit) {
   const TempFolder folder;
   const fs::path path = folder / "out";
@@ -214,6 +224,20 @@ TEST(WriteText, WritesAndReplaces) {
   write_text(folder / "empty", "");
   EXPECT_EQ(read_bytes(folder / "empty"), "");
   EXPECT_EQ(entries(folder.path()), 2U);
+}
+
+TEST(CopyWholeFile, CopiesAndReplaces) {
+  const TempFolder folder;
+  const std::string bytes = random_bytes(100'003, 4);
+  folder.write("a", bytes);
+  folder.write("b", "here before");
+  folder.write("empty", "");
+  copy_whole_file(folder / "a", folder / "b");
+  EXPECT_EQ(read_bytes(folder / "b"), bytes);
+  copy_whole_file(folder / "empty", folder / "b");
+  EXPECT_EQ(read_bytes(folder / "b"), "");
+  expect_error(ErrorKind::input, {"missing"}, [&] { copy_whole_file(folder / "missing", folder / "c"); });
+  EXPECT_EQ(entries(folder.path()), 3U);
 }
 
 TEST(PendingFolder, AppearsOnlyAtCommit) {

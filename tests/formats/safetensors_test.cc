@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <filesystem>
+#include <map>
 #include <random>
 #include <span>
 #include <stdexcept>
@@ -47,6 +48,8 @@ TEST(SafetensorsFile, ReadsAHandMadeFile) {
   const std::filesystem::path path = folder.write("a.safetensors", bytes);
   const SafetensorsFile file = SafetensorsFile::open(path);
   EXPECT_EQ(file.path(), path);
+  EXPECT_EQ(file.header_text(), kGoodHeader);
+  EXPECT_EQ(file.file_bytes(), bytes.size());
   EXPECT_EQ(file.metadata(), (std::map<std::string, std::string>{{"format", "pt"}, {"note", "é"}}));
   ASSERT_EQ(file.tensors().size(), 4U);
   const std::size_t data = 8 + std::strlen(kGoodHeader);
@@ -314,6 +317,69 @@ TEST(SafetensorsWriter, RoundTripsEveryDType) {
   }
   copier.finish();
   EXPECT_EQ(read_bytes(folder / "a.safetensors"), read_bytes(folder / "b.safetensors"));
+}
+
+TEST(SafetensorsWriter, MetadataComesBehindTheFormat) {
+  const TempFolder folder;
+  SafetensorsWriter writer(folder / "a.safetensors", {}, {{"b", "é\"\n"}, {"a", "1"}});
+  writer.finish();
+  const SafetensorsFile file = SafetensorsFile::open(folder / "a.safetensors");
+  EXPECT_TRUE(file.header_text().starts_with(R"({"__metadata__":{"format":"pt","a":"1","b":"é\"\n"}})"));
+  EXPECT_EQ(file.metadata(),
+            (std::map<std::string, std::string>{{"format", "pt"}, {"a", "1"}, {"b", "é\"\n"}}));
+  const auto make = [&](const std::map<std::string, std::string>& metadata) {
+    const SafetensorsWriter bad(folder / "b.safetensors", {}, metadata);
+  };
+  EXPECT_THROW(make({{"format", "np"}}), std::invalid_argument);
+  EXPECT_THROW(make({{"a", "\xff"}}), std::invalid_argument);
+}
+
+TEST(TensorSlice, RunsCoverTheSlice) {
+  const std::vector<std::int64_t> shape = {2, 3, 4};
+  const auto expect = [&](const TensorSlice& slice, const std::vector<std::int64_t>& sliced,
+                          const SliceRuns& runs) {
+    EXPECT_EQ(shape_of(slice, shape), sliced);
+    const SliceRuns found = runs_of(slice, DType::f16, shape);
+    EXPECT_EQ(found.count, runs.count);
+    EXPECT_EQ(found.first, runs.first);
+    EXPECT_EQ(found.stride, runs.stride);
+    EXPECT_EQ(found.length, runs.length);
+  };
+  expect({0, 1, 1}, {1, 3, 4}, {1, 24, 48, 24});
+  expect({1, 1, 2}, {2, 2, 4}, {2, 8, 24, 16});
+  expect({2, 3, 1}, {2, 3, 1}, {6, 6, 8, 2});
+  expect({2, 4, 0}, {2, 3, 0}, {6, 8, 8, 0});
+  for (const TensorSlice& slice :
+       {TensorSlice{3, 0, 1}, TensorSlice{0, -1, 1}, TensorSlice{0, 0, -1}, TensorSlice{0, 0, 3},
+        TensorSlice{1, 3, 1}, TensorSlice{1, 4, 0}, TensorSlice{1, INT64_MAX, INT64_MAX}}) {
+    EXPECT_THROW(shape_of(slice, shape), std::invalid_argument);
+    EXPECT_THROW(runs_of(slice, DType::f16, shape), std::invalid_argument);
+  }
+}
+
+TEST(SafetensorsWriter, CopiesSlices) {
+  const TempFolder folder;
+  const SafetensorsFile source = SafetensorsFile::open(folder.write(
+      "a.safetensors", file_of(R"({"m":{"dtype":"I16","shape":[3,4],"data_offsets":[0,24]}})", 24)));
+  const TensorInfo& m = source.tensors()[0];
+  SafetensorsWriter writer(folder / "b.safetensors", {{"rows", DType::i16, {2, 4}},
+                                                      {"columns", DType::i16, {3, 2}},
+                                                      {"none", DType::i16, {0, 4}},
+                                                      {"all", DType::i16, {3, 4}}});
+  writer.copy_slice("all", source, m, {1, 0, 4});
+  writer.copy_slice("columns", source, m, {1, 1, 2});
+  writer.copy_slice("rows", source, m, {0, 1, 2});
+  EXPECT_THROW(writer.copy_slice("none", source, m, {0, 1, 2}), std::invalid_argument);
+  EXPECT_THROW(writer.copy_slice("none", source, m, {0, 3, 1}), std::invalid_argument);
+  EXPECT_THROW(writer.copy_slice("rows", source, m, {0, 1, 2}), std::invalid_argument);
+  writer.copy_slice("none", source, m, {0, 3, 0});
+  writer.finish();
+  const SafetensorsFile copy = SafetensorsFile::open(folder / "b.safetensors");
+  const auto text = [&](const char* name) { return text_of(copy.bytes(*copy.find(name))); };
+  EXPECT_EQ(text("rows"), "ijklmnopqrstuvwx");
+  EXPECT_EQ(text("columns"), "cdefklmnstuv");
+  EXPECT_EQ(text("none"), "");
+  EXPECT_EQ(text("all"), "abcdefghijklmnopqrstuvwx");
 }
 
 TEST(SafetensorsWriter, WritesAnEmptyFile) {

@@ -5,12 +5,14 @@
 #include <filesystem>
 #include <limits>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "convert/engines/relatent.h"
 #include "formats/checkpoint.h"
 #include "formats/files.h"
 #include "formats/npy.h"
@@ -191,6 +193,22 @@ inline TinyModel tiny_latent_model(const TinyLatentOptions& options = {}) {
               random.linear(heads * (options.nope_dim + options.v_dim), options.rank, false));
     model.put(self + "o_proj", random.linear(hidden, heads * options.v_dim, options.attention_bias));
   }
+  return model;
+}
+
+// A relatent checkpoint of any shape of latents; shape.heads must be body.heads.
+inline TinyModel tiny_relatent_model(const LatentShape& shape, const TinyOptions& body = {}) {
+  Random random(body.seed);
+  TinyModel model = tiny_body(body, random);
+  const std::unique_ptr<Engine> engine = make_relatent_engine();
+  const ModelConfig source = parse_config(model.config, "config.json");
+  for (Index i = 0; i < body.layers; ++i) {
+    for (const TensorSpec& spec : engine->attention_tensors(source, shape, i, body.dtype)) {
+      const Index columns = spec.shape.size() == 2 ? spec.shape[1] : 1;
+      model.put(spec.name, spec.shape, random.matrix(spec.shape[0], columns));
+    }
+  }
+  model.config = engine->config(model.config, source, shape, sample_rotary(shape.rope_dim, 1), body.dtype);
   return model;
 }
 

@@ -1,0 +1,221 @@
+#include "convert/shard/layout.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+#include "convert/model/devices.h"
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+const std::vector<ShardLayout>& layouts() {
+  static const std::vector<ShardLayout> all = {
+      // The checkpoint's own names; every rank's tensors are contiguous slices.
+      {"plain",
+       {
+           {Role::embed_tokens, Holder::vocabulary, Split::rows},
+           {Role::final_norm, Holder::every, Split::whole},
+           {Role::lm_head, Holder::vocabulary, Split::rows},
+           {Role::input_norm, Holder::every, Split::whole},
+           {Role::post_attention_norm, Holder::every, Split::whole},
+           {Role::q_weight, Holder::heads, Split::rows},
+           {Role::q_bias, Holder::heads, Split::rows},
+           {Role::k_weight, Holder::kv_heads, Split::rows},
+           {Role::k_bias, Holder::kv_heads, Split::rows},
+           {Role::v_weight, Holder::kv_heads, Split::rows},
+           {Role::v_bias, Holder::kv_heads, Split::rows},
+           {Role::o_weight, Holder::heads, Split::columns},
+           {Role::o_bias, Holder::first, Split::whole},
+           {Role::q_a_weight, Holder::every, Split::whole},
+           {Role::q_a_bias, Holder::every, Split::whole},
+           {Role::q_a_norm, Holder::every, Split::whole},
+           {Role::kv_a_weight, Holder::latent, Split::whole},
+           {Role::kv_a_bias, Holder::latent, Split::whole},
+           {Role::kv_a_norm, Holder::latent, Split::whole},
+           {Role::kv_b_weight, Holder::latent_heads, Split::rows},
+           {Role::k_rope_weight, Holder::every, Split::whole},
+           {Role::k_rope_bias, Holder::every, Split::whole},
+           {Role::kv_norm_weight, Holder::every, Split::whole},
+           {Role::kv_shared_weight, Holder::shared_latent, Split::whole},
+           {Role::kv_shared_bias, Holder::shared_latent, Split::whole},
+           {Role::gate_weight, Holder::inner, Split::rows},
+           {Role::gate_bias, Holder::inner, Split::rows},
+           {Role::up_weight, Holder::inner, Split::rows},
+           {Role::up_bias, Holder::inner, Split::rows},
+           {Role::down_weight, Holder::inner, Split::columns},
+           {Role::down_bias, Holder::first, Split::whole},
+           {Role::inv_freq, Holder::every, Split::whole},
+       }},
+  };
+  return all;
+}
+
+// Units first ... first + count - 1 of `all` equal ones that a dimension consists of.
+struct Units {
+  Index first = 0;
+  Index count = 1;
+  Index all = 1;
+};
+
+// What decides a rank's parts.
+struct Rank {
+  Index index = 0;
+  Index tp = 1;
+  Units heads;
+  Units kv_heads;
+  DeviceShare share;  // of latent attention
+};
+
+Units equal_part(Index rank, Index tp, Index all) {
+  return {rank * (all / tp), all / tp, all};
+}
+
+std::vector<Rank> ranks_of(const ModelConfig& config, Index tp) {
+  const Index heads = config.num_attention_heads;
+  std::vector<DeviceShare> shares(static_cast<std::size_t>(tp));
+  if (config.latent) {
+    shares = device_shares(*config.latent, tp);
+  }
+  std::vector<Rank> out;
+  for (Index k = 0; k < tp; ++k) {
+    Rank rank{.index = k,
+              .tp = tp,
+              .heads = {},
+              .kv_heads = {},
+              .share = std::move(shares[static_cast<std::size_t>(k)])};
+    if (config.gqa) {
+      const Index kv_heads = config.gqa->num_key_value_heads;
+      rank.heads = equal_part(k, tp, heads);
+      rank.kv_heads = tp <= kv_heads ? equal_part(k, tp, kv_heads) : Units{k / (tp / kv_heads), 1, kv_heads};
+    } else {
+      rank.heads = {rank.share.first_head, rank.share.head_count, heads};
+    }
+    out.push_back(std::move(rank));
+  }
+  return out;
+}
+
+// What a rank has of a tensor that belongs to one of the latents; `part` is -1 where there is only one.
+std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, Index part, bool heads) {
+  const Index latent = std::max<Index>(part, 0);
+  const auto has = std::find_if(rank.share.branches.begin(), rank.share.branches.end(),
+                                [&](const BranchShare& share) { return share.branch == latent; });
+  if (has == rank.share.branches.end()) {
+    return std::nullopt;
+  }
+  if (!heads) {
+    return Units{};
+  }
+  const BranchGeometry& whole = config.latent->branches[static_cast<std::size_t>(latent)];
+  return Units{has->first_head - whole.first_head, has->head_count, whole.head_count};
+}
+
+std::optional<Units> units_of(Holder holder, const ModelConfig& config, const Rank& rank, Index part) {
+  switch (holder) {
+    case Holder::every:
+      return Units{};
+    case Holder::first:
+      return rank.index == 0 ? std::optional(Units{}) : std::nullopt;
+    case Holder::vocabulary: {
+      const Index first = rank.index * config.vocab_size / rank.tp;
+      return Units{first, (rank.index + 1) * config.vocab_size / rank.tp - first, config.vocab_size};
+    }
+    case Holder::inner:
+      return equal_part(rank.index, rank.tp, config.intermediate_size);
+    case Holder::heads:
+      return rank.heads;
+    case Holder::kv_heads:
+      return rank.kv_heads;
+    case Holder::latent:
+    case Holder::latent_heads:
+      return latent_units(config, rank, part, holder == Holder::latent_heads);
+    case Holder::shared_latent: {
+      const std::vector<Index>& shared = rank.share.shared;
+      return std::find(shared.begin(), shared.end(), part) != shared.end() ? std::optional(Units{})
+                                                                           : std::nullopt;
+    }
+  }
+  return std::nullopt;
+}
+
+std::string does_not_divide(const char* what, Index size, Index tp) {
+  return std::string(what) + " " + std::to_string(size) + " does not divide by " + std::to_string(tp);
+}
+
+}  // namespace
+
+const ShardLayout* find_shard_layout(std::string_view name) {
+  const auto found = std::find_if(layouts().begin(), layouts().end(),
+                                  [&](const ShardLayout& layout) { return layout.name == name; });
+  return found == layouts().end() ? nullptr : &*found;
+}
+
+std::string known_shard_layouts() {
+  std::string out;
+  for (const ShardLayout& layout : layouts()) {
+    out += (out.empty() ? "" : ", ") + std::string(layout.name);
+  }
+  return out;
+}
+
+std::string why_not_sharded(const ModelConfig& config, Index tp) {
+  if (tp < 1 || tp > kMostRanks) {
+    return "there must be 1 to " + std::to_string(kMostRanks) + " ranks";
+  }
+  if (config.gqa) {
+    const Index kv_heads = config.gqa->num_key_value_heads;
+    if (config.num_attention_heads % tp != 0) {
+      return does_not_divide("num_attention_heads", config.num_attention_heads, tp);
+    }
+    if (tp <= kv_heads && kv_heads % tp != 0) {
+      return does_not_divide("num_key_value_heads", kv_heads, tp);
+    }
+    if (tp > kv_heads && tp % kv_heads != 0) {
+      return std::to_string(tp) + " ranks are not a multiple of num_key_value_heads " +
+             std::to_string(kv_heads);
+    }
+  } else if (std::string reason = why_not_shared(*config.latent, tp); !reason.empty()) {
+    return reason;
+  }
+  return config.intermediate_size % tp == 0
+             ? ""
+             : does_not_divide("intermediate_size", config.intermediate_size, tp);
+}
+
+std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout& layout, Index tp) {
+  const ModelConfig& config = model.config();
+  const std::string reason = why_not_sharded(config, tp);
+  if (!reason.empty()) {
+    fail_usage("--tp " + std::to_string(tp) + " does not fit this model: " + reason);
+  }
+  const std::vector<Rank> ranks = ranks_of(config, tp);
+  std::map<std::string, PlacedTensor> placed;
+  for (const PlacedTensor& tensor : model.tensors()) {
+    placed.emplace(tensor.name, tensor);
+  }
+  std::vector<ShardedTensor> out;
+  for (const SafetensorsFile& file : model.checkpoint().files()) {
+    for (const TensorInfo& info : file.tensors()) {
+      const PlacedTensor& place = placed.at(info.name);
+      const auto rule = std::find_if(layout.rules.begin(), layout.rules.end(),
+                                     [&](const ShardRule& r) { return r.role == place.role; });
+      if (rule == layout.rules.end()) {
+        throw std::logic_error("the layout says nothing of tensor " + info.name);
+      }
+      ShardedTensor tensor{{info.name, info.dtype, info.shape}, rule->split, {}};
+      const std::int64_t size = info.shape[tensor.axis()];
+      for (const Rank& rank : ranks) {
+        const std::optional<Units> units = units_of(rule->holder, config, rank, place.part);
+        const std::int64_t each = units ? size / units->all : 0;
+        tensor.ranks.push_back(units ? std::optional(RankPart{units->first * each, units->count * each})
+                                     : std::nullopt);
+      }
+      out.push_back(std::move(tensor));
+    }
+  }
+  return out;
+}
+
+}  // namespace relatent

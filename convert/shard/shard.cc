@@ -1,0 +1,129 @@
+#include "convert/shard/shard.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <nlohmann/json.hpp>
+
+#include "convert/model/model.h"
+#include "convert/shard/layout.h"
+#include "convert/shard/manifest.h"
+#include "formats/error.h"
+#include "formats/files.h"
+
+namespace relatent {
+namespace {
+
+bool is_utf8(const std::string& text) {
+  try {
+    static_cast<void>(nlohmann::json(text).dump());
+    return true;
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
+// config.json and the side files.
+std::vector<std::filesystem::path> carried_files(const Checkpoint& checkpoint) {
+  std::vector<std::filesystem::path> out = {checkpoint.config_path()};
+  for (const std::filesystem::path& file : checkpoint.side_files()) {
+    const std::string name = file.filename().string();
+    // An index may give weight files any name.
+    if (std::any_of(checkpoint.files().begin(), checkpoint.files().end(),
+                    [&](const SafetensorsFile& weights) { return weights.path().filename() == name; })) {
+      continue;
+    }
+    if (name == kShardsName) {
+      fail_input({file, "", "has the name of the manifest that is to be written", "no such file", "one", ""});
+    }
+    if (!is_utf8(name)) {
+      fail_input({file, "", "the file name is not valid UTF-8", "", "", "rename or remove the file"});
+    }
+    out.push_back(file);
+  }
+  return out;
+}
+
+ShardManifest manifest_of(const Checkpoint& checkpoint, const ShardOptions& options,
+                          std::vector<ShardedTensor> tensors,
+                          const std::vector<std::filesystem::path>& carried) {
+  ShardManifest out;
+  out.layout = options.layout;
+  out.tp = options.tp;
+  out.tensors = std::move(tensors);
+  for (const SafetensorsFile& file : checkpoint.files()) {
+    out.weights.push_back(
+        {file.path().filename().string(), file.file_bytes(), std::string(file.header_text())});
+  }
+  if (checkpoint.index_path()) {
+    out.index = read_text(*checkpoint.index_path(), kLargestIndex);
+  }
+  for (const std::filesystem::path& file : carried) {
+    out.carried.push_back({file.filename().string(), std::filesystem::file_size(file), checksum_of(file)});
+  }
+  out.fingerprint = checkpoint.fingerprint();
+  return out;
+}
+
+std::unique_ptr<SafetensorsWriter> make_writer(const std::filesystem::path& folder,
+                                               const ShardManifest& manifest, const std::string& run,
+                                               Index rank) {
+  std::vector<TensorSpec> specs;
+  for (const ShardedTensor& tensor : manifest.tensors) {
+    if (tensor.part(rank)) {
+      specs.push_back({tensor.spec.name, tensor.spec.dtype, shape_of(tensor.slice(rank), tensor.spec.shape)});
+    }
+  }
+  return std::make_unique<SafetensorsWriter>(folder / rank_file_name(rank), std::move(specs),
+                                             rank_metadata(run, rank, manifest.tp));
+}
+
+}  // namespace
+
+ShardReport write_shards(const ShardOptions& options, const ShardProgress& progress) {
+  const auto start = std::chrono::steady_clock::now();
+  const ShardLayout* layout = find_shard_layout(options.layout);
+  if (layout == nullptr) {
+    fail_usage("--layout " + options.layout + " is not one of: " + known_shard_layouts());
+  }
+  const Model model = Model::open(options.source);
+  const Checkpoint& checkpoint = model.checkpoint();
+  std::vector<ShardedTensor> tensors = sharded_tensors(model, *layout, options.tp);
+  const std::vector<std::filesystem::path> carried = carried_files(checkpoint);
+  PendingFolder folder(options.output);
+  const ShardManifest manifest = manifest_of(checkpoint, options, std::move(tensors), carried);
+  const std::string text = manifest.text();
+
+  ShardReport report;
+  report.run = manifest.run();
+  report.tp = options.tp;
+  std::vector<std::unique_ptr<SafetensorsWriter>> writers;
+  for (Index rank = 0; rank < options.tp; ++rank) {
+    writers.push_back(make_writer(folder.staging(), manifest, report.run, rank));
+    report.files.push_back({rank_file_name(rank), writers.back()->file_bytes()});
+  }
+  // Tensor by tensor rather than rank by rank, so that the checkpoint is read from front to back.
+  Index done = 0;
+  for (const ShardedTensor& tensor : manifest.tensors) {
+    const std::string& name = tensor.spec.name;
+    for (Index rank = 0; rank < options.tp; ++rank) {
+      if (tensor.part(rank)) {
+        writers[static_cast<std::size_t>(rank)]->copy_slice(name, checkpoint.file_of(name),
+                                                            checkpoint.info(name), tensor.slice(rank));
+      }
+    }
+    progress(++done, static_cast<Index>(manifest.tensors.size()));
+  }
+  for (const std::unique_ptr<SafetensorsWriter>& writer : writers) {
+    writer->finish();
+  }
+  for (const std::filesystem::path& file : carried) {
+    copy_whole_file(file, folder.staging() / file.filename());
+  }
+  write_text(folder.staging() / kShardsName, text);
+  folder.commit();
+  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return report;
+}
+
+}  // namespace relatent
