@@ -1,0 +1,148 @@
+"""Forms whose latents devices can split: lossless ones, fitted ones, and MLA as the source."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import conftest
+import support
+
+LOSSLESS = [
+    *(("tpla", n) for n in (2, 4)),
+    *(("gla", n) for n in (2, 4)),
+    *(("mlra", n) for n in (2, 4)),
+]
+LOSSLESS_ERROR = 1e-5
+DEVICE_ERROR = 1e-5
+
+
+def devices(source: Path, converted: Path, tp: int) -> dict[str, Any] | None:
+    """The converted model run by so many devices; None where they cannot share it."""
+    head = ("verify", source, converted, "--tokens", support.VALIDATION_TOKENS)
+    done = support.run(*head, "--sequences", 1, "--length", 64, "--tp", tp, "--json", "--quiet")
+    if done.returncode == 2:
+        assert f"--tp {tp} does not fit this model" in done.stderr
+        return None
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["devices"]
+
+
+def check_devices(source: Path, converted: Path) -> None:
+    inspected = json.loads(support.relatent("inspect", converted, "--json"))
+    per_device = inspected["cache_bytes_per_token_per_device"]
+    for tp in (1, 2, 4, 8):
+        found = devices(source, converted, tp)
+        if found is None:
+            assert per_device[str(tp)] is None
+            continue
+        assert found["rel_logit_error"] <= DEVICE_ERROR
+        assert len(found["kv_bytes_per_token"]) == tp
+        assert max(found["kv_bytes_per_token"]) == per_device[str(tp)]
+
+
+@pytest.mark.parametrize(("form", "branches"), LOSSLESS)
+def test_lossless(bench, source: Path, form: str, branches: int) -> None:
+    converted = bench.convert(
+        source, "lossless", "--to", form, "--branches", branches, "--dtype", "float32"
+    )
+    assert support.verify(source, converted)["rel_logit_error"] <= LOSSLESS_ERROR
+    check_devices(source, converted)
+
+
+SHARED = ("--to", "tpla", "--branches", 4, "--per-device", 48, "--rope-dim", 16, "--key-rank", 16)
+SLICED = ("--to", "tpla", "--branches", 4, "--rope-dim", 16, "--rank", 128)
+GROUPED = ("--to", "gla", "--branches", 4, "--per-device", 48, "--rope-dim", 16)
+TWO_BY_TWO = ("--to", "mlra", "--branches", 2, "--per-device", 48, "--rope-dim", 16)
+FITTED = ("--dtype", "float32", "--fit-rounds", 1)
+
+
+@pytest.fixture(scope="session")
+def small() -> Path:
+    return conftest.find_model("llama-3m")
+
+
+def test_shared_key_loses_least(bench, small: Path) -> None:
+    """All with the same cache on each of four devices."""
+    nats = {
+        "shared": support.verify(small, bench.convert(small, "relatent", *SHARED, *FITTED))["nats"]
+    }
+    for order in ("pca", "hadamard"):
+        sliced = bench.convert(small, "relatent", *SLICED, "--order", order, "--dtype", "float32")
+        nats[order] = support.verify(small, sliced)["nats"]
+    closed = bench.convert(small, "weights-only", *SHARED, "--dtype", "float32")
+    nats["weights only"] = support.verify(small, closed)["nats"]
+    print(nats)
+    assert nats["shared"] < 0.6 * min(nats["pca"], nats["hadamard"])
+    assert nats["shared"] < 0.6 * nats["weights only"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    (SHARED, GROUPED, (*TWO_BY_TWO, "--key-rank", 16), (*SLICED, "--order", "hadamard")),
+    ids=("tpla", "gla", "mlra-2", "hadamard"),
+)
+def test_fitted_forms_run_everywhere(bench, small: Path, options: tuple) -> None:
+    fits = FITTED if "--order" not in options else ("--dtype", "float32")
+    converted = bench.convert(small, "relatent", *options, *fits)
+    check_devices(small, converted)
+    theirs = support.logits_of(
+        support.load(converted, custom_code=True), support.validation_ids()
+    )
+    error = support.relative_error(bench.our_logits(converted), theirs)
+    assert error <= support.LOGIT_TOLERANCE
+
+
+def test_split_is_chosen_on_held_out_tokens(bench, small: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        support.relatent(
+            *("convert", small, "-o", tmp_path / "out", "--calibration", bench.calibration(small)),
+            *("--to", "tpla", "--branches", 2, "--per-device", 48, "--no-key-fit", "--json"),
+            "--quiet",
+        )
+    )
+    best = min(report["trials"], key=lambda trial: trial["nats"])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert len(report["trials"]) >= 3
+    assert config["qk_rope_head_dim"] == best["rope_dim"]
+    assert config["latent_shared_ranks"] == [best["key_rank"]]
+    for trial in report["trials"]:
+        own = 48 - trial["rope_dim"] - trial["key_rank"]
+        assert trial["kv_rank"] == trial["key_rank"] + 2 * own
+
+
+MLA = {
+    "tpla": ("--to", "tpla", "--branches", 2, "--per-device", 96, "--key-rank", 32),
+    "gla": ("--to", "gla", "--branches", 2, "--per-device", 128),
+    "mlra": ("--to", "mlra", "--branches", 4, "--per-device", 80, "--key-rank", 24),
+    "pca": ("--to", "tpla", "--branches", 2, "--rank", 128, "--order", "pca"),
+    "hadamard": ("--to", "tpla", "--branches", 2, "--rank", 128, "--order", "hadamard"),
+}
+
+
+@pytest.mark.parametrize("case", MLA)
+def test_mla_as_the_source(bench, case: str) -> None:
+    source = conftest.find_model("deepseek-14m")
+    converted = bench.convert(source, "weights-only", *MLA[case], "--dtype", "float32")
+    check_devices(source, converted)
+    theirs = support.logits_of(
+        support.load(converted, custom_code=True), support.validation_ids()
+    )
+    error = support.relative_error(bench.our_logits(converted), theirs)
+    loss = support.verify(source, converted)["nats"]
+    print(f"relative logit error {error:.2e}, nats lost {loss:.4f}")
+    assert error <= support.LOGIT_TOLERANCE
+    assert 0 < loss < 2
+
+
+def test_mla_source_fitted(bench) -> None:
+    """The same cache on each of two devices."""
+    source = conftest.find_model("deepseek-14m")
+    nats = {}
+    for case in ("tpla", "hadamard"):
+        more = ("--fit-rounds", 1) if case == "tpla" else ()
+        converted = bench.convert(source, "relatent", *MLA[case], "--dtype", "float32", *more)
+        nats[case] = support.verify(source, converted)["nats"]
+    print(nats)
+    assert nats["tpla"] < nats["hadamard"] / 2
