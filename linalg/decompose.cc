@@ -65,20 +65,19 @@ void fix_phase(Vector column) {
 }
 
 template <typename Matrix, typename Routine>
-Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view name, Routine routine) {
+Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, std::optional<Index> wanted, std::string_view name,
+                                      Routine routine) {
   check_input(a, name);
   const Index n = a.rows();
+  const Index k = wanted.value_or(n);
   if (k < 0 || k > n) {
     throw std::invalid_argument(std::string(name) + ": " + std::to_string(k) +
                                 " eigenpairs of a matrix of order " + std::to_string(n));
   }
-  if (k == 0) {
-    k = n;
-  }
   Eigenpairs<Matrix> out;
   out.values.resize(k);
   out.vectors.resize(n, k);
-  if (n == 0) {
+  if (k == 0) {
     return out;
   }
   Matrix work = a;
@@ -103,7 +102,7 @@ Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, Index k, std::string_view
 
 }  // namespace
 
-Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k) {
+Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, std::optional<Index> k) {
   return leading_eigenpairs(
       a, k, "dsyevr",
       [](char range, lapack_int n, MatrixD& work, lapack_int first, lapack_int last, lapack_int& found,
@@ -113,7 +112,7 @@ Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k) {
       });
 }
 
-Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, Index k) {
+Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, std::optional<Index> k) {
   return leading_eigenpairs(
       a, k, "zheevr",
       [](char range, lapack_int n, MatrixC& work, lapack_int first, lapack_int last, lapack_int& found,

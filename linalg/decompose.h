@@ -1,6 +1,7 @@
 // Dense decompositions in double precision: the one doorway to LAPACKE.
 #pragma once
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -24,10 +25,10 @@ struct Eigenpairs {
   Matrix vectors;  // [n, k], orthonormal columns
 };
 
-// The k leading eigenpairs of a (only its lower triangle is read). k = 0 means all. LAPACK dsyevr / zheevr.
+// The k leading eigenpairs of a (only its lower triangle is read). Without k all. LAPACK dsyevr / zheevr.
 // Throws std::invalid_argument when a is not square or k is outside [0, n], NumericalError as above.
-Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, Index k = 0);
-Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, Index k = 0);
+Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, std::optional<Index> k = {});
+Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, std::optional<Index> k = {});
 
 // Symmetric square root of a positive semi-definite matrix and its inverse, by eigendecomposition.
 // Eigenvalues below floor * (largest eigenvalue) are raised to it, so that the inverse exists. A zero matrix

@@ -58,7 +58,7 @@ class Eigenproblem : public testing::Test {
     const Matrix scaled = basis * values.asDiagonal();
     return scaled * basis.adjoint();
   }
-  static Eigenpairs<Matrix> solve(const Matrix& a, Index k = 0) {
+  static Eigenpairs<Matrix> solve(const Matrix& a, std::optional<Index> k = {}) {
     if constexpr (is_complex) {
       return hermitian_eigenpairs(a, k);
     } else {
@@ -173,6 +173,10 @@ TYPED_TEST(Eigenproblem, Refusals) {
   EXPECT_THROW(this->solve(TypeParam::Identity(3, 3), 4), std::invalid_argument);
   EXPECT_THROW(this->solve(TypeParam::Identity(3, 3), -1), std::invalid_argument);
   EXPECT_EQ(this->solve(TypeParam(0, 0)).values.size(), 0);
+  // None asked for is none, not all.
+  EXPECT_EQ(this->solve(TypeParam::Identity(3, 3), 0).values.size(), 0);
+  EXPECT_EQ(this->solve(TypeParam::Identity(3, 3), 0).vectors.rows(), 3);
+  EXPECT_EQ(this->solve(TypeParam::Identity(3, 3), 0).vectors.cols(), 0);
   for (const double bad : {kNan, kInfinity, -kInfinity}) {
     TypeParam a = TypeParam::Identity(3, 3);
     a(2, 1) = bad;

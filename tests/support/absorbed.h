@@ -36,6 +36,11 @@ inline VectorD key_by_the_book(const AbsorbedAttention& a, Index position, const
     y << z.tail(a.rank()), a.norm.extra * x;
     z.tail(a.rank()) /= std::sqrt(a.norm.square.dot(y.cwiseAbs2()));
   }
+  if (a.norm_rows.rows() > 0) {
+    const VectorD y = a.norm_rows.cast<double>() * x.head(x.size() - 1);
+    z.tail(a.rank()) /=
+        std::sqrt(y.squaredNorm() / static_cast<double>(y.size()) + static_cast<double>(a.norm_eps));
+  }
   const VectorD rotary = z.head(p);
   z.head(p) = rotated(a.rotary, position, rotary);
   return z;
@@ -58,23 +63,63 @@ inline std::vector<VectorD> keys_by_the_book(const AbsorbedAttention& a, const M
   return out;
 }
 
+inline const LatentGroup& group_of(const AbsorbedAttention& a, Index head) {
+  return *std::find_if(a.groups.begin(), a.groups.end(), [&](const LatentGroup& group) {
+    return head >= group.first_head && head < group.first_head + group.head_count;
+  });
+}
+
+// [k^R; c_shared; c_b] of a key z.
+inline VectorD key_of_part(const AbsorbedAttention& a, const LatentGroup& group, const LatentPart& part,
+                           const VectorD& z) {
+  const Index p = a.rope_dim();
+  VectorD out(p + group.shared + part.rank);
+  out << z.head(p), z.segment(p + group.first, group.shared),
+      z.segment(p + group.first + part.first, part.rank);
+  return out;
+}
+
+// [u^R; u^N_b] of a head's query u.
+inline VectorD query_of_part(const AbsorbedAttention& a, const LatentGroup& group, const LatentPart& part,
+                             const VectorD& u) {
+  VectorD out(a.rope_dim() + group.shared + part.rank);
+  out << u.head(a.rope_dim()), u.segment(part.query, group.shared + part.rank);
+  return out;
+}
+
 // What the layer adds to the stream, [length, D].
 inline MatrixD output_by_the_book(const AbsorbedAttention& a, const MatrixD& columns) {
   const std::vector<VectorD> keys = keys_by_the_book(a, columns);
   MatrixD out = a.o_bias.transpose().replicate(columns.cols(), 1);
   for (Index h = 0; h < a.heads(); ++h) {
-    std::vector<VectorD> queries;
-    for (Index m = 0; m < columns.cols(); ++m) {
-      queries.push_back(query_by_the_book(a, h, m, columns.col(m)));
-    }
-    const MatrixD mixed = attend_by_the_book(
-        columns.cols(), 0,
-        [&](Index m, Index n) {
-          return queries[static_cast<std::size_t>(m)].dot(keys[static_cast<std::size_t>(n)]);
-        },
-        [&](Index n) -> VectorD { return keys[static_cast<std::size_t>(n)].tail(a.rank()); });
+    const LatentGroup& group = group_of(a, h);
     const Index w = a.v_dim();
-    out += mixed * (a.o.middleCols(h * w, w) * a.value_up[static_cast<std::size_t>(h)]).transpose();
+    const MatrixD through = a.o.middleCols(h * w, w) * a.value_up[static_cast<std::size_t>(h)];
+    for (std::size_t b = 0; b < group.parts.size(); ++b) {
+      const LatentPart& part = group.parts[b];
+      std::vector<VectorD> queries;
+      std::vector<VectorD> read;
+      std::vector<VectorD> values;
+      for (Index m = 0; m < columns.cols(); ++m) {
+        const VectorD& z = keys[static_cast<std::size_t>(m)];
+        queries.push_back(query_of_part(a, group, part, query_by_the_book(a, h, m, columns.col(m))));
+        read.push_back(key_of_part(a, group, part, z));
+        // Shared coordinates come with the first part.
+        VectorD value = VectorD::Zero(group.rank);
+        if (b == 0) {
+          value.head(group.shared) = z.segment(a.rope_dim() + group.first, group.shared);
+        }
+        value.segment(part.first, part.rank) = z.segment(a.rope_dim() + group.first + part.first, part.rank);
+        values.push_back(value);
+      }
+      const MatrixD mixed = attend_by_the_book(
+          columns.cols(), 0,
+          [&](Index m, Index n) {
+            return queries[static_cast<std::size_t>(m)].dot(read[static_cast<std::size_t>(n)]);
+          },
+          [&](Index n) -> VectorD { return values[static_cast<std::size_t>(n)]; });
+      out += mixed * through.transpose();
+    }
   }
   return out;
 }

@@ -123,6 +123,25 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
   return out;
 }
 
+// What a branch expands for the input x: [shared; own], normalised.
+inline VectorD latent_by_the_book(const LatentAttention& a, const LatentBranch& branch, const VectorD& x) {
+  VectorD c = apply(branch.down, x);
+  if (branch.shared >= 0) {
+    const VectorD first = apply(a.shared[static_cast<std::size_t>(branch.shared)], x);
+    VectorD whole(first.size() + c.size());
+    whole << first, c;
+    c = whole;
+  }
+  if (branch.norm.present()) {
+    c = apply(branch.norm, c);
+  }
+  if (a.norm_rows.rows() > 0) {
+    const VectorD y = a.norm_rows.cast<double>() * x;
+    c /= std::sqrt(y.squaredNorm() / static_cast<double>(y.size()) + static_cast<double>(a.norm_eps));
+  }
+  return c;
+}
+
 // mix_heads of a latent layer.
 inline MatrixD mix_by_the_book(const LatentAttention& a, const MatrixF& x) {
   const Index n_dim = a.nope_dim;
@@ -145,8 +164,7 @@ inline MatrixD mix_by_the_book(const LatentAttention& a, const MatrixF& x) {
     }
     rotary_key.push_back(rotated(a.rotary, n, apply(a.rotary_key, here)));
     for (std::size_t b = 0; b < a.branches.size(); ++b) {
-      const VectorD c = apply(a.branches[b].down, here);
-      latent[b].push_back(a.branches[b].norm.present() ? apply(a.branches[b].norm, c) : c);
+      latent[b].push_back(latent_by_the_book(a, a.branches[b], here));
     }
   }
   MatrixD out = MatrixD::Zero(x.rows(), a.heads * w);

@@ -2,10 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
 #include "convert/forms/mla.h"
+#include "convert/forms/partition.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/trained_layer.h"
@@ -260,6 +262,208 @@ TEST(ToLatentAttention, CarriesTheNormOfTheLatent) {
     EXPECT_EQ(layer.total_rank(), rank + 3);
     EXPECT_TRUE(layer.branches[0].norm.gain == RowVectorF::Ones(rank + 3));
     EXPECT_LE(relative_error(output_of(layer, sample.x), expected), kFloatNoise);
+  }
+}
+
+// Latents of groups of heads, with what scores may read of them.
+std::vector<JointLatent> latents_of(const LayerSample& sample, const RotaryKey& key,
+                                    const Partition& partition, Index rank, Index key_rank) {
+  std::vector<JointLatent> out;
+  for (Index g = 0; g < partition.groups; ++g) {
+    JointLatentOptions options{.rank = rank + g};
+    options.key_rank = partition.parts > 1 ? key_rank : -1;
+    options.first_head = partition.first_head(g, sample.maps.heads);
+    options.head_count = partition.first_head(g + 1, sample.maps.heads) - options.first_head;
+    out.push_back(joint_latent(sample.maps, sample.moments, key, options));
+  }
+  return out;
+}
+
+struct PartedCase {
+  Partition partition;
+  Index rank;  // of the first group; each later one has one more
+  Index key_rank;
+};
+
+std::vector<PartedCase> parted_cases() {
+  return {{{2, 1}, 7, 0},  {{4, 1}, 5, 0}, {{1, 2}, 9, 3}, {{1, 2}, 8, 0},
+          {{1, 4}, 14, 5}, {{2, 2}, 8, 3}, {{2, 2}, 7, 0}};
+}
+
+std::string name_of(const PartedCase& test) {
+  return std::to_string(test.partition.groups) + " groups of " + std::to_string(test.partition.parts) + ", " +
+         std::to_string(test.key_rank) + " shared";
+}
+
+TEST(AbsorbInParts, IsTheAssembledLayerSplit) {
+  for (const GqaSample& shape : {GqaSample{}, GqaSample{.q_bias = true, .kv_bias = true, .o_bias = true},
+                                 GqaSample{.heads = 6, .kv_heads = 3, .attention_factor = 1.25F}}) {
+    const LayerSample sample = layer_sample(13, shape);
+    const RotaryKey key = concentrated_key(sample, sample.maps.key_dim() / 4);
+    for (const PartedCase& test : parted_cases()) {
+      SCOPED_TRACE(name_of(test));
+      const std::vector<JointLatent> latents =
+          latents_of(sample, key, test.partition, test.rank, test.key_rank);
+      std::vector<GroupSizes> sizes;
+      for (const JointLatent& latent : latents) {
+        sizes.push_back({test.key_rank, latent.rank()});
+      }
+      LatentShape laid;
+      laid.heads = 6;
+      lay_out(test.partition, sizes, laid);
+      const LatentAttention expected =
+          split_values(assemble(sample.maps, sample.moments, key, latents, {}), test.partition, laid);
+      const AbsorbedAttention absorbed = absorb(sample.maps, key, latents, test.partition.parts);
+      const LatentAttention found = to_latent_attention(absorbed, sample.moments.second);
+      ASSERT_EQ(found.branches.size(), expected.branches.size());
+      ASSERT_EQ(found.shared.size(), expected.shared.size());
+      EXPECT_EQ(found.total_rank(), laid.rank);
+      for (std::size_t b = 0; b < found.branches.size(); ++b) {
+        const LatentBranch& branch = found.branches[b];
+        EXPECT_EQ(branch.first_head, expected.branches[b].first_head);
+        EXPECT_EQ(branch.head_count, expected.branches[b].head_count);
+        EXPECT_EQ(branch.shared, expected.branches[b].shared);
+        EXPECT_EQ(branch.up.cols(), expected.branches[b].up.cols());
+        EXPECT_TRUE(branch.down.weight == expected.branches[b].down.weight);
+        EXPECT_NEAR(branch.mean_square / expected.branches[b].mean_square, 1, 1e-9);
+      }
+      EXPECT_LE(relative_error(output_of(found, sample.x), output_of(expected, sample.x)), kFloatNoise);
+      EXPECT_LE(relative_error(output_of(found, sample.x), output_by_the_book(absorbed, with_ones(sample.x))),
+                kFloatNoise);
+    }
+  }
+}
+
+// As a fit leaves it: every part asks for its own coordinates too.
+AbsorbedAttention shaken_parts(const LayerSample& sample, const PartedCase& test, Random& random) {
+  const RotaryKey key = concentrated_key(sample, 3);
+  AbsorbedAttention out =
+      absorb(sample.maps, key, latents_of(sample, key, test.partition, test.rank, test.key_rank),
+             test.partition.parts);
+  for (MatrixD& query : out.query) {
+    query += 0.1 * random.matrix_d(query.rows(), query.cols());
+  }
+  out.key += 0.1 * random.matrix_d(out.key.rows(), out.key.cols());
+  return out;
+}
+
+// Covariance of what a part's scores read.
+MatrixD key_covariance(const LayerSample& sample, const AbsorbedAttention& a, const LatentGroup& group,
+                       const LatentPart& part) {
+  MatrixD latents(group.shared + part.rank, sample.x.rows());
+  const MatrixD all = a.key.middleRows(a.rope_dim() + group.first, group.rank) * with_ones(sample.x);
+  latents << all.topRows(group.shared), all.middleRows(part.first, part.rank);
+  const MatrixD centred = latents.colwise() - latents.rowwise().mean();
+  return centred * centred.transpose() / static_cast<double>(latents.cols());
+}
+
+TEST(AbsorbInParts, KeyLatentIsSharedAndOwn) {
+  const LayerSample sample = layer_sample(14, {.kv_bias = true});
+  Random random(15);
+  const AbsorbedAttention a = shaken_parts(sample, {{2, 2}, 8, 3}, random);
+  for (const LatentGroup& group : a.groups) {
+    EXPECT_EQ(group.shared, 3);
+    for (const LatentPart& part : group.parts) {
+      const MatrixD latents = a.key_latent_of(group, part) * with_ones(sample.x);
+      ASSERT_EQ(latents.rows(), 3 + part.rank);
+      const MatrixD centred = latents.colwise() - latents.rowwise().mean();
+      EXPECT_LE(relative_error(centred * centred.transpose() / static_cast<double>(latents.cols()),
+                               key_covariance(sample, a, group, part)),
+                1e-12);
+    }
+  }
+}
+
+// All parts of a head together, through one list of content coordinates.
+TEST(LimitContentRank, OverPartsLosesTheLeastOfTheScores) {
+  for (const PartedCase& test : {PartedCase{{1, 2}, 9, 3}, PartedCase{{1, 4}, 14, 5},
+                                 PartedCase{{2, 2}, 8, 3}, PartedCase{{1, 2}, 8, 0}}) {
+    SCOPED_TRACE(name_of(test));
+    const LayerSample sample = layer_sample(16, {.q_bias = true, .kv_bias = true});
+    Random random(17);
+    AbsorbedAttention before = shaken_parts(sample, test, random);
+    before.nope_dim = 5;
+    AbsorbedAttention after = before;
+    limit_content_rank(after, sample.moments.second);
+    const MatrixD input_root = symmetric_root(sample.moments.second, 0).root;
+    for (const LatentGroup& group : before.groups) {
+      for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+        const MatrixD& was = before.query[static_cast<std::size_t>(h)];
+        const MatrixD& is = after.query[static_cast<std::size_t>(h)];
+        EXPECT_TRUE(is.topRows(6) == was.topRows(6));
+        const MatrixD kept = is.bottomRows(is.rows() - 6);
+        const VectorD sizes = symmetric_eigenpairs(kept * kept.transpose()).values;
+        EXPECT_GT(sizes(4), 1e-6 * sizes(0));
+        EXPECT_LE(sizes(5), 1e-12 * sizes(0));
+        // E|S^½ B x̃|² of all parts is the sum of this matrix's eigenvalues.
+        MatrixD energy = MatrixD::Zero(25, 25);
+        double lost = 0;
+        for (const LatentPart& part : group.parts) {
+          const MatrixD covariance = key_covariance(sample, before, group, part);
+          const MatrixD content = was.middleRows(part.query, covariance.rows());
+          const MatrixD change = content - is.middleRows(part.query, covariance.rows());
+          energy += input_root * content.transpose() * covariance * content * input_root;
+          const MatrixD differences = change * with_ones(sample.x);
+          lost += (differences.transpose() * covariance * differences).trace() /
+                  static_cast<double>(sample.x.rows());
+        }
+        const VectorD energies = symmetric_eigenpairs(energy).values;
+        const double dropped = energies.tail(20).sum();
+        EXPECT_GT(dropped, 0.01 * energies.sum());
+        EXPECT_NEAR(lost / dropped, 1, 1e-8);
+      }
+    }
+    // What is written is that layer.
+    const MatrixD expected = output_by_the_book(after, with_ones(sample.x));
+    EXPECT_LE(
+        relative_error(output_of(to_latent_attention(after, sample.moments.second), sample.x), expected),
+        kFloatNoise);
+    EXPECT_LE(
+        relative_error(output_of(to_latent_attention(before, sample.moments.second), sample.x), expected),
+        kFloatNoise);
+  }
+}
+
+// Nothing to ask beyond the rotary key.
+TEST(LimitContentRank, WithoutRoomForContentKeepsNone) {
+  const LayerSample sample = layer_sample(18, {.kv_bias = true});
+  Random random(19);
+  AbsorbedAttention a = shaken_parts(sample, {{1, 2}, 9, 3}, random);
+  a.nope_dim = 0;
+  const LatentAttention direct = to_latent_attention(a, sample.moments.second);
+  EXPECT_EQ(direct.q.out(), 6 * 6);
+  limit_content_rank(a, sample.moments.second);
+  for (const MatrixD& query : a.query) {
+    EXPECT_FALSE(query.topRows(6).isZero(0));
+    EXPECT_TRUE(query.bottomRows(query.rows() - 6).isZero(0));
+  }
+  const MatrixD expected = output_by_the_book(a, with_ones(sample.x));
+  EXPECT_LE(relative_error(output_of(direct, sample.x), expected), kFloatNoise);
+}
+
+TEST(LatentShrink, IsThatOfTheReplicatedNorm) {
+  const LayerSample sample = layer_sample(20, {.kv_bias = true});
+  Random random(21);
+  for (const PartedCase& test : {PartedCase{{1, 1}, 7, 0}, PartedCase{{2, 2}, 8, 3}}) {
+    AbsorbedAttention a = shaken_parts(sample, test, random);
+    const MatrixD columns = with_ones(sample.x);
+    const MatrixD plain = output_by_the_book(a, columns);
+    a.norm_rows = random.matrix(10, 24, 0.3);
+    a.norm_eps = 0.01F;
+    limit_content_rank(a, sample.moments.second);
+    MatrixF inputs(sample.x.rows(), 25);
+    inputs << sample.x, VectorF::Ones(sample.x.rows());
+    const VectorF found = latent_shrink(a, inputs);
+    ASSERT_EQ(found.size(), sample.x.rows());
+    for (Index n = 0; n < found.size(); ++n) {
+      const VectorD y = a.norm_rows.cast<double>() * sample.x.row(n).transpose().cast<double>();
+      const double rho = std::sqrt(y.squaredNorm() / 10 + static_cast<double>(a.norm_eps));
+      EXPECT_NEAR(static_cast<double>(found(n)) * rho, 1, kFloatNoise);
+    }
+    const MatrixD expected = output_by_the_book(a, columns);
+    EXPECT_GT(relative_error(expected, plain), 0.1);
+    EXPECT_LE(relative_error(output_of(to_latent_attention(a, sample.moments.second), sample.x), expected),
+              kFloatNoise);
   }
 }
 

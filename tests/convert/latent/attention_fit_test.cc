@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/forms/partition.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/thread_count.h"
@@ -17,9 +18,12 @@ namespace {
 
 using testing_support::absorbed_layer;
 using testing_support::GqaSample;
+using testing_support::group_of;
+using testing_support::key_of_part;
 using testing_support::keys_by_the_book;
 using testing_support::LayerSample;
 using testing_support::query_by_the_book;
+using testing_support::query_of_part;
 using testing_support::Random;
 using testing_support::random_gqa;
 using testing_support::relative_error;
@@ -124,13 +128,14 @@ VectorD source_scores(const AttentionSample& sample, Index sequence, Index head,
   return out;
 }
 
-VectorD converted_scores(const AbsorbedAttention& a, const std::vector<VectorD>& keys, const VectorD& query,
-                         Index seen) {
+// The scores of one part of a head's group.
+VectorD converted_scores(const AbsorbedAttention& a, const LatentGroup& group, const LatentPart& part,
+                         const std::vector<VectorD>& keys, const VectorD& query, Index seen) {
+  const VectorD asked = query_of_part(a, group, part, query);
   VectorD out(seen);
   for (Index n = 0; n < seen; ++n) {
-    out(n) = query.dot(keys[static_cast<std::size_t>(n)]);
+    out(n) = asked.dot(key_of_part(a, group, part, keys[static_cast<std::size_t>(n)]));
   }
-  EXPECT_EQ(query.size(), a.width());
   return out;
 }
 
@@ -139,7 +144,7 @@ double variance(const VectorD& weights, const VectorD& x) {
   return weights.dot(VectorD(x.array() - mean).cwiseAbs2());
 }
 
-// J_h over those sequences, [H].
+// J_h over those sequences, the mean over parts, [H].
 VectorD score_errors(const FitSample& fit, const AbsorbedAttention& a, const std::vector<Index>& sequences) {
   const AttentionSample& sample = fit.sample;
   VectorD out = VectorD::Zero(a.heads());
@@ -147,12 +152,16 @@ VectorD score_errors(const FitSample& fit, const AbsorbedAttention& a, const std
     const MatrixD columns = fit.columns(s);
     const std::vector<VectorD> keys = keys_by_the_book(a, columns);
     for (Index h = 0; h < a.heads(); ++h) {
+      const LatentGroup& group = group_of(a, h);
       for (Index i = 0; i < sample.per_sequence(); ++i) {
         const Index m = sample.position(s, i);
         const VectorD source = source_scores(sample, s, h, i);
+        const VectorD weights = testing_support::softmax(source);
         const VectorD query = query_by_the_book(a, h, m, columns.col(m));
-        out(h) += variance(testing_support::softmax(source),
-                           source - converted_scores(a, keys, query, source.size()));
+        for (const LatentPart& part : group.parts) {
+          out(h) += variance(weights, source - converted_scores(a, group, part, keys, query, source.size())) /
+                    static_cast<double>(group.parts.size());
+        }
       }
     }
   }
@@ -183,13 +192,22 @@ double output_error(const FitSample& fit, const AbsorbedAttention& a, const std:
       const Index m = sample.position(s, i);
       VectorD error = sample.target.row(s * sample.per_sequence() + i).transpose().cast<double>() - a.o_bias;
       for (Index h = 0; h < a.heads(); ++h) {
-        const VectorD scores =
-            source_weights ? source_scores(sample, s, h, i)
-                           : converted_scores(a, keys, query_by_the_book(a, h, m, columns.col(m)), m + 1);
-        const VectorD weights = testing_support::softmax(scores);
-        VectorD latent = VectorD::Zero(a.rank());
-        for (Index n = 0; n <= m; ++n) {
-          latent += weights(n) * keys[static_cast<std::size_t>(n)].tail(a.rank());
+        const LatentGroup& group = group_of(a, h);
+        const VectorD query = query_by_the_book(a, h, m, columns.col(m));
+        VectorD latent = VectorD::Zero(group.rank);
+        for (std::size_t b = 0; b < group.parts.size(); ++b) {
+          const LatentPart& part = group.parts[b];
+          const VectorD weights =
+              testing_support::softmax(source_weights ? source_scores(sample, s, h, i)
+                                                      : converted_scores(a, group, part, keys, query, m + 1));
+          for (Index n = 0; n <= m; ++n) {
+            const VectorD c =
+                keys[static_cast<std::size_t>(n)].segment(a.rope_dim() + group.first, group.rank);
+            latent.segment(part.first, part.rank) += weights(n) * c.segment(part.first, part.rank);
+            if (b == 0) {
+              latent.head(group.shared) += weights(n) * c.head(group.shared);
+            }
+          }
         }
         const Index w = a.v_dim();
         error -= a.o.middleCols(h * w, w) * (a.value_up[static_cast<std::size_t>(h)] * latent);
@@ -664,6 +682,175 @@ TEST(FitQueries, RefuseNaN) {
     }
     AbsorbedAttention attention = truncated(fit);
     EXPECT_THROW(fit_queries(broken, {}, attention), NumericalError) << where;
+  }
+}
+
+struct PartedCase {
+  Partition partition;
+  Index rank;  // of the first group; each later one has one more
+  Index key_rank;
+};
+
+const std::vector<PartedCase> parted_cases = {{{2, 1}, 4, 0}, {{4, 1}, 3, 0},  {{1, 2}, 7, 3},
+                                              {{1, 2}, 6, 0}, {{1, 4}, 11, 3}, {{2, 2}, 6, 2}};
+
+std::string name_of(const PartedCase& test) {
+  return std::to_string(test.partition.groups) + " groups of " + std::to_string(test.partition.parts) + ", " +
+         std::to_string(test.key_rank) + " shared";
+}
+
+// Two of four rotary pairs; parts may ask for what is their own, as a fit lets them.
+AbsorbedAttention parted(const FitSample& fit, const PartedCase& test) {
+  const RotaryKey key = testing_support::concentrated_key(fit.layer, 2);
+  std::vector<JointLatent> latents;
+  for (Index g = 0; g < test.partition.groups; ++g) {
+    JointLatentOptions options{.rank = test.rank + g};
+    options.key_rank = test.partition.parts > 1 ? test.key_rank : -1;
+    options.first_head = test.partition.first_head(g, 4);
+    options.head_count = test.partition.first_head(g + 1, 4) - options.first_head;
+    latents.push_back(joint_latent(fit.layer.maps, fit.layer.moments, key, options));
+  }
+  AbsorbedAttention out = absorb(fit.layer.maps, key, latents, test.partition.parts);
+  Random random(101);
+  for (MatrixD& query : out.query) {
+    query += 0.05 * random.matrix_d(query.rows(), query.cols());
+  }
+  return out;
+}
+
+const std::vector<SampleOptions> parted_options = {
+    {.drift = 0.3}, {.count = 3, .length = 25, .stride = 3, .drift = 0.3, .bias = true}};
+
+// The same with a norm that every device holds.
+void add_norm_rows(AbsorbedAttention& a) {
+  Random random(102);
+  a.norm_rows = random.matrix(6, shape.hidden, 0.4);
+  a.norm_eps = 0.1F;
+}
+
+TEST(FitQueries, OverPartsLowerTheMeanError) {
+  for (const SampleOptions& options : parted_options) {
+    for (const PartedCase& test : parted_cases) {
+      for (const bool normed : {false, true}) {
+        SCOPED_TRACE(name_of(options) + ", " + name_of(test) + (normed ? ", norm" : ""));
+        const FitSample fit = fit_sample(30, options);
+        AbsorbedAttention start = parted(fit, test);
+        if (normed) {
+          add_norm_rows(start);
+        }
+        AbsorbedAttention attention = start;
+        const double before = score_error(fit, start);
+        const ScoreError error = fit_queries(fit.sample, exact(3), attention);
+        EXPECT_NEAR(error.before / before, 1, 1e-4);
+        EXPECT_NEAR(error.after / score_error(fit, attention), 1, 1e-3);
+        EXPECT_LT(error.after, 0.95 * before);
+        EXPECT_TRUE(attention.key == start.key);
+        // With a ridge every head's own error falls, and by no less than is said.
+        attention = start;
+        const ScoreError held = fit_queries(fit.sample, {}, attention);
+        const VectorD after = score_errors(fit, attention, sequences_of(fit.sample));
+        EXPECT_TRUE((after.array() < score_errors(fit, start, sequences_of(fit.sample)).array()).all());
+        EXPECT_LE(after.mean(), held.after * 1.001);
+      }
+    }
+  }
+}
+
+TEST(FitQueries, OverPartsEndWhereTheErrorIsStationary) {
+  const FitSample fit = fit_sample(31, {.count = 4, .length = 30, .stride = 2, .drift = 0.2, .bias = true});
+  for (const PartedCase& test :
+       {PartedCase{{2, 1}, 4, 0}, PartedCase{{1, 2}, 7, 3}, PartedCase{{2, 2}, 6, 2}}) {
+    SCOPED_TRACE(name_of(test));
+    const AbsorbedAttention start = parted(fit, test);
+    AbsorbedAttention end = start;
+    fit_queries(fit.sample, exact(60), end);
+    for (const std::size_t h : {0, 3}) {
+      const auto steepness_at = [&](AbsorbedAttention attention) {
+        return steepness([&] { return score_error(fit, attention); }, attention.query[h]);
+      };
+      EXPECT_LE(steepness_at(end), 1e-3 * steepness_at(start)) << h;
+    }
+  }
+}
+
+TEST(FitKeys, OfGroupsAndPartsLowerWhatTheyMinimise) {
+  for (const SampleOptions& options : parted_options) {
+    for (const PartedCase& test : parted_cases) {
+      for (const bool normed : {false, true}) {
+        SCOPED_TRACE(name_of(options) + ", " + name_of(test) + (normed ? ", norm" : ""));
+        const FitSample fit = fit_sample(32, options);
+        AbsorbedAttention start = parted(fit, test);
+        if (normed) {
+          add_norm_rows(start);
+        }
+        for (const double score_weight : {0.0, 0.3, 10.0}) {
+          double before = key_objective(fit, start, score_weight);
+          for (const Index steps : {1, 3}) {
+            AbsorbedAttention attention = start;
+            FitOptions fit_options = exact(steps);
+            fit_options.score_weight = score_weight;
+            fit_keys(fit.sample, fit_options, attention);
+            const double after = key_objective(fit, attention, score_weight);
+            EXPECT_LT(after, before) << score_weight << " " << steps;
+            before = after;
+            EXPECT_TRUE(attention.query == start.query);
+            EXPECT_TRUE(attention.value_up == start.value_up);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(FitKeys, OfGroupsAndPartsEndWhereTheSumIsStationary) {
+  const FitSample fit = fit_sample(33, {.count = 3, .length = 30, .drift = 0.2, .bias = true});
+  for (const PartedCase& test :
+       {PartedCase{{2, 1}, 4, 0}, PartedCase{{1, 2}, 7, 3}, PartedCase{{2, 2}, 6, 2}}) {
+    for (const bool normed : {false, true}) {
+      SCOPED_TRACE(name_of(test) + (normed ? ", norm" : ""));
+      AbsorbedAttention start = parted(fit, test);
+      if (normed) {
+        add_norm_rows(start);
+      }
+      AbsorbedAttention end = start;
+      fit_keys(fit.sample, exact(60), end);
+      const auto steepness_at = [&](AbsorbedAttention attention) {
+        return steepness([&] { return key_objective(fit, attention, 0.3); }, attention.key);
+      };
+      EXPECT_LE(steepness_at(end), 1e-3 * steepness_at(start));
+    }
+  }
+}
+
+TEST(FitAttention, OfGroupsAndPartsIsBetterInItsOutput) {
+  for (const PartedCase& test : parted_cases) {
+    SCOPED_TRACE(name_of(test));
+    const FitSample fit = fit_sample(34, {.count = 3, .length = 40, .stride = 2});
+    const AbsorbedAttention start = parted(fit, test);
+    AbsorbedAttention attention = start;
+    const ScoreError error = fit_attention(fit.sample, {}, attention);
+    EXPECT_NEAR(error.before / score_error(fit, start), 1, 1e-4);
+    EXPECT_LT(error.after, error.before);
+    EXPECT_LT(score_error(fit, attention), score_error(fit, start));
+    EXPECT_LT(output_error(fit, attention, sequences_of(fit.sample), false),
+              output_error(fit, start, sequences_of(fit.sample), false));
+    // And fits the ranks that there is room for.
+    for (const MatrixD& query : attention.query) {
+      const Index rows = query.rows() - 4;
+      if (rows > 4) {
+        const VectorD sizes =
+            symmetric_eigenpairs(query.bottomRows(rows) * query.bottomRows(rows).transpose()).values;
+        EXPECT_LE(sizes(4), 1e-12 * sizes(0));
+      }
+    }
+    // The same for any number of threads.
+    const auto fitted = [&](int threads) {
+      const ThreadCount scope(threads);
+      AbsorbedAttention out = start;
+      fit_attention(fit.sample, {}, out);
+      return out;
+    };
+    EXPECT_TRUE(same(fitted(1), fitted(2)));
   }
 }
 

@@ -4,6 +4,8 @@
 
 #include <cmath>
 #include <functional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "convert/forms/mla.h"
@@ -239,6 +241,136 @@ TEST(JointLatent, ConstantsInLeftoverKeysCostNothing) {
   EXPECT_LE(relative_error(output_of(assemble_mla(shifted, sample.moments, key, full, {}), sample.x),
                            output_of(assemble_mla(shifted, sample.moments, key, uncentred, {}), sample.x)),
             100 * kFloatNoise);
+}
+
+TEST(JointLatent, KeysReadOnlyTheFirstCoordinates) {
+  for (const LayerSample& sample : {layer_sample(7, {.kv_bias = true}), trained_layer(1)}) {
+    const Index keys = sample.maps.key_dim();
+    const RotaryKey key = some_key(sample, keys / 4);
+    for (const Index key_rank : {Index{1}, keys / 4, keys / 2}) {
+      const Index rank = key_rank + keys / 4;
+      const JointLatent latent =
+          joint_latent(sample.maps, sample.moments, key, {.rank = rank, .key_rank = key_rank});
+      EXPECT_EQ(latent.key_rank, key_rank);
+      EXPECT_EQ(latent.rank(), rank);
+      EXPECT_TRUE(latent.key_up.rightCols(rank - key_rank).isZero(0));
+      for (Index i = 0; i < rank; ++i) {
+        EXPECT_FALSE(latent.down.row(i).isZero(0)) << i;
+        EXPECT_FALSE(latent.value_up.col(i).isZero(0)) << i;
+        EXPECT_EQ(latent.key_up.col(i).isZero(0), i >= key_rank) << i;
+      }
+      // As many more coordinates make values better and leave keys as they are.
+      const JointLatent more =
+          joint_latent(sample.maps, sample.moments, key, {.rank = rank + keys / 4, .key_rank = key_rank});
+      const Errors before = errors_of(sample, key, latent);
+      const Errors after = errors_of(sample, key, more);
+      EXPECT_NEAR(after.key, before.key, 1e-9);
+      EXPECT_LT(after.value, before.value);
+    }
+    // All that keys may read is all.
+    EXPECT_EQ(joint_latent(sample.maps, sample.moments, key, {.rank = keys, .key_rank = keys}).key_rank, -1);
+  }
+}
+
+// What is left to say of the values is said in the fewest coordinates: their loss is the smallest eigenvalues
+// of metric times the covariance of what the first leave.
+TEST(JointLatent, BeyondTheKeysLosesTheLeastOfTheValues) {
+  const LayerSample sample = layer_sample(8, {.kv_bias = true});
+  const LayerMaps& maps = sample.maps;
+  const RotaryKey key = some_key(sample, 3);
+  for (const Index key_rank : {0, 2, 5}) {
+    const MatrixD v = centred(maps.v, sample.moments);
+    const MatrixD metric = by_group(maps, [&](Index h) {
+      const MatrixD o = maps.o.middleCols(h * 8, 8);
+      return MatrixD(o.transpose() * o);
+    });
+    for (const Index own : {1, 6, 16}) {
+      const JointLatent latent =
+          joint_latent(maps, sample.moments, key, {.rank = key_rank + own, .key_rank = key_rank});
+      const MatrixD left = v - latent.value_up.leftCols(key_rank) * latent.down.topRows(key_rank);
+      const MatrixD covariance = second_moment(left, sample.moments);
+      const MatrixD root = symmetric_root(covariance, 0).root;
+      const VectorD losses = symmetric_eigenpairs(root * metric * root).values;
+      const double whole = (metric * second_moment(v, sample.moments)).trace();
+      EXPECT_NEAR(errors_of(sample, key, latent).value, losses.tail(16 - own).sum() / whole, 1e-6)
+          << key_rank << " " << own;
+    }
+  }
+}
+
+TEST(JointLatent, AtFullKeyRankAndRankReturnsTheSource) {
+  for (const GqaSample& shape : gqa_samples()) {
+    SCOPED_TRACE(shape.name);
+    const LayerSample sample = layer_sample(9, shape);
+    const Index keys = sample.maps.key_dim();
+    const RotaryKey whole = some_key(sample, keys / 2);
+    const RotaryKey half = some_key(sample, keys / 4);
+    // Everything in what is shared, and more coordinates than there are values left.
+    for (const Index more : {Index{1}, keys, keys + 3}) {
+      const JointLatent latent =
+          joint_latent(sample.maps, sample.moments, half, {.rank = 2 * keys + more, .key_rank = 2 * keys});
+      EXPECT_LE(
+          relative_error(latent.key_up * latent.down, centred(half.residual * sample.maps.k, sample.moments)),
+          1e-6);
+      MatrixD values = latent.value_up * latent.down;
+      values.rightCols<1>() += latent.value_shift;
+      EXPECT_LE(relative_error(values, sample.maps.v), 1e-6);
+    }
+    // No leftover keys: values alone need a rank.
+    for (const Index key_rank : {Index{0}, keys / 2}) {
+      const JointLatent latent =
+          joint_latent(sample.maps, sample.moments, whole, {.rank = key_rank + keys, .key_rank = key_rank});
+      EXPECT_EQ(latent.key_rank, key_rank);
+      const LatentAttention layer = assemble_mla(sample.maps, sample.moments, whole, latent, {});
+      EXPECT_LE(relative_error(output_of(layer, sample.x), output_of(sample.attention, sample.x)),
+                kFloatNoise);
+    }
+  }
+}
+
+// The layer of some heads alone: what they read of keys and values, and nothing else.
+LayerMaps heads_of(const LayerMaps& maps, const RotaryKey& key, Index first, Index count) {
+  const Index d = maps.head_dim;
+  const Index key_first = maps.group_of(first);
+  LayerMaps out;
+  out.heads = count;
+  out.kv_heads = maps.group_of(first + count - 1) + 1 - key_first;
+  out.head_dim = d;
+  out.q = maps.q.middleRows(first * d, count * d);
+  // The leftover of some keys may lie in all of them.
+  out.k = key.residual.middleRows(key_first * d, out.kv_heads * d) * maps.k;
+  out.v = maps.v.middleRows(key_first * d, out.kv_heads * d);
+  out.o = maps.o.middleCols(first * d, count * d);
+  return out;
+}
+
+TEST(JointLatent, OfSomeHeadsIsThatOfTheirOwnLayer) {
+  const LayerSample sample = layer_sample(10, {.q_bias = true, .kv_bias = true});
+  const RotaryKey key = some_key(sample, 3);
+  for (const auto& [first, count] :
+       std::vector<std::pair<Index, Index>>{{0, 3}, {3, 3}, {1, 2}, {4, 1}, {0, 6}}) {
+    for (const Index key_rank : {-1, 4}) {
+      SCOPED_TRACE(std::to_string(count) + " heads from " + std::to_string(first));
+      JointLatentOptions options{.rank = 7, .lambda = 1.5, .key_rank = key_rank};
+      const LayerMaps own = heads_of(sample.maps, key, first, count);
+      RotaryKey own_key;
+      own_key.content_query.assign(key.content_query.begin() + first,
+                                   key.content_query.begin() + first + count);
+      own_key.residual = MatrixD::Identity(own.key_dim(), own.key_dim());
+      const JointLatent expected = joint_latent(own, sample.moments, own_key, options);
+      options.first_head = first;
+      options.head_count = count;
+      const JointLatent found = joint_latent(sample.maps, sample.moments, key, options);
+      EXPECT_EQ(found.first_head, first);
+      EXPECT_EQ(found.head_count, count);
+      EXPECT_EQ(found.first_kv_head, first / 3);
+      EXPECT_EQ(found.key_rank, expected.key_rank);
+      EXPECT_LE(relative_error(found.down, expected.down), 1e-9);
+      EXPECT_LE(relative_error(found.key_up, expected.key_up), 1e-9);
+      EXPECT_LE(relative_error(found.value_up, expected.value_up), 1e-9);
+      EXPECT_LE(relative_error(found.value_shift, expected.value_shift), 1e-12);
+    }
+  }
 }
 
 }  // namespace
