@@ -103,8 +103,9 @@ LatentAttention RelatentConversion::sliced(const Layer& layer, const AbsorbedAtt
                         known.second);
   }
   const Index features = mla->q.weight.cols() + 1;
-  return slice_latent(*mla, parts, options_.order, known.second,
-                      features == known.second.cols() ? known.second : MatrixD::Identity(features, features));
+  const MatrixD queries =
+      mla->q_down.out() == 0 ? known.second : MatrixD(MatrixD::Identity(features, features));
+  return slice_latent(*mla, parts, options_.order, known.second, queries);
 }
 
 LatentAttention RelatentConversion::next() {
@@ -157,7 +158,7 @@ LatentAttention RelatentConversion::next() {
   }
   if (!streams_) {
     const Index features = absorbed.query.front().cols();
-    out = features == known.second.cols()
+    out = mla == nullptr || mla->q_down.out() == 0
               ? to_latent_attention(absorbed, known.second)
               : to_latent_attention(absorbed, known.second, MatrixD::Identity(features, features));
     keep_query();

@@ -15,11 +15,12 @@ struct FromMlaOptions {
   double value_weight = 0.1;  // of values in the shared coordinates
 };
 
-// The source keeps its rotary key. Its latent ĉ, norm and gain applied, is seen by the keys through A_K² =
+// The source keeps its rotary key. Its latent ĉ, gain applied, is seen by the keys through A_K² =
 // Σ_h U^K_hᵀ E[q_h q_hᵀ] U^K_h and by the outputs through A_V² = Σ_h (O_h U^V_h)ᵀ O_h U^V_h, the heads those
-// of a group, each divided by its trace against S = E[ĉ ĉᵀ]. A group of one part takes the leading
-// eigenvectors of M S M with M² = λ² A_K² + A_V²; of several parts, key_rank of them with M² = A_K² +
-// value_weight² A_V², and for the rest the leading eigenvectors of what those leave of S under A_V.
+// of a group, each divided by its trace against S = E[ĉ ĉᵀ] (before the norm, which only scales it). A group
+// of one part takes the leading eigenvectors of M S M with M² = λ² A_K² + A_V²; of several parts, key_rank of
+// them with M² = A_K² + value_weight² A_V², and for the rest the leading eigenvectors of what those leave of
+// S under A_V.
 //
 // The norm stays exact: what the latents are divided by is that of the source's own rows (norm_rows), which
 // every device can hold as it holds them today. input_moment = E[x̃ x̃ᵀ], query_moment the same of what the
