@@ -355,11 +355,11 @@ void add_convert(CLI::App& app, Command& chosen) {
         closed);
   owned(command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too"), published);
   command->add_option("--engine", convert.engine, "Who is to load the result")
-      ->check(CLI::IsMember({"transformers", "deepseek"}))
+      ->check(CLI::IsMember({"transformers", "deepseek", "mlra", "gla"}))
       ->capture_default_str();
   command
       ->add_option("--norm-coordinates", convert.norm_coordinates,
-                   "deepseek: latent coordinates added to steady the norm (default 16)")
+                   "deepseek, mlra: coordinates added to each latent to steady its norm (default 16)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--pad-rank", convert.pad_rank,
                       "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");

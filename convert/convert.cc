@@ -5,7 +5,9 @@
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
+#include "convert/engines/deepseek.h"
 #include "convert/forms/mla.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/transmla.h"
@@ -41,6 +43,27 @@ bool is_mlp_bias(Role role) {
   return role == Role::gate_bias || role == Role::up_bias || role == Role::down_bias;
 }
 
+// Reciprocals of the input norm's gains bring its output to mean square 1, so that a query which passes a
+// norm of its own comes through unchanged.
+void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, LatentAttention& attention) {
+  const RowVectorF gain = source.input_norm(layer_idx).gain;
+  const Index hidden = gain.size();
+  attention.q_down = {MatrixF::Zero(hidden, hidden), {}};
+  for (Index i = 0; i < hidden; ++i) {
+    // What q_b_proj undoes is the reciprocal as it is stored.
+    const float down = rounded(dtype, 1 / gain(i));
+    if (!std::isfinite(down) || down == 0 || !std::isfinite(1 / down)) {
+      const std::string& name = source.name_of(Role::input_norm, layer_idx);
+      fail_input({source.checkpoint().file_of(name).path(), name,
+                  "holds a gain without a reciprocal in the output's dtype", "gains that are not 0",
+                  std::to_string(gain(i)), "the engine's query always passes a norm"});
+    }
+    attention.q_down.weight(i, i) = down;
+    attention.q.weight.col(i) /= down;
+  }
+  attention.q_norm = {RowVectorF::Ones(hidden), 1e-6F};
+}
+
 void check_source(const Model& source) {
   const ModelConfig& config = source.config();
   const std::filesystem::path path = source.checkpoint().config_path();
@@ -57,7 +80,7 @@ void check_source(const Model& source) {
   }
   for (const PlacedTensor& tensor : source.tensors()) {
     if (is_mlp_bias(tensor.role)) {
-      fail_input({source.checkpoint().folder(), tensor.name, "has no place in deepseek_v3",
+      fail_input({source.checkpoint().folder(), tensor.name, "has no place in a latent layout",
                   "an MLP without biases", "a bias", ""});
     }
   }
@@ -244,8 +267,50 @@ void choose_sizes(const ConvertOptions& options, const Partition& partition, con
   }
 }
 
+void check_plain_rotary(const Model& source) {
+  const Rotary& rotary = source.config().rotary;
+  if (rotary.rope_type != "default") {
+    fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
+                "rope_type default", rotary.rope_type, ""});
+  }
+}
+
+// For an engine whose list of rotary frequencies has one base: the source's frequencies that it holds. Fills
+// in the rotary size and the stride of the list.
+void fit_to_base(double wanted, const ModelConfig& config, ConvertOptions& options) {
+  const double base = geometric_base(config.rotary);
+  const Index d = config.gqa->head_dim;
+  // Every s-th frequency of the source, p / 2 of them: base^(s p / d) is the list's base.
+  const double product = static_cast<double>(d) * std::log(wanted) / std::log(base);
+  const auto whole = static_cast<Index>(std::llround(product));
+  const bool exact = std::abs(product - static_cast<double>(whole)) < 1e-6;
+  if (!options.rope_dim && exact && whole % 2 == 0 && whole <= d) {
+    options.rope_dim = whole;
+  }
+  const Index p = options.rope_dim.value_or(0);
+  if (!exact || whole > d || p <= 0 || p % 2 != 0 || whole % p != 0) {
+    const std::string why = "--engine " + options.engine + " has rotary frequencies of base " +
+                            text(static_cast<Index>(wanted)) + " only, and the source's are of base " +
+                            text(static_cast<Index>(base));
+    fail_usage(!exact || whole > d ? why : why + ": --rope-dim must be an even divisor of " + text(whole));
+  }
+  options.relatent.list_stride = whole / p;
+}
+
 // Refuses what an engine cannot hold, whatever the sizes.
 void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
+  if (!traits.latent_source && source.config().latent) {
+    fail_usage("--engine " + options.engine +
+               " normalises every latent on its own, which is not what an MLA source does: --engine "
+               "transformers has a place for it");
+  }
+  if (traits.must_tie && !source.config().tie_word_embeddings) {
+    fail_input({source.checkpoint().config_path(), "", "tie_word_embeddings",
+                "true, since --engine " + options.engine + " has no output head of its own", "false", ""});
+  }
+  if (!traits.any_frequencies && options.engine != "deepseek") {
+    check_plain_rotary(source);
+  }
   if (traits.undoes_norm) {
     if (options.norm_coordinates || options.pad_rank) {
       fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek, not to " + options.engine);
@@ -256,11 +321,7 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
     fail_usage("--engine " + options.engine +
                " normalises the latent and has no biases: only --method relatent fits a checkpoint to that");
   }
-  const Rotary& rotary = source.config().rotary;
-  if (rotary.rope_type != "default") {
-    fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
-                "rope_type default", rotary.rope_type, ""});
-  }
+  check_plain_rotary(source);
   if (source.has(Role::o_bias, 0)) {
     fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
@@ -271,12 +332,21 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
 }
 
 // Refuses sizes that the engine cannot hold, and decides what it needs beside them.
-void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const EngineTraits& traits,
+void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const Engine& engine,
                    LatentShape& shape) {
+  const EngineTraits traits = engine.traits();
   const bool plain = options.relatent.plain_list || !traits.any_frequencies;
   if (options.method == Method::relatent && config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
     fail_usage("--rope-dim " + text(shape.rope_dim) +
                " is more than a plain list holds, head_dim = " + text(config.gqa->head_dim));
+  }
+  if (const std::string why = engine.why_not(config, shape); !why.empty()) {
+    fail_usage("--engine " + options.engine + ": " + why);
+  }
+  if (traits.normed_query) {
+    shape.q_rank = config.hidden_size;
+  } else if (!shape.q_rank && config.gqa) {
+    shape.q_rank = engine.query_rank(config);
   }
   if (traits.undoes_norm) {
     return;
@@ -324,9 +394,12 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
       source_(Model::open(options_.source)),
       engine_(make_engine(options_.engine, options_.form)) {
   if (!engine_) {
-    fail_usage(make_engine(options_.engine, "mla") == nullptr
-                   ? "--engine " + options_.engine + " is not one of: " + std::string(known_engines())
-                   : "--engine " + options_.engine + " has no layout for --to " + options_.form);
+    bool known = false;
+    for (const char* form : {"mla", "gla", "tpla", "mlra"}) {
+      known = known || make_engine(options_.engine, form) != nullptr;
+    }
+    fail_usage(known ? "--engine " + options_.engine + " has no layout for --to " + options_.form
+                     : "--engine " + options_.engine + " is not one of: " + std::string(known_engines()));
   }
   const std::optional<Partition> partition =
       partition_of(options_.form, options_.branches.value_or(options_.form == "mla" ? 1 : 0));
@@ -405,11 +478,15 @@ RelatentOptions Conversion::relatent_options() const {
   RelatentOptions out = options_.relatent;
   out.rank = plan_.shape.rank;
   out.rope_dim = plan_.shape.rope_dim;
+  const ModelConfig& config = source_.config();
   const EngineTraits traits = engine_->traits();
   out.plain_list = out.plain_list || !traits.any_frequencies;
   out.partition = partition_;
   out.key_rank = plan_.shape.shared_ranks.empty() ? 0 : plan_.shape.shared_ranks.front();
   out.query_bias = options_.form != "mla";
+  if (config.gqa && !traits.normed_query) {
+    out.q_rank = plan_.shape.q_rank;
+  }
   if (!traits.undoes_norm) {
     out.norm_coordinates = options_.norm_coordinates.value_or(default_norm_coordinates);
     out.pad_rank = options_.pad_rank;
@@ -445,7 +522,21 @@ void Conversion::warn_of_few_tokens() {
 
 void Conversion::make_plan(const SizeSearch::Watch& watch) {
   check_source(source_);
-  check_engine(options_, source_, engine_->traits());
+  const EngineTraits traits = engine_->traits();
+  check_engine(options_, source_, traits);
+  if (traits.fixed_base) {
+    fit_to_base(*traits.fixed_base, source_.config(), options_);
+  }
+  if (!options_.rank && !options_.kv_budget && !options_.per_device && source_.config().gqa) {
+    options_.rank = engine_->default_rank(source_.config());
+  }
+  if (traits.norm_eps && *traits.norm_eps != source_.config().rms_norm_eps) {
+    std::ostringstream eps;
+    eps << "--engine " << options_.engine << " divides every norm by the root of its mean square plus "
+        << *traits.norm_eps << ", the source adds " << source_.config().rms_norm_eps
+        << ": `relatent verify` measures what that changes";
+    plan_.warnings.push_back(eps.str());
+  }
   warn_of_few_tokens();
   search_sizes(watch);
   const ModelConfig& config = source_.config();
@@ -462,13 +553,13 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   shape.has_bias = options_.method != Method::lossless || shape.has_q_bias || source_.has(Role::k_bias, 0) ||
                    source_.has(Role::v_bias, 0) || source_.has(Role::o_bias, 0);
   choose_sizes(options_, partition_, config, shape);
-  fit_to_engine(options_, config, engine_->traits(), shape);
   if (shape.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {
       fail_usage("--q-rank " + text(*shape.q_rank) + " must lie between 1 and the full rank " + text(full));
     }
   }
+  fit_to_engine(options_, config, *engine_, shape);
   plan_.dtype = options_.dtype.value_or(source_.checkpoint().info(source_.name_of(Role::o_weight, 0)).dtype);
   plan_.source_cache_numbers = config.cache_numbers();
   plan_.converted_cache_numbers = engine_->cache_numbers(shape);
@@ -504,9 +595,11 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
     const TensorInfo& info = source_.checkpoint().info(tensor.name);
     const DType dtype = options_.dtype.value_or(info.dtype);
     plan_.tensors.push_back(
-        {{tensor.name, dtype, info.shape}, dtype == info.dtype ? Fate::carried : Fate::recoded, tensor.name});
+        {{engine_->carried_name(tensor.role, tensor.layer_idx, tensor.name), dtype, info.shape},
+         dtype == info.dtype ? Fate::carried : Fate::recoded,
+         tensor.name});
   }
-  if (!engine_->traits().tied_head && config.tie_word_embeddings) {
+  if (!traits.tied_head && config.tie_word_embeddings) {
     const std::string& embedding = source_.name_of(Role::embed_tokens, -1);
     const TensorInfo& info = source_.checkpoint().info(embedding);
     const DType dtype = options_.dtype.value_or(info.dtype);
@@ -675,7 +768,13 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     if (!rotary) {
       rotary = attention.rotary;
     }
-    engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
+    if (engine_->traits().normed_query) {
+      LatentAttention passed = attention;
+      pass_query_through_norm(source_, layer_idx, plan_.dtype, passed);
+      engine_->write_attention(passed, plan_.shape, layer_idx, plan_.dtype, writer);
+    } else {
+      engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
+    }
     progress(layer_idx + 1, config.num_hidden_layers);
   };
   if (options_.method == Method::lossless || options_.method == Method::transmla) {

@@ -5,8 +5,10 @@
 #include <stdexcept>
 
 #include "convert/forms/mla.h"
+#include "convert/latent/branch_norms.h"
 #include "convert/latent/from_mla.h"
 #include "convert/latent/joint_latent.h"
+#include "convert/latent/query_rank.h"
 
 namespace relatent {
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
@@ -23,7 +25,7 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
       layers.push_back(concentrate(maps, known, dropped(maps, known)));
     }
     if (options.plain_list) {
-      PlainList list = allocate_plain(layers, options.rope_dim);
+      PlainList list = allocate_plain(layers, options.rope_dim, options.list_stride);
       components_ = std::move(list.components);
       list_stride_ = list.stride;
     } else {
@@ -136,6 +138,11 @@ LatentAttention RelatentConversion::next() {
   }
   ++next_;
   LatentAttention out;
+  const auto compress = [&](LatentAttention& attention, const MatrixD& input_moment) {
+    if (options_.q_rank) {
+      compress_query(attention, input_moment, *options_.q_rank);
+    }
+  };
   const auto keep_query = [&] {
     if (mla != nullptr && mla->q_down.out() > 0) {
       out.q_down = mla->q_down;
@@ -161,18 +168,24 @@ LatentAttention RelatentConversion::next() {
     out = mla == nullptr || mla->q_down.out() == 0
               ? to_latent_attention(absorbed, known.second)
               : to_latent_attention(absorbed, known.second, MatrixD::Identity(features, features));
+    compress(out, known.second);
     keep_query();
     return out;
   }
   {
     const AttentionSample sample =
         streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
-    if (!affine()) {
+    const bool one_latent = options_.partition.latents() == 1;
+    if (!affine() && one_latent) {
       absorbed.norm = complete_norm(absorbed.latent(), sample.sampled_inputs, sample.input_moment,
                                     *options_.norm_coordinates);
     }
     score_error_ = fit_attention(sample, options_.fit, absorbed);
     out = to_latent_attention(absorbed, sample.input_moment, sample.query_moment);
+    if (!affine() && !one_latent) {
+      normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
+    }
+    compress(out, sample.input_moment);
   }
   keep_query();
   // A refit may give every layer a bias, whatever the closed forms left.

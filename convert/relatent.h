@@ -19,17 +19,19 @@
 namespace relatent {
 
 struct RelatentOptions {
-  Index rank = 0;                 // of all groups together; a multiple of the groups
-  Index rope_dim = 0;             // even, 2 ... K d; at most d for a plain list
-  double lambda = 1;              // of joint_latent.h
-  bool expected_rotation = true;  // false: a dropped rotation is replaced by 1
-  bool output_metric = true;      // false: the latent is a PCA of balanced keys and values
-  bool plain_list = false;        // frequencies as an engine with a geometric list can hold them
+  Index rank = 0;                    // of all groups together; a multiple of the groups
+  Index rope_dim = 0;                // even, 2 ... K d; at most d for a plain list
+  double lambda = 1;                 // of joint_latent.h
+  bool expected_rotation = true;     // false: a dropped rotation is replaced by 1
+  bool output_metric = true;         // false: the latent is a PCA of balanced keys and values
+  bool plain_list = false;           // frequencies as an engine with a geometric list can hold them
+  std::optional<Index> list_stride;  // of a plain list: every how many-th frequency it holds; none = the best
   // For engines that normalise the latent and know no biases: so many extra latent coordinates steady the
   // norm. Needs tokens.
   std::optional<Index> norm_coordinates;
   std::optional<Index> pad_rank;  // instead: as many as bring the latent to this size
   bool query_bias = false;        // the written form has room for a query bias
+  std::optional<Index> q_rank;    // the query is compressed to a latent of this size, without a norm
   // Shared key, split value, and GLA's groups of heads.
   Partition partition;
   Index key_rank = 0;         // coordinates that the parts of a group share; with several parts only

@@ -208,14 +208,18 @@ MatrixF Checkpoint::read_matrix(const std::string& name) const {
                 .found = std::string(safetensors_name(tensor.dtype))});
   }
   const std::size_t dimensions = tensor.shape.size();
-  if (dimensions != 1 && dimensions != 2) {
+  if (dimensions < 1 || dimensions > 3) {
     fail_input({.file = file,
                 .tensor = name,
                 .problem = "shape",
-                .expected = "one or two dimensions",
+                .expected = "one to three dimensions",
                 .found = shape_text(tensor.shape)});
   }
-  MatrixF matrix(dimensions == 1 ? 1 : tensor.shape.front(), tensor.shape.back());
+  Index rows = 1;
+  for (std::size_t i = 0; i + 1 < dimensions; ++i) {
+    rows *= tensor.shape[i];
+  }
+  MatrixF matrix(rows, tensor.shape.back());
   decode_floats(tensor.dtype, bytes(name), {matrix.data(), static_cast<std::size_t>(matrix.size())});
   return matrix;
 }

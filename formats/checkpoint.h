@@ -48,7 +48,8 @@ class Checkpoint {
   const TensorInfo& info(const std::string& name) const;
   const SafetensorsFile& file_of(const std::string& name) const;
   std::span<const std::byte> bytes(const std::string& name) const;
-  // A one- or two-dimensional floating tensor, widened to float32; one dimension gives a single row.
+  // A floating tensor of one to three dimensions, widened to float32: one gives a single row, of three the
+  // first two are its rows.
   // Throws Error (input) when it is not floating or has another number of dimensions.
   MatrixF read_matrix(const std::string& name) const;
   void release(const std::string& name) const;

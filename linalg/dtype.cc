@@ -245,4 +245,13 @@ std::size_t encode_floats(DType dtype, std::span<const float> values, std::span<
   }
 }
 
+float rounded(DType dtype, float value) {
+  std::array<std::byte, 8> stored{};
+  const std::span<std::byte> bytes(stored.data(), size_of(dtype));
+  encode_floats(dtype, {&value, 1}, bytes);
+  float out = 0;
+  decode_floats(dtype, bytes, {&out, 1});
+  return out;
+}
+
 }  // namespace relatent

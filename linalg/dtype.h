@@ -52,4 +52,7 @@ void decode_floats(DType dtype, std::span<const std::byte> bytes, std::span<floa
 // above.
 std::size_t encode_floats(DType dtype, std::span<const float> values, std::span<std::byte> out);
 
+// The number nearest to value that the dtype can hold (bf16, f16, f32 and f64, infinities included).
+float rounded(DType dtype, float value);
+
 }  // namespace relatent

@@ -1,6 +1,8 @@
 #include "convert/engines/engine.h"
 
 #include "convert/engines/deepseek.h"
+#include "convert/engines/gla.h"
+#include "convert/engines/mlra.h"
 #include "convert/engines/relatent.h"
 #include "convert/engines/transformers.h"
 
@@ -26,11 +28,17 @@ std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form
   if (name == "transformers") {
     return form == "mla" ? make_transformers_engine() : make_relatent_engine();
   }
-  return name == "deepseek" && form == "mla" ? make_deepseek_engine() : nullptr;
+  if (name == "deepseek" && form == "mla") {
+    return make_deepseek_engine();
+  }
+  if (name == "mlra" && (form == "mlra" || form == "gla")) {
+    return make_mlra_engine();
+  }
+  return name == "gla" && form == "gla" ? make_gla_engine() : nullptr;
 }
 
 std::string_view known_engines() {
-  return "transformers, deepseek";
+  return "transformers, deepseek, mlra, gla";
 }
 
 }  // namespace relatent

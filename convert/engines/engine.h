@@ -9,6 +9,7 @@
 
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
+#include "convert/model/families.h"
 #include "formats/checkpoint.h"
 
 namespace relatent {
@@ -43,6 +44,11 @@ struct EngineTraits {
   bool any_frequencies = true;  // else base^(-2i/p), pairs in order
   bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
   bool tied_head = true;        // reads tie_word_embeddings
+  std::optional<double> fixed_base{};  // of the plain list; none = the config's
+  bool normed_query = false;           // the query passes a normalised latent as wide as the input
+  bool latent_source = true;           // what an MLA source's norm becomes has a place
+  bool must_tie = false;               // the output head is the embedding
+  std::optional<double> norm_eps{};    // of the layers' norms; none = the config's
 };
 
 struct ExtraFile {
@@ -59,6 +65,19 @@ class Engine {
 
   virtual std::string_view name() const = 0;
   virtual EngineTraits traits() const = 0;
+  // Why the engine's layout cannot hold the shape: a sentence, empty when it can.
+  virtual std::string why_not(const ModelConfig& /*source*/, const LatentShape& /*shape*/) const {
+    return "";
+  }
+  // All latent coordinates together of a layout that has one size only. The source is a grouped-query model,
+  // here and below.
+  virtual std::optional<Index> default_rank(const ModelConfig& /*source*/) const { return std::nullopt; }
+  // What the query must be compressed to; none = it need not.
+  virtual std::optional<Index> query_rank(const ModelConfig& /*source*/) const { return std::nullopt; }
+  // What a tensor that is carried over is called. name: what the source calls it.
+  virtual std::string carried_name(Role /*role*/, Index /*layer_idx*/, const std::string& name) const {
+    return name;
+  }
   // Numbers per token and layer that the engine caches for this shape.
   virtual Index cache_numbers(const LatentShape& shape) const = 0;
   // The attention tensors of one layer in the order in which they are written.

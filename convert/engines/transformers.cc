@@ -1,6 +1,5 @@
 #include "convert/engines/transformers.h"
 
-#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -15,15 +14,8 @@ using Json = nlohmann::ordered_json;
 // The latent norms of transformers take no eps argument: 1e-6 whatever the config says.
 constexpr double latent_norm_eps = 1e-6;
 
-// The number nearest to value that the dtype can hold.
 double round_to(DType dtype, double value) {
-  const auto wide = static_cast<float>(value);
-  std::array<std::byte, 8> stored{};
-  const std::span<std::byte> bytes(stored.data(), size_of(dtype));
-  encode_floats(dtype, {&wide, 1}, bytes);
-  float out = 0;
-  decode_floats(dtype, bytes, {&out, 1});
-  return static_cast<double>(out);
+  return static_cast<double>(rounded(dtype, static_cast<float>(value)));
 }
 
 class TransformersEngine final : public Engine {
@@ -120,41 +112,23 @@ class TransformersEngine final : public Engine {
   static void write_query(const LatentAttention& a, const LatentShape& shape, DType dtype, const Put& put) {
     const Index n = a.nope_dim;
     const Index p = a.rope_dim;
-    // Engines multiply scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
-    const double rescale = static_cast<double>(a.scale) * std::sqrt(static_cast<double>(n + p));
-    MatrixF q = a.q.weight * static_cast<float>(rescale);
     const bool compressed = a.q_down.out() > 0;
     if (!compressed && !shape.has_q_bias) {
+      MatrixF q = a.q.weight * static_cast<float>(query_rescale(a));
       for (Index h = 0; h < a.heads; ++h) {
         to_pairs(q, h * (n + p) + n, p);
       }
       put("q_proj.weight", q);
       return;
     }
-    const Index rank = q.cols();
-    const Index hidden = compressed ? a.q_down.weight.cols() : rank;
-    const NormUndo undo = undo_norm(rank, a.q_mean_square, latent_norm_eps, dtype);
-    MatrixF q_a = MatrixF::Zero(rank + 1, hidden);
-    RowVectorF q_a_bias = RowVectorF::Zero(rank + 1);
-    if (compressed) {
-      q_a.topRows(rank) = a.q_down.weight * static_cast<float>(undo.scale);
-      q_a_bias.head(rank) = bias_or_zero(a.q_down) * static_cast<float>(undo.scale);
-    } else {
-      q_a.topRows(rank).diagonal().setConstant(static_cast<float>(undo.scale));
-    }
-    q_a_bias(rank) = static_cast<float>(undo.beta);
-    RowVectorF gain = RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain));
-    gain(rank) = 1;
-    MatrixF q_b(q.rows(), rank + 1);
-    q_b.leftCols(rank) = q * static_cast<float>(undo.correction);
-    q_b.col(rank) = bias_or_zero(a.q).transpose() * static_cast<float>(rescale / undo.constant);
+    StoredQuery query = store_query(a, a.q.weight.cols() + 1, dtype);
     for (Index h = 0; h < a.heads; ++h) {
-      to_pairs(q_b, h * (n + p) + n, p);
+      to_pairs(query.up, h * (n + p) + n, p);
     }
-    put("q_a_proj.weight", q_a);
-    put("q_a_proj.bias", q_a_bias);
-    put("q_a_layernorm.weight", gain);
-    put("q_b_proj.weight", q_b);
+    put("q_a_proj.weight", query.down);
+    put("q_a_proj.bias", query.down_bias);
+    put("q_a_layernorm.weight", query.gain);
+    put("q_b_proj.weight", query.up);
   }
 };
 
@@ -192,6 +166,37 @@ NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
       out.constant = beta / rms_of(beta);
     }
   }
+  return out;
+}
+
+double query_rescale(const LatentAttention& a) {
+  return static_cast<double>(a.scale) * std::sqrt(static_cast<double>(a.nope_dim + a.rope_dim));
+}
+
+StoredQuery store_query(const LatentAttention& a, Index size, DType dtype) {
+  const double rescale = query_rescale(a);
+  const MatrixF q = a.q.weight * static_cast<float>(rescale);
+  const bool compressed = a.q_down.out() > 0;
+  const Index used = q.cols();
+  const Index rank = size - 1;
+  const Index hidden = compressed ? a.q_down.weight.cols() : used;
+  const double mean_square = a.q_mean_square * static_cast<double>(used) / static_cast<double>(rank);
+  const NormUndo undo = undo_norm(rank, mean_square, latent_norm_eps, dtype);
+  StoredQuery out;
+  out.down = MatrixF::Zero(size, hidden);
+  out.down_bias = RowVectorF::Zero(size);
+  if (compressed) {
+    out.down.topRows(used) = a.q_down.weight * static_cast<float>(undo.scale);
+    out.down_bias.head(used) = bias_or_zero(a.q_down) * static_cast<float>(undo.scale);
+  } else {
+    out.down.topRows(used).diagonal().setConstant(static_cast<float>(undo.scale));
+  }
+  out.down_bias(rank) = static_cast<float>(undo.beta);
+  out.gain = RowVectorF::Constant(size, static_cast<float>(undo.gain));
+  out.gain(rank) = 1;
+  out.up = MatrixF::Zero(q.rows(), size);
+  out.up.leftCols(used) = q * static_cast<float>(undo.correction);
+  out.up.col(rank) = bias_or_zero(a.q).transpose() * static_cast<float>(rescale / undo.constant);
   return out;
 }
 

@@ -28,4 +28,18 @@ struct NormUndo {
 // rank without the constant coordinate; mean_square 0 = unknown, taken as 1.
 NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype);
 
+// What goes into the query for engines that multiply scores by (n + p)^-1/2.
+double query_rescale(const LatentAttention& attention);
+
+// A query without a norm as an engine with a normalised query latent of `size` coordinates stores it, its
+// rotary rows in halves. The last coordinate is the constant, which carries the query bias; size is at least
+// one more than what the query acts on, and what is left between them is zero.
+struct StoredQuery {
+  MatrixF down;          // [size, hidden]
+  RowVectorF down_bias;  // [size]
+  RowVectorF gain;       // [size], of the norm
+  MatrixF up;            // [heads * (n + p), size], rescaled
+};
+StoredQuery store_query(const LatentAttention& attention, Index size, DType dtype);
+
 }  // namespace relatent

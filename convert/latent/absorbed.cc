@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "convert/latent/branch_norms.h"
 #include "linalg/decompose.h"
 
 namespace relatent {
@@ -85,25 +86,6 @@ Linear to_linear(const MatrixD& map) {
     out.bias = map.rightCols<1>().transpose().cast<float>();
   }
   return out;
-}
-
-// Mean square of the stored latent: far above any engine's eps (1e-6 or 1e-5), far below float16's end.
-constexpr double stored_mean_square = 256;
-
-// The latent as an engine with an RMSNorm stores it.
-void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
-  const Index r = a.rank();
-  const Index size = a.norm.square.size();
-  const VectorD scale = a.norm.square.cwiseSqrt() * std::sqrt(static_cast<double>(size));
-  MatrixD down(size, a.key.cols());
-  down << a.latent(), a.norm.extra;
-  down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
-  branch.down = to_linear(down);
-  MatrixF up = MatrixF::Zero(branch.up.rows(), size);
-  up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
-  branch.up = std::move(up);
-  branch.norm.gain = RowVectorF::Ones(size);
-  branch.norm.eps = 1e-6F;
 }
 
 }  // namespace
@@ -255,7 +237,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     }
   }
   if (a.norm.present()) {
-    add_norm(a, out.branches.front());
+    store_normed(a.latent(), a.norm, out.branches.front());
   }
   out.q = to_linear(q);
   out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();

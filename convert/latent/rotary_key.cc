@@ -122,15 +122,19 @@ std::vector<Index> allocate_components(const std::vector<Concentration>& layers,
   return out;
 }
 
-PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim) {
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
+                         std::optional<Index> given) {
   const auto frequencies = static_cast<Index>(layers.front().loss.size());
   const Index wanted = rope_dim / 2;
-  if (rope_dim % 2 != 0 || wanted < 1 || wanted > frequencies) {
+  if (rope_dim % 2 != 0 || wanted < 1 || (wanted - 1) * given.value_or(1) >= frequencies) {
     throw std::invalid_argument("allocate_plain: rope_dim " + std::to_string(rope_dim));
   }
   PlainList best;
   double most = -1;
-  for (Index stride = 1; (wanted - 1) * stride < frequencies; ++stride) {
+  for (Index stride = given.value_or(1); (wanted - 1) * stride < frequencies; ++stride) {
+    if (given && stride != *given) {
+      break;
+    }
     double kept = 0;
     for (Index i = 0; i < wanted; ++i) {
       for (const Concentration& layer : layers) {

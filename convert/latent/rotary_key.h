@@ -2,6 +2,7 @@
 // should expect of the rotation that the others lose.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "convert/latent/maps.h"
@@ -38,12 +39,13 @@ std::vector<Index> allocate_components(const std::vector<Concentration>& layers,
 
 // The same for engines that only know the plain list base'^(-2i/rope_dim): one component of every stride-th
 // frequency, counted from the fastest, with the stride that keeps the largest loss. Every stride has its
-// base: base' = base^(stride * rope_dim / d).
+// base: base' = base^(stride * rope_dim / d). A given stride is taken as it is.
 struct PlainList {
   Index stride = 1;
   std::vector<Index> components;  // as above
 };
-PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim);
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
+                         std::optional<Index> stride = std::nullopt);
 
 // The rotary key that keeps the components[f] leading combinations of every frequency f (each at most K).
 RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,

@@ -119,6 +119,74 @@ void one_branch(const ModelConfig& config, LatentGeometry& latent) {
   latent.norm = LatentNorm::branch;
 }
 
+// Equal latents: of `parts` branches for every of `groups` groups of heads, numbered group by group.
+void even_branches(Index heads, Index groups, Index parts, LatentGeometry& latent) {
+  const Index rank = latent.kv_lora_rank / (groups * parts);
+  for (Index b = 0; b < groups * parts; ++b) {
+    latent.branches.push_back({(b % groups) * (heads / groups), heads / groups, rank, -1});
+  }
+  latent.norm = LatentNorm::branch;
+}
+
+// A model of the MLRA authors (engines/mlra.h): GPT-2's names for the sizes, everything else fixed in code.
+void parse_mlra(const Reader& in, const std::filesystem::path& path, ModelConfig& out) {
+  out.hidden_size = in.size("n_embd");
+  out.num_hidden_layers = in.size("n_layer");
+  out.num_attention_heads = in.size("n_head");
+  out.max_position_embeddings = in.size_or("block_size", 1024);
+  out.rms_norm_eps = 1e-6;
+  out.tie_word_embeddings = true;
+  LatentGeometry latent;
+  const std::string model = in.text("mlra_model");
+  const bool mlra = model == "mlra_2" || model == "mlra_4";
+  if (!mlra && model != "gla_2" && model != "gla_4") {
+    in.complain("mlra_model", "mlra_2, mlra_4, gla_2 or gla_4");
+  }
+  const Index count = model.back() - '0';
+  latent.form = mlra ? "mlra" : "gla";
+  latent.kv_lora_rank = in.size("kv_lora_rank");
+  latent.qk_nope_head_dim = in.size("qk_nope_head_dim");
+  latent.qk_rope_head_dim = in.size("qk_rope_head_dim");
+  latent.v_head_dim = latent.qk_nope_head_dim;
+  latent.q_lora_rank = in.size("q_lora_rank");
+  latent.rope_interleave = false;
+  const Index latents = model == "gla_2" ? 2 : 4;
+  const Index parts = mlra ? count : 1;
+  if (latent.kv_lora_rank % latents != 0) {
+    in.complain("kv_lora_rank", "a multiple of " + std::to_string(latents));
+  }
+  if (out.num_attention_heads % (latents / parts) != 0) {
+    in.complain("n_head", "a multiple of " + std::to_string(latents / parts));
+  }
+  even_branches(out.num_attention_heads, latents / parts, parts, latent);
+  const auto hidden = static_cast<double>(out.hidden_size);
+  latent.latent_scale = std::sqrt(hidden / static_cast<double>(latent.kv_lora_rank / latents));
+  latent.branch_scale = mlra ? 1 / std::sqrt(static_cast<double>(count)) : 1;
+  latent.query_scale = std::sqrt(hidden / static_cast<double>(*latent.q_lora_rank));
+  out.rotary = parse_rotary({{"rope_theta", 10000.0}}, latent.qk_rope_head_dim, path);
+  out.latent = std::move(latent);
+}
+
+// The GLA authors' module (engines/gla.h): a Llama with sizes fixed by its head size.
+void parse_gla(const Reader& in, const Json& config, const std::filesystem::path& path, ModelConfig& out) {
+  LatentGeometry latent;
+  latent.form = "gla";
+  latent.qk_nope_head_dim = in.size_or("head_dim", out.hidden_size / out.num_attention_heads);
+  latent.v_head_dim = latent.qk_nope_head_dim;
+  latent.qk_rope_head_dim = in.size("qk_rope_dim");
+  latent.kv_lora_rank = 4 * latent.qk_nope_head_dim;
+  latent.q_lora_rank = 8 * latent.qk_nope_head_dim;
+  latent.attention_bias = in.flag_or("attention_bias", false);
+  latent.rope_interleave = false;
+  latent.norm_eps = out.rms_norm_eps;
+  if (out.num_attention_heads % 2 != 0) {
+    in.complain("num_attention_heads", "an even number");
+  }
+  even_branches(out.num_attention_heads, 2, 1, latent);
+  out.rotary = parse_rotary(config, latent.qk_rope_head_dim, path);
+  out.latent = std::move(latent);
+}
+
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const Reader& in, Index heads, const std::filesystem::path& path,
                     LatentGeometry& latent) {
@@ -214,19 +282,28 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
   const Reader in(config, config_path);
   ModelConfig out;
   out.model_type = in.text("model_type");
+  const bool mlra = out.model_type == "gpt2" && in.find("mlra_model") != nullptr;
+  const bool gla = out.model_type == "llama" && in.find("qk_rope_dim") != nullptr;
+  if (mlra || gla) {
+    out.model_type = mlra ? mlra_type : gla_type;
+  }
   const Family* family = find_family(out.model_type);
   if (family == nullptr) {
     fail_input(
         {config_path, "", "model_type", "one of " + known_model_types(), "\"" + out.model_type + "\"", ""});
   }
-  out.hidden_size = in.size("hidden_size");
-  out.num_hidden_layers = in.size("num_hidden_layers");
-  out.num_attention_heads = in.size("num_attention_heads");
   out.intermediate_size = in.size("intermediate_size");
   out.vocab_size = in.size("vocab_size");
-  out.max_position_embeddings = in.size_or("max_position_embeddings", 2048);
-  out.rms_norm_eps = in.number("rms_norm_eps");
-  out.tie_word_embeddings = in.flag_or("tie_word_embeddings", false);
+  if (mlra) {
+    parse_mlra(in, config_path, out);
+  } else {
+    out.hidden_size = in.size("hidden_size");
+    out.num_hidden_layers = in.size("num_hidden_layers");
+    out.num_attention_heads = in.size("num_attention_heads");
+    out.max_position_embeddings = in.size_or("max_position_embeddings", 2048);
+    out.rms_norm_eps = in.number("rms_norm_eps");
+    out.tie_word_embeddings = in.flag_or("tie_word_embeddings", false);
+  }
   if (in.find("hidden_act") != nullptr && in.text("hidden_act") != "silu") {
     in.complain("hidden_act", "\"silu\"");
   }
@@ -243,6 +320,13 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
   if (in.find("quantization_config") != nullptr) {
     fail_input({config_path, "", "quantization_config", "unquantised weights", "a quantised checkpoint",
                 "convert the unquantised source and quantise the result"});
+  }
+  if (mlra) {
+    return out;
+  }
+  if (gla) {
+    parse_gla(in, config, config_path, out);
+    return out;
   }
   if (family->latent) {
     out.latent = parse_latent(in, config, config_path);

@@ -250,6 +250,69 @@ std::vector<TensorRule> relatent_rules() {
   });
 }
 
+// The MLRA authors' layout (engines/mlra.h). Models of two latents name them one by one.
+Presence with_two(const Config& c) {
+  return required_if(c.latent->branches.size() == 2);
+}
+Presence with_four(const Config& c) {
+  return required_if(c.latent->branches.size() == 4);
+}
+// Input-major: the transpose of each latent's up-projection.
+Shape stacked_up_shape(const Config& c, Index /*part*/) {
+  const Shape up = branch_up_shape(c, 0);
+  return {part_count(c), up[1], up[0]};
+}
+
+std::vector<TensorRule> mlra_rules() {
+  return {
+      {Role::embed_tokens, "transformer.wte.weight", required, vocab_by_hidden},
+      {Role::final_norm, "layernorm.weight", required, hidden},
+      {Role::lm_head, "lm_head.weight", head_presence, vocab_by_hidden},
+      {Role::input_norm, "transformer.h.{i}.input_layernorm.weight", required, hidden},
+      {Role::post_attention_norm, "transformer.h.{i}.post_attention_layernorm.weight", required, hidden},
+      {Role::gate_weight, "transformer.h.{i}.mlp.c_fc1.weight", required, inner_by_hidden},
+      {Role::up_weight, "transformer.h.{i}.mlp.c_fc2.weight", required, inner_by_hidden},
+      {Role::down_weight, "transformer.h.{i}.mlp.c_proj.weight", required, hidden_by_inner},
+      {Role::q_a_weight, "transformer.h.{i}.attn.q_a_proj.weight", required, q_a_shape},
+      {Role::q_a_norm, "transformer.h.{i}.attn.q_a_layernorm.weight", required, q_a_vector_shape},
+      {Role::q_weight, "transformer.h.{i}.attn.q_b_proj.weight", required, mla_q_b_shape},
+      {Role::kv_a_weight, "transformer.h.{i}.attn.kv_a_proj_with_mqa.weight", required, kv_a_shape},
+      {Role::kv_a_norm, "transformer.h.{i}.attn.kv_a_layernorm_{c}.weight", with_two, branch_norm_shape,
+       part_count},
+      {Role::kv_a_norm, "transformer.h.{i}.attn.kv_a_layernorms.{b}.weight", with_four, branch_norm_shape,
+       part_count},
+      {Role::kv_b_weight, "transformer.h.{i}.attn.kv_b_proj_{c}.weight", with_two, branch_up_shape,
+       part_count},
+      {Role::kv_b_weight, "transformer.h.{i}.attn.kv_b_proj", with_four, stacked_up_shape},
+      {Role::o_weight, "transformer.h.{i}.attn.c_proj.weight", required, mla_o_shape},
+  };
+}
+
+Shape branch_up_bias_shape(const Config& c, Index part) {
+  return {branch_up_shape(c, part)[0]};
+}
+
+// The GLA authors' module (engines/gla.h).
+std::vector<TensorRule> gla_rules() {
+  return with_common({
+      {Role::q_a_weight, "model.layers.{i}.self_attn.W_dQ.weight", required, q_a_shape},
+      {Role::q_a_bias, "model.layers.{i}.self_attn.W_dQ.bias", required, q_a_vector_shape},
+      {Role::q_a_norm, "model.layers.{i}.self_attn.q_norm.weight", required, q_a_vector_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.W_uQ_rope.weight", required, mla_q_b_shape},
+      {Role::q_bias, "model.layers.{i}.self_attn.W_uQ_rope.bias", required, mla_q_bias_shape},
+      {Role::kv_a_weight, "model.layers.{i}.self_attn.W_dKV.weight", required, kv_a_shape},
+      {Role::kv_a_bias, "model.layers.{i}.self_attn.W_dKV.bias", required, kv_a_bias_shape},
+      {Role::kv_a_norm, "model.layers.{i}.self_attn.kv_norm_{c}.weight", required, branch_norm_shape,
+       part_count},
+      {Role::kv_b_weight, "model.layers.{i}.self_attn.W_ukv_{c}.weight", required, branch_up_shape,
+       part_count},
+      {Role::kv_b_bias, "model.layers.{i}.self_attn.W_ukv_{c}.bias", required, branch_up_bias_shape,
+       part_count},
+      {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
+      {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
+  });
+}
+
 const std::vector<Family>& families() {
   static const std::vector<Family> all = {
       {"llama", "LlamaForCausalLM", false, llama_rules()},
@@ -257,13 +320,16 @@ const std::vector<Family>& families() {
       {"qwen2", "Qwen2ForCausalLM", false, gqa_rules(required)},
       {"deepseek_v3", "DeepseekV3ForCausalLM", true, deepseek_rules()},
       {"relatent", "RelatentForCausalLM", true, relatent_rules()},
+      {mlra_type, "GPT", true, mlra_rules()},
+      {gla_type, "LlamaForCausalLM", true, gla_rules()},
   };
   return all;
 }
 
 std::string with_indices(std::string_view pattern, Index layer_idx, Index part) {
   std::string out(pattern);
-  for (const auto& [mark, index] : {std::pair{"{i}", layer_idx}, std::pair{"{b}", part}}) {
+  for (const auto& [mark, index] :
+       {std::pair{"{i}", layer_idx}, std::pair{"{b}", part}, std::pair{"{c}", part + 1}}) {
     const std::size_t at = out.find(mark);
     if (at != std::string::npos) {
       out.replace(at, 3, std::to_string(index));

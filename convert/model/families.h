@@ -37,6 +37,7 @@ enum class Role {
   kv_b_weight,
   k_rope_weight,
   k_rope_bias,
+  kv_b_bias,
   kv_norm_weight,
   kv_shared_weight,
   kv_shared_bias,
@@ -57,13 +58,18 @@ enum class Presence { required, optional, absent };
 
 struct TensorRule {
   Role role;
-  std::string_view name;  // "{i}" stands for the layer index, "{b}" for a part of the layer (a latent)
+  std::string_view name;  // "{i}" stands for the layer index, "{b}" for a part of the layer (a latent), "{c}"
+                          // for the same counted from 1
   Presence (*presence)(const ModelConfig&);
   // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}; of one part where there are
   // parts.
   std::vector<Index> (*shape)(const ModelConfig&, Index part);
-  Index (*parts)(const ModelConfig&) = nullptr;  // how many; none where the name has no "{b}"
+  Index (*parts)(const ModelConfig&) = nullptr;  // how many; none where the name has neither
 };
+
+// Two families borrow the model_type of a model that they are not, and are told from it by a key.
+inline constexpr std::string_view mlra_type = "gpt2 with mlra_model";
+inline constexpr std::string_view gla_type = "llama with qk_rope_dim";
 
 struct Family {
   std::string_view model_type;

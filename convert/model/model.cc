@@ -8,10 +8,6 @@
 namespace relatent {
 namespace {
 
-// transformers builds the norms on the latents without an eps argument, so it is this whatever the config
-// says.
-constexpr float latent_norm_eps = 1e-6F;
-
 // Brings the p rotary rows starting at `first` from interleaved pairs (2j, 2j+1) to halves (j, j + p/2).
 template <typename Matrix>
 void to_halves(Matrix& m, Index first, Index p) {
@@ -88,15 +84,16 @@ LatentAttention Model::latent(Index layer_idx) const {
       static_cast<float>(geometry.scale_factor / std::sqrt(static_cast<double>(out.nope_dim + out.rope_dim)));
   if (geometry.q_lora_rank) {
     out.q_down = linear(Role::q_a_weight, Role::q_a_bias, layer_idx);
-    out.q_norm = {vector_or_empty(Role::q_a_norm, layer_idx), latent_norm_eps};
+    out.q_norm = {vector_or_empty(Role::q_a_norm, layer_idx), static_cast<float>(geometry.norm_eps)};
   }
   out.q = linear(Role::q_weight, Role::q_bias, layer_idx);
+  out.q.weight *= static_cast<float>(geometry.query_scale);
   out.o = linear(Role::o_weight, Role::o_bias, layer_idx);
   out.rotary = config_.rotary;
   if (has(Role::k_rope_weight, layer_idx)) {
     read_branches(layer_idx, out);
   } else {
-    read_joint_latent(layer_idx, out);
+    read_joint_latents(layer_idx, out);
   }
   if (geometry.rope_interleave) {
     const Index p = out.rope_dim;
@@ -113,21 +110,44 @@ LatentAttention Model::latent(Index layer_idx) const {
   return out;
 }
 
-// DeepSeek's kv_a_proj_with_mqa holds the latent's rows and then the rotary key's.
-void Model::read_joint_latent(Index layer_idx, LatentAttention& out) const {
-  const Index r = config_.latent->kv_lora_rank;
+// One projection holds the rows of every latent and then the rotary key's.
+void Model::read_joint_latents(Index layer_idx, LatentAttention& out) const {
+  const LatentGeometry& geometry = *config_.latent;
   const Linear kv_a = linear(Role::kv_a_weight, Role::kv_a_bias, layer_idx);
-  LatentBranch branch;
-  branch.down.weight = kv_a.weight.topRows(r);
-  out.rotary_key.weight = kv_a.weight.bottomRows(out.rope_dim);
-  if (kv_a.bias.size() > 0) {
-    branch.down.bias = kv_a.bias.head(r);
-    out.rotary_key.bias = kv_a.bias.tail(out.rope_dim);
+  const auto rows = [&](Index first, Index count) {
+    Linear part{kv_a.weight.middleRows(first, count), {}};
+    if (kv_a.bias.size() > 0) {
+      part.bias = kv_a.bias.segment(first, count);
+    }
+    return part;
+  };
+  const bool stacked = geometry.branches.size() > 1 && has(Role::kv_b_weight, layer_idx);
+  const MatrixF all_up = stacked ? matrix(Role::kv_b_weight, layer_idx) : MatrixF();
+  Index first = 0;
+  for (std::size_t b = 0; b < geometry.branches.size(); ++b) {
+    const BranchGeometry& sizes = geometry.branches[b];
+    const Index part = geometry.branches.size() > 1 ? static_cast<Index>(b) : -1;
+    LatentBranch branch;
+    branch.down = rows(first, sizes.rank);
+    branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx, part), static_cast<float>(geometry.norm_eps)};
+    branch.first_head = sizes.first_head;
+    branch.head_count = sizes.head_count;
+    branch.up = stacked ? MatrixF(all_up.middleRows(first, sizes.rank).transpose())
+                        : matrix(Role::kv_b_weight, layer_idx, part);
+    if (has(Role::kv_b_bias, layer_idx, part) && !matrix(Role::kv_b_bias, layer_idx, part).isZero(0)) {
+      const std::string& name = name_of(Role::kv_b_bias, layer_idx, part);
+      fail_input({checkpoint_.file_of(name).path(), name, "holds a bias", "zeros", "other numbers",
+                  "latent attention here has none on its up-projections"});
+    }
+    branch.up *= static_cast<float>(geometry.latent_scale);
+    const Index step = out.nope_dim + out.v_dim;
+    for (Index h = 0; h < branch.head_count && geometry.branch_scale != 1; ++h) {
+      branch.up.middleRows(h * step + out.nope_dim, out.v_dim) *= static_cast<float>(geometry.branch_scale);
+    }
+    first += sizes.rank;
+    out.branches.push_back(std::move(branch));
   }
-  branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx), latent_norm_eps};
-  branch.up = matrix(Role::kv_b_weight, layer_idx);
-  branch.head_count = out.heads;
-  out.branches.push_back(std::move(branch));
+  out.rotary_key = rows(first, out.rope_dim);
 }
 
 void Model::read_branches(Index layer_idx, LatentAttention& out) const {
@@ -135,7 +155,7 @@ void Model::read_branches(Index layer_idx, LatentAttention& out) const {
   out.rotary_key = linear(Role::k_rope_weight, Role::k_rope_bias, layer_idx);
   if (geometry.norm == LatentNorm::replicated) {
     out.norm_rows = matrix(Role::kv_norm_weight, layer_idx);
-    out.norm_eps = latent_norm_eps;
+    out.norm_eps = static_cast<float>(geometry.norm_eps);
   }
   for (std::size_t s = 0; s < geometry.shared_ranks.size(); ++s) {
     out.shared.push_back(
@@ -147,7 +167,7 @@ void Model::read_branches(Index layer_idx, LatentAttention& out) const {
     LatentBranch branch;
     branch.down = linear(Role::kv_a_weight, Role::kv_a_bias, layer_idx, part);
     branch.shared = sizes.shared;
-    branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx, part), latent_norm_eps};
+    branch.norm = {vector_or_empty(Role::kv_a_norm, layer_idx, part), static_cast<float>(geometry.norm_eps)};
     branch.up = matrix(Role::kv_b_weight, layer_idx, part);
     branch.first_head = sizes.first_head;
     branch.head_count = sizes.head_count;

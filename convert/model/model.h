@@ -56,7 +56,7 @@ class Model {
   RmsNorm norm(Role role, Index layer_idx) const;
   GqaAttention gqa(Index layer_idx) const;
   LatentAttention latent(Index layer_idx) const;
-  void read_joint_latent(Index layer_idx, LatentAttention& out) const;
+  void read_joint_latents(Index layer_idx, LatentAttention& out) const;
   void read_branches(Index layer_idx, LatentAttention& out) const;
 
   Checkpoint checkpoint_;

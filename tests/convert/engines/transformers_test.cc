@@ -339,7 +339,7 @@ TEST(Engine, IsFoundByName) {
   EXPECT_EQ(make_engine("deepseek", "mla")->name(), "deepseek");
   EXPECT_EQ(make_engine("llama.cpp", "mla"), nullptr);
   EXPECT_EQ(make_engine("", "mla"), nullptr);
-  EXPECT_EQ(known_engines(), "transformers, deepseek");
+  EXPECT_EQ(known_engines(), "transformers, deepseek, mlra, gla");
 }
 
 }  // namespace

@@ -1,0 +1,169 @@
+#include "convert/engines/gla.h"
+
+#include <nlohmann/json.hpp>
+
+#include "convert/engines/deepseek.h"
+#include "convert/engines/layout.h"
+#include "convert/engines/transformers.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr Index latents = 2;
+// The module's is the config's; beside the constant coordinates either is nothing.
+constexpr double norm_eps = 1e-6;
+// Sizes of the stored latents by the head size.
+Index stored_rank(Index head_dim) {
+  return 2 * head_dim;
+}
+Index stored_q_rank(Index head_dim) {
+  return 8 * head_dim;
+}
+
+class GlaEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "gla"; }
+
+  EngineTraits traits() const override {
+    return {.any_frequencies = false, .tied_head = false, .latent_source = false};
+  }
+
+  Index cache_numbers(const LatentShape& shape) const override {
+    return latents * stored_rank(shape.nope_dim) + shape.rope_dim;
+  }
+
+  // One coordinate of each latent is the constant that undoes its norm.
+  std::optional<Index> default_rank(const ModelConfig& source) const override {
+    return latents * (stored_rank(source.gqa->head_dim) - 1);
+  }
+  std::optional<Index> query_rank(const ModelConfig& source) const override {
+    const Index most = stored_q_rank(source.gqa->head_dim) - 1;
+    return source.hidden_size > most ? std::optional<Index>(most) : std::nullopt;
+  }
+
+  std::string why_not(const ModelConfig& /*source*/, const LatentShape& shape) const override {
+    if (shape.branches.size() != latents || shape.branches.front().head_count * latents != shape.heads) {
+      return "the GLA authors' module has two latents, each for half of the heads: give --branches 2";
+    }
+    const Index most = stored_rank(shape.nope_dim) - 1;
+    for (const BranchGeometry& branch : shape.branches) {
+      if (branch.rank > most) {
+        return "the GLA authors' module has latents of 2 head_dim, so --rank is at most " +
+               std::to_string(latents * most);
+      }
+    }
+    return "";
+  }
+
+  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
+                                            Index layer_idx, DType dtype) const override {
+    const Index hidden = source.hidden_size;
+    const Index rank = stored_rank(shape.nope_dim);
+    const Index q_rank = stored_q_rank(shape.nope_dim);
+    std::vector<TensorSpec> out;
+    const auto add = [&](const std::string& rest, std::vector<std::int64_t> size) {
+      out.push_back({attention_name(layer_idx, rest.c_str()), dtype, std::move(size)});
+    };
+    const auto add_linear = [&](const std::string& rest, Index rows, Index columns) {
+      add(rest + ".weight", {rows, columns});
+      add(rest + ".bias", {rows});
+    };
+    add_linear("W_dQ", q_rank, hidden);
+    add("q_norm.weight", {q_rank});
+    add_linear("W_uQ_rope", shape.heads * (shape.nope_dim + shape.rope_dim), q_rank);
+    add_linear("W_dKV", latents * rank + shape.rope_dim, hidden);
+    for (Index b = 1; b <= latents; ++b) {
+      add("kv_norm_" + std::to_string(b) + ".weight", {rank});
+    }
+    for (Index b = 1; b <= latents; ++b) {
+      add_linear("W_ukv_" + std::to_string(b), shape.heads * shape.nope_dim, rank);
+    }
+    add_linear("o_proj", hidden, shape.heads * shape.v_dim);
+    return out;
+  }
+
+  Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
+              const Rotary& rotary, DType dtype) const override {
+    Json out;
+    out["architectures"] = {"LlamaForCausalLM"};
+    out["model_type"] = "llama";
+    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
+      if (source_config.contains(key)) {
+        out[key] = source_config[key];
+      }
+    }
+    out["attention_bias"] = true;
+    out["attention_dropout"] = 0.0;
+    out["dtype"] = torch_name(dtype);
+    out["head_dim"] = shape.nope_dim;
+    out["hidden_act"] = "silu";
+    out["hidden_size"] = source.hidden_size;
+    out["intermediate_size"] = source.intermediate_size;
+    out["max_position_embeddings"] = source.max_position_embeddings;
+    out["mlp_bias"] = false;
+    out["num_attention_heads"] = shape.heads;
+    out["num_hidden_layers"] = source.num_hidden_layers;
+    // Unused; what LlamaConfig would otherwise derive its checks from.
+    out["num_key_value_heads"] = shape.heads;
+    out["qk_rope_dim"] = shape.rope_dim;
+    out["rms_norm_eps"] = source.rms_norm_eps;
+    out["rope_scaling"] = nullptr;
+    out["rope_theta"] = geometric_base(rotary);
+    out["tie_word_embeddings"] = false;
+    out["use_cache"] = true;
+    out["vocab_size"] = source.vocab_size;
+    return out;
+  }
+
+  void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, Index layer_idx, DType dtype,
+                       CheckpointWriter& out) const override {
+    const auto put = [&](const std::string& rest, const auto& values) {
+      out.write_floats(attention_name(layer_idx, rest.c_str()),
+                       {values.data(), static_cast<std::size_t>(values.size())});
+    };
+    const Index n = a.nope_dim;
+    const Index p = a.rope_dim;
+    const Index rank = stored_rank(n);
+    const StoredQuery query = store_query(a, stored_q_rank(n), dtype);
+    put("W_dQ.weight", query.down);
+    put("W_dQ.bias", query.down_bias);
+    put("q_norm.weight", query.gain);
+    put("W_uQ_rope.weight", query.up);
+    put("W_uQ_rope.bias", RowVectorF(RowVectorF::Zero(query.up.rows())));
+    MatrixF down = MatrixF::Zero(latents * rank + p, a.rotary_key.weight.cols());
+    RowVectorF bias = RowVectorF::Zero(down.rows());
+    for (Index b = 0; b < latents; ++b) {
+      const LatentBranch& branch = a.branches[static_cast<std::size_t>(b)];
+      const Index used = branch.down.out();
+      const double mean_square =
+          branch.mean_square * static_cast<double>(used) / static_cast<double>(rank - 1);
+      const NormUndo undo = undo_norm(rank - 1, mean_square, norm_eps, dtype);
+      down.middleRows(b * rank, used) = branch.down.weight * static_cast<float>(undo.scale);
+      bias.segment(b * rank, used) = bias_or_zero(branch.down) * static_cast<float>(undo.scale);
+      bias((b + 1) * rank - 1) = static_cast<float>(undo.beta);
+      RowVectorF gain = RowVectorF::Constant(rank, static_cast<float>(undo.gain));
+      gain(rank - 1) = 0;  // nothing reads the constant
+      put("kv_norm_" + std::to_string(b + 1) + ".weight", gain);
+      MatrixF up = MatrixF::Zero(branch.up.rows(), rank);
+      up.leftCols(used) = branch.up * static_cast<float>(undo.correction);
+      put("W_ukv_" + std::to_string(b + 1) + ".weight", up);
+      put("W_ukv_" + std::to_string(b + 1) + ".bias", RowVectorF(RowVectorF::Zero(up.rows())));
+    }
+    down.bottomRows(p) = a.rotary_key.weight;
+    bias.tail(p) = bias_or_zero(a.rotary_key);
+    put("W_dKV.weight", down);
+    put("W_dKV.bias", bias);
+    put("o_proj.weight", a.o.weight);
+    put("o_proj.bias", bias_or_zero(a.o));
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> make_gla_engine() {
+  return std::make_unique<GlaEngine>();
+}
+
+}  // namespace relatent
