@@ -3,18 +3,6 @@
 #include <stdexcept>
 
 namespace relatent {
-namespace {
-
-Linear rows_of(const Linear& linear, Index first, Index count) {
-  Linear out;
-  out.weight = linear.weight.middleRows(first, count);
-  if (linear.bias.size() > 0) {
-    out.bias = linear.bias.segment(first, count);
-  }
-  return out;
-}
-
-}  // namespace
 
 std::optional<Partition> partition_of(std::string_view form, Index branches) {
   if (form == "mla" && branches == 1) {
@@ -71,14 +59,14 @@ LatentAttention split_values(const LatentAttention& grouped, const Partition& pa
     const BranchGeometry& first = shape.branches[static_cast<std::size_t>(partition.latent(g, 0))];
     const Index keys = shape.rank_of(first) - first.rank;
     if (keys > 0) {
-      out.shared.push_back(rows_of(group.down, 0, keys));
+      out.shared.push_back(group.down.rows(0, keys));
     }
     Index own = keys;
     for (Index part = 0; part < partition.parts; ++part) {
       const Index at = partition.latent(g, part);
       const BranchGeometry& sizes = shape.branches[static_cast<std::size_t>(at)];
       LatentBranch branch;
-      branch.down = rows_of(group.down, own, sizes.rank);
+      branch.down = group.down.rows(own, sizes.rank);
       branch.shared = sizes.shared;
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;
