@@ -6,19 +6,11 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/latent/maps.h"
 #include "linalg/decompose.h"
 
 namespace relatent {
 namespace {
-
-MatrixD with_bias(const Linear& linear) {
-  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
-  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
-  if (linear.bias.size() > 0) {
-    out.rightCols<1>() = linear.bias.transpose().cast<double>();
-  }
-  return out;
-}
 
 MatrixD columns_of(const MatrixD& m, const std::vector<Index>& which) {
   MatrixD out(m.rows(), static_cast<Index>(which.size()));
@@ -73,9 +65,8 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   const Index p = whole.rope_dim;
   const Index w = whole.v_dim;
   const Index rank = latent.down.out();
-  const MatrixD down = with_bias(latent.down);
-  MatrixD moment = down * input_moment * down.transpose();
-  moment = (0.5 * (moment + moment.transpose())).eval();
+  const MatrixD down = map_of(latent.down);
+  const MatrixD moment = second_moment(down, input_moment);
   const MatrixD turn =
       order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : even_rotation(rank);
   const bool normed = latent.norm.present();
@@ -88,7 +79,7 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   }
   up = (up * turn).eval();
   // How scores see the turned latent: Σ_h U^K_hᵀ E[q q ᵀ] U^K_h.
-  const MatrixD queries = with_bias(whole.q);
+  const MatrixD queries = map_of(whole.q);
   MatrixD metric = MatrixD::Zero(rank, rank);
   for (Index h = 0; h < whole.heads; ++h) {
     const auto asked = queries.middleRows(h * (n + p), n);

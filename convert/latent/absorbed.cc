@@ -39,10 +39,8 @@ ContentFactors factor_content(const std::vector<MatrixD>& content, const std::ve
     weighed.middleRows(row, content[b].rows()) = roots[b].root * content[b];
     row += content[b].rows();
   }
-  MatrixD energy = weighed * query_moment * weighed.transpose();
-  energy = (0.5 * (energy + energy.transpose())).eval();
   const Index kept = std::min(n, rows);
-  const MatrixD basis = symmetric_eigenpairs(energy, kept).vectors;
+  const MatrixD basis = symmetric_eigenpairs(second_moment(weighed, query_moment), kept).vectors;
   ContentFactors out{{}, basis.transpose() * weighed};
   row = 0;
   for (std::size_t b = 0; b < content.size(); ++b) {
@@ -78,15 +76,6 @@ Index content_rows(const LatentGroup& group) {
   return out;
 }
 
-Linear to_linear(const MatrixD& map) {
-  Linear out;
-  out.weight = map.leftCols(map.cols() - 1).cast<float>();
-  if (!map.rightCols<1>().isZero(0)) {
-    out.bias = map.rightCols<1>().transpose().cast<float>();
-  }
-  return out;
-}
-
 // Mean square of the stored latent: far above any engine's eps (1e-6 or 1e-5), far below float16's end.
 constexpr double stored_mean_square = 256;
 
@@ -98,7 +87,7 @@ void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
   MatrixD down(size, a.key.cols());
   down << a.latent(), a.norm.extra;
   down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
-  branch.down = to_linear(down);
+  branch.down = linear_of(down);
   MatrixF up = MatrixF::Zero(branch.up.rows(), size);
   up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
   branch.up = std::move(up);
@@ -210,7 +199,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   out.v_dim = w;
   out.scale = static_cast<float>(a.scale);
   out.rotary = a.rotary;
-  out.rotary_key = to_linear(a.key.topRows(p));
+  out.rotary_key = linear_of(a.key.topRows(p));
   out.norm_rows = a.norm_rows;
   out.norm_eps = a.norm_eps;
 
@@ -221,14 +210,14 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     const LatentGroup& group = a.groups[g];
     const MatrixD latent = a.latent_of(group);
     if (group.shared > 0) {
-      out.shared.push_back(to_linear(latent.topRows(group.shared)));
+      out.shared.push_back(linear_of(latent.topRows(group.shared)));
     }
     const MatrixD half = latent * input_moment;
     const double mean_square = half.cwiseProduct(latent).sum() / static_cast<double>(group.rank);
     for (std::size_t b = 0; b < group.parts.size(); ++b) {
       const LatentPart& part = group.parts[b];
       LatentBranch& branch = out.branches[b * group_count + g];
-      branch.down = to_linear(latent.middleRows(part.first, part.rank));
+      branch.down = linear_of(latent.middleRows(part.first, part.rank));
       branch.shared = group.shared > 0 ? static_cast<Index>(out.shared.size()) - 1 : -1;
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;
@@ -257,7 +246,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   if (a.norm.present()) {
     add_norm(a, out.branches.front());
   }
-  out.q = to_linear(q);
+  out.q = linear_of(q);
   out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();
   out.o.weight = a.o.cast<float>();
   if (!a.o_bias.isZero(0)) {

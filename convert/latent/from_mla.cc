@@ -19,15 +19,6 @@ const LatentBranch& only_branch(const LatentAttention& source) {
   return source.branches.front();
 }
 
-MatrixD map_of(const Linear& linear) {
-  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
-  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
-  if (linear.bias.size() > 0) {
-    out.rightCols<1>() = linear.bias.transpose().cast<double>();
-  }
-  return out;
-}
-
 VectorD gain_of(const LatentBranch& branch) {
   return branch.norm.present() ? VectorD(branch.norm.gain.transpose().cast<double>())
                                : VectorD(VectorD::Ones(branch.down.out()));
@@ -85,7 +76,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
     }
   }
   const MatrixD latent = gain_of(branch).asDiagonal() * map_of(branch.down);
-  const MatrixD covariance = symmetric(latent * input_moment * latent.transpose());
+  const MatrixD covariance = second_moment(latent, input_moment);
   const MatrixD queries = map_of(source.q);
   const Index total = options.partition.groups * options.rank;
   out.key.resize(p + total, latent.cols());
@@ -122,7 +113,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
       const Directions shared =
           leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
       const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
-      const Directions rest = leading(values, symmetric(left * covariance * left.transpose()), own);
+      const Directions rest = leading(values, second_moment(left, covariance), own);
       directions.down.resize(group.rank, r);
       directions.down << shared.down, rest.down * left;
       directions.up.resize(r, group.rank);
