@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "convert/forms/mla.h"
+#include "convert/forms/partition.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"

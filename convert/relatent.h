@@ -8,10 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include "convert/forms/partition.h"
 #include "convert/forms/tpla.h"
 #include "convert/latent/absorbed.h"
 #include "convert/latent/attention_fit.h"
+#include "convert/latent/partition.h"
 #include "convert/latent/rotary_key.h"
 #include "convert/model/model.h"
 #include "convert/sequential.h"
@@ -50,7 +50,7 @@ class RelatentConversion {
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  // Converts the next layer, from the first to the last, to branches as forms/partition.h numbers them.
+  // Converts the next layer, from the first to the last, to branches as latent/partition.h numbers them.
   LatentAttention next();
 
   // Of a plain list: every how many-th frequency of the source is kept.

@@ -4,22 +4,6 @@
 
 namespace relatent {
 
-std::optional<Partition> partition_of(std::string_view form, Index branches) {
-  if (form == "mla" && branches == 1) {
-    return Partition{1, 1};
-  }
-  if (form == "gla" && branches > 1) {
-    return Partition{branches, 1};
-  }
-  if (form == "tpla" && branches > 1) {
-    return Partition{1, branches};
-  }
-  if (form == "mlra" && (branches == 2 || branches == 4)) {
-    return branches == 4 ? Partition{1, 4} : Partition{2, 2};
-  }
-  return std::nullopt;
-}
-
 void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, LatentShape& shape) {
   shape.rank = 0;
   shape.shared_ranks.clear();
@@ -32,7 +16,7 @@ void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, 
     const Index first_head = partition.first_head(g, shape.heads);
     const Index heads = partition.first_head(g + 1, shape.heads) - first_head;
     for (Index part = 0; part < partition.parts; ++part) {
-      const Index rank = (part + 1) * own / partition.parts - part * own / partition.parts;
+      const Index rank = cut_at(part + 1, partition.parts, own) - cut_at(part, partition.parts, own);
       shape.branches[static_cast<std::size_t>(partition.latent(g, part))] = {
           first_head, heads, rank, shares ? static_cast<Index>(shape.shared_ranks.size()) : -1};
     }

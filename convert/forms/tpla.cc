@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "convert/latent/maps.h"
+#include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 
 namespace relatent {
@@ -95,8 +96,9 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   for (Index b = 0; b < parts; ++b) {
     std::vector<Index> which;
     for (Index i = 0; i < rank; ++i) {
-      const bool mine =
-          order == LatentOrder::pca ? i % parts == b : i >= b * rank / parts && i < (b + 1) * rank / parts;
+      const bool mine = order == LatentOrder::pca
+                            ? i % parts == b
+                            : i >= cut_at(b, parts, rank) && i < cut_at(b + 1, parts, rank);
       if (mine) {
         which.push_back(i);
       }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 
 namespace relatent {
@@ -104,6 +105,17 @@ VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs)
   return inverse_rms(attention.norm_rows, attention.norm_eps, inputs.leftCols(inputs.cols() - 1));
 }
 
+void LatentGroup::divide(Index count, Index key_rank, Index rope_dim) {
+  shared = count > 1 ? key_rank : 0;
+  parts.clear();
+  Index query = rope_dim;
+  for (Index b = 0; b < count; ++b) {
+    const Index from = cut_at(b, count, rank - shared);
+    parts.push_back({shared + from, cut_at(b + 1, count, rank - shared) - from, query});
+    query += width(parts.back());
+  }
+}
+
 MatrixD AbsorbedAttention::key_latent_of(const LatentGroup& group, const LatentPart& part) const {
   const auto all = latent_of(group);
   MatrixD out(group.shared + part.rank, key.cols());
@@ -134,22 +146,15 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
     group.head_count = latent.heads_of(maps.heads);
     group.first = first;
     group.rank = latent.rank();
-    group.shared = parts > 1 ? latent.key_rank : 0;
-    const Index own = group.rank - group.shared;
+    group.divide(parts, latent.key_rank, p);
     out.key.middleRows(p + first, group.rank) = latent.down;
     first += group.rank;
-    Index rows = p;
-    for (Index b = 0; b < parts; ++b) {
-      const Index from = b * own / parts;
-      group.parts.push_back({group.shared + from, (b + 1) * own / parts - from, rows});
-      rows += group.width(group.parts.back());
-    }
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
       const auto at = static_cast<std::size_t>(h);
       const MatrixD head = maps.query_of(h);
       const MatrixD content = key.content_query[at] * head;
-      MatrixD query(rows, maps.q.cols());
+      MatrixD query(group.query_rows(), maps.q.cols());
       query.topRows(p) = maps.scale * key.query[at] * head;
       for (const LatentPart& part : group.parts) {
         MatrixD up(d, group.width(part));

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/partition.h"
+#include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/thread_count.h"
