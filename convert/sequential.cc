@@ -65,7 +65,6 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   out.count = source_.count();
   out.length = length;
   out.stride = std::clamp<Index>(stride, 1, length);
-  out.affine = affine;
   out.inputs = [this, norm = source.input_norm, affine](Index sequence) {
     return converted_inputs(norm, sequence, affine);
   };

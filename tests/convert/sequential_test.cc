@@ -131,7 +131,6 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
     EXPECT_EQ(sample.stride, 4);
     EXPECT_EQ(sample.head_dim, 8);
     EXPECT_EQ(sample.group_size, 3);
-    EXPECT_EQ(sample.affine, affine);
     ASSERT_EQ(sample.per_sequence(), 4);
     ASSERT_EQ(sample.sampled_inputs.rows(), 20);
     MatrixD moment = MatrixD::Zero(25, 25);
