@@ -41,7 +41,7 @@ LatentAttention split_values(const LatentAttention& grouped, const Partition& pa
   for (Index g = 0; g < partition.groups; ++g) {
     const LatentBranch& group = grouped.branches[static_cast<std::size_t>(g)];
     const BranchGeometry& first = shape.branches[static_cast<std::size_t>(partition.latent(g, 0))];
-    const Index keys = shape.rank_of(first) - first.rank;
+    const Index keys = first.whole_rank(shape.shared_ranks) - first.rank;
     if (keys > 0) {
       out.shared.push_back(group.down.rows(0, keys));
     }

@@ -40,7 +40,7 @@ TEST(LayOut, DividesWhatIsNotShared) {
   const std::vector<Index> ranks = {2, 3, 2, 3};
   for (std::size_t b = 0; b < 4; ++b) {
     expect_branch(shape.branches[b], {0, 6, ranks[b], 0});
-    EXPECT_EQ(shape.rank_of(shape.branches[b]), ranks[b] + 3);
+    EXPECT_EQ(shape.branches[b].whole_rank(shape.shared_ranks), ranks[b] + 3);
   }
   // Nothing of an earlier shape stays, and nothing shared is no latent of rank 0.
   lay_out({1, 2}, {{0, 7}}, shape);
@@ -147,7 +147,7 @@ TEST(SplitValues, ReturnsTheGroupedLayer) {
         const LatentBranch& branch = split.branches[b];
         expect_branch({branch.first_head, branch.head_count, branch.down.out(), branch.shared},
                       shape.branches[b]);
-        EXPECT_EQ(branch.up.cols(), shape.rank_of(shape.branches[b]));
+        EXPECT_EQ(branch.up.cols(), shape.branches[b].whole_rank(shape.shared_ranks));
         EXPECT_EQ(branch.down.bias.size(), bias ? branch.down.out() : 0);
         EXPECT_EQ(branch.mean_square,
                   grouped.branches[b % static_cast<std::size_t>(partition.groups)].mean_square);
