@@ -9,6 +9,7 @@
 
 #include "convert/engines/deepseek.h"
 #include "convert/forms/mla.h"
+#include "convert/forms/partition.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"

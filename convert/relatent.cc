@@ -11,6 +11,7 @@
 #include "convert/latent/query_rank.h"
 
 namespace relatent {
+
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
                                        const Sequences& sequences, const RelatentOptions& options)
     : source_(source), moments_(std::move(moments)), options_(options) {
@@ -21,8 +22,8 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   if (source.config().gqa) {
     std::vector<Concentration> layers;
     for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-      const auto [maps, known] = know(std::get<GqaAttention>(source.attention(i)), i);
-      layers.push_back(concentrate(maps, known, dropped(maps, known)));
+      const Known known = know(source.attention(i), i);
+      layers.push_back(concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments)));
     }
     if (options.plain_list) {
       PlainList list = allocate_plain(layers, options.rope_dim, options.list_stride);
@@ -41,11 +42,24 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
 }
 
-RelatentConversion::Known RelatentConversion::know(const GqaAttention& attention, Index layer_idx) {
-  Known out{maps_of(attention), moments_(layer_idx)};
-  if (options_.norm_coordinates) {
-    if (out.maps.has_q_bias || attention.k.bias.size() > 0 || attention.v.bias.size() > 0) {
-      fold_error_ = std::max(fold_error_, fold_biases(out.moments, out.maps));
+RelatentConversion::Known RelatentConversion::know(const Attention& attention, Index layer_idx) {
+  Known out;
+  out.moments = moments_(layer_idx);
+  if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
+    if (mla->q_down.out() > 0) {
+      // Nothing is known of a query latent but that it is normalised.
+      const Index features = mla->q_down.out() + 1;
+      out.query_latent = MatrixD::Identity(features, features);
+    }
+    out.query_bias = affine() && options_.query_bias && mla->q_down.out() == 0;
+    return out;
+  }
+  const auto& gqa = std::get<GqaAttention>(attention);
+  LayerMaps& maps = out.maps.emplace(maps_of(gqa));
+  out.query_bias = affine() && (options_.query_bias || maps.has_q_bias);
+  if (!affine()) {
+    if (maps.has_q_bias || gqa.k.bias.size() > 0 || gqa.v.bias.size() > 0) {
+      fold_error_ = std::max(fold_error_, fold_biases(out.moments, maps));
     }
     // x̃ ends in 0 from here on.
     out.moments.second.rightCols<1>().setZero();
@@ -58,8 +72,7 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
   return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
 }
 
-AbsorbedAttention RelatentConversion::absorb_gqa(const Known& known) const {
-  const auto& [maps, moments] = known;
+AbsorbedAttention RelatentConversion::absorbed_gqa(const LayerMaps& maps, const Moments& moments) const {
   const DroppedRotation rotation = dropped(maps, moments);
   const RotaryKey key = rotary_key(maps, concentrate(maps, moments, rotation), rotation, components_);
   const Partition partition = fitted_partition();
@@ -79,13 +92,9 @@ AbsorbedAttention RelatentConversion::absorb_gqa(const Known& known) const {
   return absorb(maps, key, latents, partition.parts);
 }
 
-AbsorbedAttention RelatentConversion::absorb_mla(const LatentAttention& attention,
-                                                 const Moments& known) const {
-  // Without tokens nothing is known of a query latent but that it is normalised.
-  const Index features = attention.q_down.out() > 0 ? attention.q_down.out() + 1 : known.second.rows();
-  MatrixD queries = known.second;
-  if (attention.q_down.out() > 0) {
-    queries = MatrixD::Identity(features, features);
+AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const Known& known) const {
+  if (known.maps) {
+    return absorbed_gqa(*known.maps, known.moments);
   }
   FromMlaOptions options;
   options.partition = fitted_partition();
@@ -93,108 +102,82 @@ AbsorbedAttention RelatentConversion::absorb_mla(const LatentAttention& attentio
   options.key_rank = options_.key_rank;
   options.lambda = options_.lambda;
   options.value_weight = options_.value_weight;
-  return from_mla(attention, known.second, queries, options);
+  return from_mla(std::get<LatentAttention>(attention), known.moments.second, known.queries(), options);
 }
 
-LatentAttention RelatentConversion::sliced(const Layer& layer, const AbsorbedAttention& absorbed,
-                                           const Moments& known) const {
-  const auto* mla = std::get_if<LatentAttention>(&layer.attention);
-  const Index parts = options_.partition.parts;
-  if (mla == nullptr) {
-    return slice_latent(to_latent_attention(absorbed, known.second), parts, options_.order, known.second,
-                        known.second);
+LatentAttention RelatentConversion::fitted(const Layer& layer, Known known) {
+  AbsorbedAttention attention = absorbed(layer.attention, known);
+  known.maps.reset();
+  LatentAttention out;
+  if (streams_) {
+    const AttentionSample sample =
+        streams_->sample_attention(layer, options_.fit.stride, affine(), known.query_bias);
+    const bool one_latent = options_.partition.latents() == 1;
+    if (!affine() && one_latent) {
+      attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
+                                     *options_.norm_coordinates);
+    }
+    score_error_ = fit_attention(sample, options_.fit, attention);
+    out = to_latent_attention(attention, sample.input_moment, sample.query_moment);
+    if (!affine() && !one_latent) {
+      normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
+    }
+    known.moments.second = sample.input_moment;
+  } else {
+    out = to_latent_attention(attention, known.moments.second, known.queries());
   }
-  const Index features = mla->q.weight.cols() + 1;
-  const MatrixD queries =
-      mla->q_down.out() == 0 ? known.second : MatrixD(MatrixD::Identity(features, features));
-  return slice_latent(*mla, parts, options_.order, known.second, queries);
+  if (options_.q_rank) {
+    compress_query(out, known.moments.second, *options_.q_rank);
+  }
+  const auto* mla = std::get_if<LatentAttention>(&layer.attention);
+  if (mla != nullptr && mla->q_down.out() > 0) {
+    out.q_down = mla->q_down;
+    out.q_norm = mla->q_norm;
+  }
+  return out;
+}
+
+LatentAttention RelatentConversion::sliced(const Layer& layer, const Known& known) const {
+  if (streams_) {
+    streams_->follow_source(layer);
+  }
+  const MatrixD& inputs = known.moments.second;
+  const auto slice = [&](const LatentAttention& whole) {
+    return slice_latent(whole, options_.partition.parts, options_.order, inputs, known.queries());
+  };
+  if (const auto* mla = std::get_if<LatentAttention>(&layer.attention)) {
+    return slice(*mla);
+  }
+  return slice(to_latent_attention(absorbed(layer.attention, known), inputs));
+}
+
+void RelatentConversion::finish(const Layer& layer, LatentAttention& converted) {
+  // A refit may give every layer a bias, whatever the closed forms left.
+  if (affine() && converted.o.bias.size() == 0) {
+    converted.o.bias = RowVectorF::Zero(converted.o.out());
+  }
+  streams_->finish_attention(layer, converted, options_.fit.refit, options_.fit.output_ridge);
+  if (next_ < source_.config().num_hidden_layers) {
+    streams_->finish_layer(layer);
+  }
 }
 
 LatentAttention RelatentConversion::next() {
-  const Index layers = source_.config().num_hidden_layers;
-  if (next_ >= layers) {
+  if (next_ >= source_.config().num_hidden_layers) {
     throw std::logic_error("RelatentConversion: every layer has been converted");
   }
-  const bool last = next_ + 1 == layers;
   Layer layer;
   if (streams_) {
     layer = source_.layer(next_);
   } else {
     layer.attention = source_.attention(next_);
   }
-  const auto* mla = std::get_if<LatentAttention>(&layer.attention);
-  bool query_bias = affine() && options_.query_bias;
-  AbsorbedAttention absorbed;
-  Moments known;
-  if (mla != nullptr) {
-    known = moments_(next_);
-    absorbed = absorb_mla(*mla, known);
-    query_bias = query_bias && mla->q_down.out() == 0;
-  } else {
-    Known source = know(std::get<GqaAttention>(layer.attention), next_);
-    absorbed = absorb_gqa(source);
-    query_bias = query_bias || (affine() && source.maps.has_q_bias);
-    known = std::move(source.moments);
-  }
+  Known known = know(layer.attention, next_);
   ++next_;
-  LatentAttention out;
-  const auto compress = [&](LatentAttention& attention, const MatrixD& input_moment) {
-    if (options_.q_rank) {
-      compress_query(attention, input_moment, *options_.q_rank);
-    }
-  };
-  const auto keep_query = [&] {
-    if (mla != nullptr && mla->q_down.out() > 0) {
-      out.q_down = mla->q_down;
-      out.q_norm = mla->q_norm;
-    }
-  };
-  if (options_.order != LatentOrder::shared) {
-    out = sliced(layer, absorbed, known);
-    if (streams_) {
-      streams_->follow_source(layer);
-      if (out.o.bias.size() == 0) {
-        out.o.bias = RowVectorF::Zero(out.o.out());
-      }
-      streams_->finish_attention(layer, out, options_.fit.refit, options_.fit.output_ridge);
-      if (!last) {
-        streams_->finish_layer(layer);
-      }
-    }
-    return out;
-  }
-  if (!streams_) {
-    const Index features = absorbed.query.front().cols();
-    out = mla == nullptr || mla->q_down.out() == 0
-              ? to_latent_attention(absorbed, known.second)
-              : to_latent_attention(absorbed, known.second, MatrixD::Identity(features, features));
-    compress(out, known.second);
-    keep_query();
-    return out;
-  }
-  {
-    const AttentionSample sample =
-        streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
-    const bool one_latent = options_.partition.latents() == 1;
-    if (!affine() && one_latent) {
-      absorbed.norm = complete_norm(absorbed.latent(), sample.sampled_inputs, sample.input_moment,
-                                    *options_.norm_coordinates);
-    }
-    score_error_ = fit_attention(sample, options_.fit, absorbed);
-    out = to_latent_attention(absorbed, sample.input_moment, sample.query_moment);
-    if (!affine() && !one_latent) {
-      normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
-    }
-    compress(out, sample.input_moment);
-  }
-  keep_query();
-  // A refit may give every layer a bias, whatever the closed forms left.
-  if (affine() && out.o.bias.size() == 0) {
-    out.o.bias = RowVectorF::Zero(out.o.out());
-  }
-  streams_->finish_attention(layer, out, options_.fit.refit, options_.fit.output_ridge);
-  if (!last) {
-    streams_->finish_layer(layer);
+  LatentAttention out =
+      options_.order == LatentOrder::shared ? fitted(layer, std::move(known)) : sliced(layer, known);
+  if (streams_) {
+    finish(layer, out);
   }
   return out;
 }

@@ -8,10 +8,10 @@
 #include <optional>
 #include <vector>
 
-#include "convert/forms/partition.h"
 #include "convert/forms/tpla.h"
 #include "convert/latent/absorbed.h"
 #include "convert/latent/attention_fit.h"
+#include "convert/latent/partition.h"
 #include "convert/latent/rotary_key.h"
 #include "convert/model/model.h"
 #include "convert/sequential.h"
@@ -52,7 +52,7 @@ class RelatentConversion {
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  // Converts the next layer, from the first to the last, to branches as forms/partition.h numbers them.
+  // Converts the next layer, from the first to the last, to branches as latent/partition.h numbers them.
   LatentAttention next();
 
   // Of a plain list: every how many-th frequency of the source is kept.
@@ -63,20 +63,30 @@ class RelatentConversion {
   double fold_error() const { return fold_error_; }
 
  private:
-  // What is known of a layer and its maps, without biases where the engine has none.
+  // What is known of a layer before it is converted.
   struct Known {
-    LayerMaps maps;
     Moments moments;
+    std::optional<LayerMaps> maps;  // of a GQA source, without biases where the engine has none
+    MatrixD query_latent;           // [Q + 1, Q + 1], second moment of a low-rank query's latent; else empty
+    bool query_bias = false;        // fitted queries may have one
+
+    // Second moment of what the queries act on.
+    const MatrixD& queries() const { return query_latent.size() > 0 ? query_latent : moments.second; }
   };
-  Known know(const GqaAttention& attention, Index layer_idx);
+  Known know(const Attention& attention, Index layer_idx);
   // The closed forms, from either kind of source.
-  AbsorbedAttention absorb_gqa(const Known& known) const;
-  AbsorbedAttention absorb_mla(const LatentAttention& attention, const Moments& known) const;
+  AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
+  AbsorbedAttention absorbed_gqa(const LayerMaps& maps, const Moments& moments) const;
+  // What the closed forms make; slices are cut from a single latent.
   Partition fitted_partition() const {
     return options_.order == LatentOrder::shared ? options_.partition : Partition{};
   }
-  // As the source has it, cut into slices.
-  LatentAttention sliced(const Layer& layer, const AbsorbedAttention& absorbed, const Moments& known) const;
+  // The closed forms, fitted where there are tokens. Moves the source's stream past its attention.
+  LatentAttention fitted(const Layer& layer, Known known);
+  // The source, or its closed form, cut into slices. Likewise.
+  LatentAttention sliced(const Layer& layer, const Known& known) const;
+  // Refits o_proj and moves the streams on to the next layer, if there is one.
+  void finish(const Layer& layer, LatentAttention& converted);
   bool affine() const { return !options_.norm_coordinates; }
   DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
 

@@ -31,6 +31,7 @@ std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& se
   Index query = 0;
   Index key = 0;
   Index mixed = 0;
+  Index asking = config.hidden_size;  // what the converted queries act on
   if (config.gqa) {
     query = heads * config.gqa->head_dim;
     key = 2 * config.gqa->num_key_value_heads * config.gqa->head_dim;
@@ -39,9 +40,10 @@ std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& se
     key = 2 * (config.latent->kv_lora_rank + config.latent->qk_rope_head_dim);
     query = heads * key / 2;
     mixed = heads * config.latent->v_head_dim;
+    asking = config.latent->q_lora_rank.value_or(asking);
   }
-  const Index numbers =
-      tokens * (2 * config.hidden_size + mixed + key + width) + queries * (2 * config.hidden_size + query);
+  const Index numbers = tokens * (2 * config.hidden_size + mixed + key + width) +
+                        queries * (2 * config.hidden_size + asking + query);
   return static_cast<std::uint64_t>(numbers) * sizeof(float) + (weights <= kept_weight_bytes ? weights : 0);
 }
 
@@ -65,7 +67,6 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   out.count = source_.count();
   out.length = length;
   out.stride = std::clamp<Index>(stride, 1, length);
-  out.affine = affine;
   out.inputs = [this, norm = source.input_norm, affine](Index sequence) {
     return converted_inputs(norm, sequence, affine);
   };

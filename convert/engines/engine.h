@@ -32,9 +32,6 @@ struct LatentShape {
   LatentNorm norm = LatentNorm::none;
   Index norm_rank = 0;
 
-  Index rank_of(const BranchGeometry& branch) const {
-    return branch.rank + (branch.shared >= 0 ? shared_ranks[static_cast<std::size_t>(branch.shared)] : 0);
-  }
   // The part that decides what devices hold.
   LatentGeometry geometry() const;
 };

@@ -11,18 +11,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-const char* norm_text(LatentNorm norm) {
-  switch (norm) {
-    case LatentNorm::none:
-      return "none";
-    case LatentNorm::branch:
-      return "branch";
-    case LatentNorm::replicated:
-      return "replicated";
-  }
-  return "";
-}
-
 class RelatentEngine final : public Engine {
  public:
   std::string_view name() const override { return "transformers"; }
@@ -61,7 +49,7 @@ class RelatentEngine final : public Engine {
     }
     for (std::size_t b = 0; b < shape.branches.size(); ++b) {
       const BranchGeometry& branch = shape.branches[b];
-      const Index rank = shape.rank_of(branch);
+      const Index rank = branch.whole_rank(shape.shared_ranks);
       const std::string index = "." + std::to_string(b);
       add_linear("kv_a_proj" + index, branch.rank, hidden);
       if (shape.norm == LatentNorm::branch) {
@@ -100,7 +88,7 @@ class RelatentEngine final : public Engine {
       out["latent_branches"].push_back(std::move(entry));
     }
     out["latent_form"] = shape.form;
-    out["latent_norm"] = norm_text(shape.norm);
+    out["latent_norm"] = norm_name(shape.norm);
     out["latent_norm_rank"] = shape.norm == LatentNorm::replicated ? Json(shape.norm_rank) : Json(nullptr);
     out["latent_shared_ranks"] = shape.shared_ranks;
     out["max_position_embeddings"] = source.max_position_embeddings;

@@ -5,16 +5,6 @@
 namespace relatent {
 namespace {
 
-// Splits off the bias column; a bias of zeros is no bias.
-Linear to_linear(const MatrixD& map) {
-  Linear out;
-  out.weight = map.leftCols(map.cols() - 1).cast<float>();
-  if (!map.rightCols<1>().isZero(0)) {
-    out.bias = map.rightCols<1>().transpose().cast<float>();
-  }
-  return out;
-}
-
 double mean_square(const MatrixD& map, const Moments& moments) {
   const MatrixD half = map * moments.second;
   return half.cwiseProduct(map).sum() / static_cast<double>(map.rows());
@@ -42,19 +32,19 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
     q.middleRows(h * (n + p) + n, p) = key.query[static_cast<std::size_t>(h)] * head;
   }
   if (query) {
-    out.q_down = to_linear(query->down);
+    out.q_down = linear_of(query->down);
     out.q_mean_square = mean_square(query->down, moments);
     out.q.weight = q.cast<float>();
   } else {
-    out.q = to_linear(q);
+    out.q = linear_of(q);
     out.q_mean_square = moments.second.diagonal().head(maps.q.cols() - 1).mean();
   }
-  out.rotary_key = to_linear(key.read * maps.k);
+  out.rotary_key = linear_of(key.read * maps.k);
 
   VectorD shift(maps.heads * d);
   for (const JointLatent& latent : latents) {
     LatentBranch branch;
-    branch.down = to_linear(latent.down);
+    branch.down = linear_of(latent.down);
     branch.first_head = latent.first_head;
     branch.head_count = latent.heads_of(maps.heads);
     branch.mean_square = mean_square(latent.down, moments);

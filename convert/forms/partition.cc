@@ -3,34 +3,6 @@
 #include <stdexcept>
 
 namespace relatent {
-namespace {
-
-Linear rows_of(const Linear& linear, Index first, Index count) {
-  Linear out;
-  out.weight = linear.weight.middleRows(first, count);
-  if (linear.bias.size() > 0) {
-    out.bias = linear.bias.segment(first, count);
-  }
-  return out;
-}
-
-}  // namespace
-
-std::optional<Partition> partition_of(std::string_view form, Index branches) {
-  if (form == "mla" && branches == 1) {
-    return Partition{1, 1};
-  }
-  if (form == "gla" && branches > 1) {
-    return Partition{branches, 1};
-  }
-  if (form == "tpla" && branches > 1) {
-    return Partition{1, branches};
-  }
-  if (form == "mlra" && (branches == 2 || branches == 4)) {
-    return branches == 4 ? Partition{1, 4} : Partition{2, 2};
-  }
-  return std::nullopt;
-}
 
 void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, LatentShape& shape) {
   shape.rank = 0;
@@ -44,7 +16,7 @@ void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, 
     const Index first_head = partition.first_head(g, shape.heads);
     const Index heads = partition.first_head(g + 1, shape.heads) - first_head;
     for (Index part = 0; part < partition.parts; ++part) {
-      const Index rank = (part + 1) * own / partition.parts - part * own / partition.parts;
+      const Index rank = cut_at(part + 1, partition.parts, own) - cut_at(part, partition.parts, own);
       shape.branches[static_cast<std::size_t>(partition.latent(g, part))] = {
           first_head, heads, rank, shares ? static_cast<Index>(shape.shared_ranks.size()) : -1};
     }
@@ -69,16 +41,16 @@ LatentAttention split_values(const LatentAttention& grouped, const Partition& pa
   for (Index g = 0; g < partition.groups; ++g) {
     const LatentBranch& group = grouped.branches[static_cast<std::size_t>(g)];
     const BranchGeometry& first = shape.branches[static_cast<std::size_t>(partition.latent(g, 0))];
-    const Index keys = shape.rank_of(first) - first.rank;
+    const Index keys = first.whole_rank(shape.shared_ranks) - first.rank;
     if (keys > 0) {
-      out.shared.push_back(rows_of(group.down, 0, keys));
+      out.shared.push_back(group.down.rows(0, keys));
     }
     Index own = keys;
     for (Index part = 0; part < partition.parts; ++part) {
       const Index at = partition.latent(g, part);
       const BranchGeometry& sizes = shape.branches[static_cast<std::size_t>(at)];
       LatentBranch branch;
-      branch.down = rows_of(group.down, own, sizes.rank);
+      branch.down = group.down.rows(own, sizes.rank);
       branch.shared = sizes.shared;
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;

@@ -6,29 +6,13 @@
 // the whole score, so the parts of a group share their key coordinates and split their value coordinates.
 #pragma once
 
-#include <optional>
-#include <string_view>
 #include <vector>
 
 #include "convert/engines/engine.h"
+#include "convert/latent/partition.h"
 #include "convert/model/attention.h"
 
 namespace relatent {
-
-struct Partition {
-  Index groups = 1;  // of heads
-  Index parts = 1;   // latents of each group's heads
-
-  Index latents() const { return groups * parts; }
-  // Heads first_head(g) ... first_head(g + 1) - 1 belong to group g; as even as can be.
-  Index first_head(Index group, Index heads) const { return group * heads / groups; }
-  // Latent of a part of a group, as MLRA's authors number them.
-  Index latent(Index group, Index part) const { return part * groups + group; }
-};
-
-// mla: 1 group, 1 part. gla: `branches` groups. tpla: `branches` parts. mlra: 4 parts, or 2 groups of 2 parts
-// (MLRA-2). Nothing for a form or a number of branches that there is not.
-std::optional<Partition> partition_of(std::string_view form, Index branches);
 
 // Sizes of one group's latents.
 struct GroupSizes {

@@ -6,19 +6,12 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/latent/maps.h"
+#include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 
 namespace relatent {
 namespace {
-
-MatrixD with_bias(const Linear& linear) {
-  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
-  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
-  if (linear.bias.size() > 0) {
-    out.rightCols<1>() = linear.bias.transpose().cast<double>();
-  }
-  return out;
-}
 
 MatrixD columns_of(const MatrixD& m, const std::vector<Index>& which) {
   MatrixD out(m.rows(), static_cast<Index>(which.size()));
@@ -73,9 +66,8 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   const Index p = whole.rope_dim;
   const Index w = whole.v_dim;
   const Index rank = latent.down.out();
-  const MatrixD down = with_bias(latent.down);
-  MatrixD moment = down * input_moment * down.transpose();
-  moment = (0.5 * (moment + moment.transpose())).eval();
+  const MatrixD down = map_of(latent.down);
+  const MatrixD moment = second_moment(down, input_moment);
   const MatrixD turn =
       order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : even_rotation(rank);
   const bool normed = latent.norm.present();
@@ -88,7 +80,7 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   }
   up = (up * turn).eval();
   // How scores see the turned latent: Σ_h U^K_hᵀ E[q q ᵀ] U^K_h.
-  const MatrixD queries = with_bias(whole.q);
+  const MatrixD queries = map_of(whole.q);
   MatrixD metric = MatrixD::Zero(rank, rank);
   for (Index h = 0; h < whole.heads; ++h) {
     const auto asked = queries.middleRows(h * (n + p), n);
@@ -104,8 +96,9 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   for (Index b = 0; b < parts; ++b) {
     std::vector<Index> which;
     for (Index i = 0; i < rank; ++i) {
-      const bool mine =
-          order == LatentOrder::pca ? i % parts == b : i >= b * rank / parts && i < (b + 1) * rank / parts;
+      const bool mine = order == LatentOrder::pca
+                            ? i % parts == b
+                            : i >= cut_at(b, parts, rank) && i < cut_at(b + 1, parts, rank);
       if (mine) {
         which.push_back(i);
       }

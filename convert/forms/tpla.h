@@ -8,7 +8,7 @@
 
 namespace relatent {
 
-// shared is not sliced at all: see partition.h.
+// shared is not sliced at all: see forms/partition.h.
 enum class LatentOrder { shared, pca, hadamard };
 std::string_view order_name(LatentOrder order);
 

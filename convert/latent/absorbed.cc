@@ -4,7 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
+<<<<<<< HEAD
 #include "convert/latent/branch_norms.h"
+=======
+#include "convert/latent/partition.h"
+>>>>>>> mends
 #include "linalg/decompose.h"
 
 namespace relatent {
@@ -40,10 +44,8 @@ ContentFactors factor_content(const std::vector<MatrixD>& content, const std::ve
     weighed.middleRows(row, content[b].rows()) = roots[b].root * content[b];
     row += content[b].rows();
   }
-  MatrixD energy = weighed * query_moment * weighed.transpose();
-  energy = (0.5 * (energy + energy.transpose())).eval();
   const Index kept = std::min(n, rows);
-  const MatrixD basis = symmetric_eigenpairs(energy, kept).vectors;
+  const MatrixD basis = symmetric_eigenpairs(second_moment(weighed, query_moment), kept).vectors;
   ContentFactors out{{}, basis.transpose() * weighed};
   row = 0;
   for (std::size_t b = 0; b < content.size(); ++b) {
@@ -79,6 +81,7 @@ Index content_rows(const LatentGroup& group) {
   return out;
 }
 
+<<<<<<< HEAD
 Linear to_linear(const MatrixD& map) {
   Linear out;
   out.weight = map.leftCols(map.cols() - 1).cast<float>();
@@ -86,6 +89,25 @@ Linear to_linear(const MatrixD& map) {
     out.bias = map.rightCols<1>().transpose().cast<float>();
   }
   return out;
+=======
+// Mean square of the stored latent: far above any engine's eps (1e-6 or 1e-5), far below float16's end.
+constexpr double stored_mean_square = 256;
+
+// The latent as an engine with an RMSNorm stores it.
+void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
+  const Index r = a.rank();
+  const Index size = a.norm.square.size();
+  const VectorD scale = a.norm.square.cwiseSqrt() * std::sqrt(static_cast<double>(size));
+  MatrixD down(size, a.key.cols());
+  down << a.latent(), a.norm.extra;
+  down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
+  branch.down = linear_of(down);
+  MatrixF up = MatrixF::Zero(branch.up.rows(), size);
+  up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
+  branch.up = std::move(up);
+  branch.norm.gain = RowVectorF::Ones(size);
+  branch.norm.eps = 1e-6F;
+>>>>>>> mends
 }
 
 }  // namespace
@@ -95,6 +117,17 @@ VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs)
     return inverse_norm(attention.norm, attention.latent(), inputs);
   }
   return inverse_rms(attention.norm_rows, attention.norm_eps, inputs.leftCols(inputs.cols() - 1));
+}
+
+void LatentGroup::divide(Index count, Index key_rank, Index rope_dim) {
+  shared = count > 1 ? key_rank : 0;
+  parts.clear();
+  Index query = rope_dim;
+  for (Index b = 0; b < count; ++b) {
+    const Index from = cut_at(b, count, rank - shared);
+    parts.push_back({shared + from, cut_at(b + 1, count, rank - shared) - from, query});
+    query += width(parts.back());
+  }
 }
 
 MatrixD AbsorbedAttention::key_latent_of(const LatentGroup& group, const LatentPart& part) const {
@@ -127,22 +160,15 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
     group.head_count = latent.heads_of(maps.heads);
     group.first = first;
     group.rank = latent.rank();
-    group.shared = parts > 1 ? latent.key_rank : 0;
-    const Index own = group.rank - group.shared;
+    group.divide(parts, latent.key_rank, p);
     out.key.middleRows(p + first, group.rank) = latent.down;
     first += group.rank;
-    Index rows = p;
-    for (Index b = 0; b < parts; ++b) {
-      const Index from = b * own / parts;
-      group.parts.push_back({group.shared + from, (b + 1) * own / parts - from, rows});
-      rows += group.width(group.parts.back());
-    }
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const Index g = (maps.group_of(h) - latent.first_kv_head) * d;
       const auto at = static_cast<std::size_t>(h);
       const MatrixD head = maps.query_of(h);
       const MatrixD content = key.content_query[at] * head;
-      MatrixD query(rows, maps.q.cols());
+      MatrixD query(group.query_rows(), maps.q.cols());
       query.topRows(p) = maps.scale * key.query[at] * head;
       for (const LatentPart& part : group.parts) {
         MatrixD up(d, group.width(part));
@@ -192,7 +218,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   out.v_dim = w;
   out.scale = static_cast<float>(a.scale);
   out.rotary = a.rotary;
-  out.rotary_key = to_linear(a.key.topRows(p));
+  out.rotary_key = linear_of(a.key.topRows(p));
   out.norm_rows = a.norm_rows;
   out.norm_eps = a.norm_eps;
 
@@ -203,14 +229,14 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     const LatentGroup& group = a.groups[g];
     const MatrixD latent = a.latent_of(group);
     if (group.shared > 0) {
-      out.shared.push_back(to_linear(latent.topRows(group.shared)));
+      out.shared.push_back(linear_of(latent.topRows(group.shared)));
     }
     const MatrixD half = latent * input_moment;
     const double mean_square = half.cwiseProduct(latent).sum() / static_cast<double>(group.rank);
     for (std::size_t b = 0; b < group.parts.size(); ++b) {
       const LatentPart& part = group.parts[b];
       LatentBranch& branch = out.branches[b * group_count + g];
-      branch.down = to_linear(latent.middleRows(part.first, part.rank));
+      branch.down = linear_of(latent.middleRows(part.first, part.rank));
       branch.shared = group.shared > 0 ? static_cast<Index>(out.shared.size()) - 1 : -1;
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;
@@ -239,7 +265,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
   if (a.norm.present()) {
     store_normed(a.latent(), a.norm, out.branches.front());
   }
-  out.q = to_linear(q);
+  out.q = linear_of(q);
   out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();
   out.o.weight = a.o.cast<float>();
   if (!a.o_bias.isZero(0)) {

@@ -28,6 +28,11 @@ struct LatentGroup {
   std::vector<LatentPart> parts;
 
   Index width(const LatentPart& part) const { return shared + part.rank; }
+  // Rows of a head's query.
+  Index query_rows() const { return parts.back().query + width(parts.back()); }
+  // Makes `count` parts that share key_rank coordinates (a single one shares none) and divide the rest as
+  // evenly as can be. A head's query begins with rope_dim rotary rows.
+  void divide(Index count, Index key_rank, Index rope_dim);
 };
 
 // One layer on inputs x̃ = [x; 1]; for head h and part b of its group
@@ -79,7 +84,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
 void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment,
                         const MatrixD& query_moment);
 
-// The canonical layer: branch part * groups + group, as forms/partition.h numbers them. The content rows that
+// The canonical layer: branch part * groups + group, as partition.h numbers them. The content rows that
 // a head does not need are zero. With a completion the latent carries its extra coordinates and an RMSNorm of
 // unit gain.
 LatentAttention to_latent_attention(const AbsorbedAttention& attention, const MatrixD& input_moment,

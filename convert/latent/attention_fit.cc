@@ -455,16 +455,9 @@ class QueryProblem {
     const bool wants_moment = against_source && s % moment_sequences == 0;
     slot.key_moment.assign(static_cast<std::size_t>(wants_moment ? heads : 0), MatrixF::Zero(width_, width_));
     for (const LatentPart& part : group_.parts) {
-      const bool alone = group_.parts.size() == 1;
       const Index width = p_ + group_.width(part);
-      MatrixF gathered_queries;
-      MatrixF gathered_keys;
-      if (!alone) {
-        gathered_queries = gather_queries(u, heads, group_, part, p_);
-        gathered_keys = gather_keys(z, group_, part, p_, 0);
-      }
-      const MatrixF& queries = alone ? u : gathered_queries;
-      const MatrixF& keys = alone ? z : gathered_keys;
+      const MatrixF queries = gather_queries(u, heads, group_, part, p_);
+      const MatrixF keys = gather_keys(z, group_, part, p_, 0);
       MatrixF pull(queries.rows(), queries.cols());
       MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
       MatrixF mean_keys(wants_moment ? queries.rows() : 0, queries.cols());
@@ -508,9 +501,7 @@ class QueryProblem {
         whole.block(part.query, part.query, width - p_, width - p_) =
             share * moment.bottomRightCorner(width - p_, width - p_);
       }
-      if (!alone) {
-        pull *= share;
-      }
+      pull *= share;
       scatter_queries(pull, heads, group_, part, p_, slot.pull);
     }
     rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, slot.pull);

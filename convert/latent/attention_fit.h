@@ -42,10 +42,11 @@ struct AttentionSample {
   // source has one key for all, rotary key and latent together.
   Index head_dim = 0;
   Index group_size = 1;
-  bool affine = true;                    // the converted layer may have biases: x̃ ends in 1, else in 0
-  std::function<MatrixF(Index)> inputs;  // x̃ of one sequence on the converted stream, [length, D + 1]
-  MatrixF sampled_inputs;                // [count * per_sequence, D + 1]
-  MatrixD input_moment;                  // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
+  // x̃ of one sequence on the converted stream, [length, D + 1]; it ends in 1, or in 0 where the converted
+  // layer has no biases.
+  std::function<MatrixF(Index)> inputs;
+  MatrixF sampled_inputs;  // [count * per_sequence, D + 1]
+  MatrixD input_moment;    // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
   // What the queries act on, [z; 1] or [z; 0] where they may have no bias: x itself, or the normalised latent
   // of a low-rank query.
   MatrixF query_inputs;  // [count * per_sequence, Q + 1]

@@ -19,15 +19,6 @@ const LatentBranch& only_branch(const LatentAttention& source) {
   return source.branches.front();
 }
 
-MatrixD map_of(const Linear& linear) {
-  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
-  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
-  if (linear.bias.size() > 0) {
-    out.rightCols<1>() = linear.bias.transpose().cast<double>();
-  }
-  return out;
-}
-
 VectorD gain_of(const LatentBranch& branch) {
   return branch.norm.present() ? VectorD(branch.norm.gain.transpose().cast<double>())
                                : VectorD(VectorD::Ones(branch.down.out()));
@@ -85,7 +76,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
     }
   }
   const MatrixD latent = gain_of(branch).asDiagonal() * map_of(branch.down);
-  const MatrixD covariance = symmetric(latent * input_moment * latent.transpose());
+  const MatrixD covariance = second_moment(latent, input_moment);
   const MatrixD queries = map_of(source.q);
   const Index total = options.partition.groups * options.rank;
   out.key.resize(p + total, latent.cols());
@@ -96,14 +87,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
     group.head_count = options.partition.first_head(g + 1, source.heads) - group.first_head;
     group.first = g * options.rank;
     group.rank = options.rank;
-    group.shared = parts > 1 ? options.key_rank : 0;
-    const Index own = group.rank - group.shared;
-    Index rows = p;
-    for (Index b = 0; b < parts; ++b) {
-      const Index from = b * own / parts;
-      group.parts.push_back({group.shared + from, (b + 1) * own / parts - from, rows});
-      rows += group.width(group.parts.back());
-    }
+    group.divide(parts, options.key_rank, p);
     MatrixD keys = MatrixD::Zero(r, r);
     MatrixD values = MatrixD::Zero(r, r);
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -122,7 +106,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
       const Directions shared =
           leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
       const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
-      const Directions rest = leading(values, symmetric(left * covariance * left.transpose()), own);
+      const Directions rest = leading(values, second_moment(left, covariance), group.rank - group.shared);
       directions.down.resize(group.rank, r);
       directions.down << shared.down, rest.down * left;
       directions.up.resize(r, group.rank);
@@ -132,7 +116,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
       const MatrixD content = scale * queries.middleRows(h * (n + p), n);
-      MatrixD query = MatrixD::Zero(rows, queries.cols());
+      MatrixD query = MatrixD::Zero(group.query_rows(), queries.cols());
       query.topRows(p) = scale * queries.middleRows(h * (n + p) + n, p);
       for (const LatentPart& part : group.parts) {
         MatrixD read(r, group.width(part));

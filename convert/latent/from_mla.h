@@ -1,9 +1,9 @@
 // MLA as the source: one latent c that all heads read, usually normalised, to latents in groups and parts.
 #pragma once
 
-#include "convert/forms/partition.h"
 #include "convert/latent/absorbed.h"
 #include "convert/latent/maps.h"
+#include "convert/latent/partition.h"
 
 namespace relatent {
 

@@ -11,27 +11,34 @@ namespace {
 // Against directions that the inputs hardly ever take.
 constexpr double fold_ridge = 1e-6;
 
-MatrixD with_bias_column(const Linear& linear) {
-  MatrixD out(linear.weight.rows(), linear.weight.cols() + 1);
+}  // namespace
+
+MatrixD map_of(const Linear& linear) {
+  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
   out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
   if (linear.bias.size() > 0) {
     out.rightCols<1>() = linear.bias.transpose().cast<double>();
-  } else {
-    out.rightCols<1>().setZero();
   }
   return out;
 }
 
-}  // namespace
+Linear linear_of(const MatrixD& map) {
+  Linear out;
+  out.weight = map.leftCols(map.cols() - 1).cast<float>();
+  if (!map.rightCols<1>().isZero(0)) {
+    out.bias = map.rightCols<1>().transpose().cast<float>();
+  }
+  return out;
+}
 
 LayerMaps maps_of(const GqaAttention& attention) {
   LayerMaps out;
   out.heads = attention.heads;
   out.kv_heads = attention.kv_heads;
   out.head_dim = attention.head_dim;
-  out.q = with_bias_column(attention.q);
-  out.k = with_bias_column(attention.k);
-  out.v = with_bias_column(attention.v);
+  out.q = map_of(attention.q);
+  out.k = map_of(attention.k);
+  out.v = map_of(attention.v);
   out.o = attention.o.weight.cast<double>();
   out.has_q_bias = attention.q.bias.size() > 0;
   out.has_o_bias = attention.o.bias.size() > 0;
@@ -79,8 +86,8 @@ Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index lengt
   return out;
 }
 
-MatrixD second_moment(const MatrixD& map, const Moments& moments) {
-  const MatrixD half = map * moments.second;
+MatrixD second_moment(const MatrixD& map, const MatrixD& moment) {
+  const MatrixD half = map * moment;
   MatrixD out = half * map.transpose();
   // Rounding breaks the symmetry that everything downstream relies on.
   out = (0.5 * (out + out.transpose())).eval();

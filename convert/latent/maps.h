@@ -34,6 +34,11 @@ struct LayerMaps {
   auto query_of(Index head) const { return q.middleRows(head * head_dim, head_dim); }
 };
 
+// The map of a projection, [out, in + 1].
+MatrixD map_of(const Linear& linear);
+// The way back; a bias of zeros is no bias.
+Linear linear_of(const MatrixD& map);
+
 LayerMaps maps_of(const GqaAttention& attention);
 
 // For engines without biases: 1 ≈ wᵀ x with the w of least squares, w = E[x xᵀ]⁻¹ E[x], so that a bias b of
@@ -89,7 +94,10 @@ struct LowRankQuery {
   MatrixD lift;  // [H d, q rank]
 };
 
-// E[a ãᵀ ...]: the second moment of map x̃, [rows, rows].
-MatrixD second_moment(const MatrixD& map, const Moments& moments);
+// E[a aᵀ] of a = map x̃, [rows, rows], without the asymmetry of rounding. moment = E[x̃ x̃ᵀ].
+MatrixD second_moment(const MatrixD& map, const MatrixD& moment);
+inline MatrixD second_moment(const MatrixD& map, const Moments& moments) {
+  return second_moment(map, moments.second);
+}
 
 }  // namespace relatent

@@ -54,6 +54,15 @@ void attend(const ConstBlock& q, const ConstBlock& k, const ConstBlock& v, Softm
 
 }  // namespace
 
+Linear Linear::rows(Index first, Index count) const {
+  Linear out;
+  out.weight = weight.middleRows(first, count);
+  if (bias.size() > 0) {
+    out.bias = bias.segment(first, count);
+  }
+  return out;
+}
+
 MatrixF Linear::operator()(const MatrixF& x) const {
   MatrixF y(x.rows(), weight.rows());
   y.noalias() = x * weight.transpose();

@@ -16,6 +16,8 @@ struct Linear {
 
   // x [rows, in] -> [rows, out]
   MatrixF operator()(const MatrixF& x) const;
+  // What gives outputs [first, first + count).
+  Linear rows(Index first, Index count) const;
   Index out() const { return weight.rows(); }
 };
 

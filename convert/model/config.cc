@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "convert/model/devices.h"
@@ -13,6 +12,13 @@ namespace relatent {
 namespace {
 
 using Json = nlohmann::ordered_json;
+
+struct NamedNorm {
+  LatentNorm norm;
+  std::string_view name;
+};
+constexpr std::array<NamedNorm, 3> norms = {
+    {{LatentNorm::none, "none"}, {LatentNorm::branch, "branch"}, {LatentNorm::replicated, "replicated"}}};
 
 class Reader {
  public:
@@ -190,15 +196,15 @@ void parse_gla(const Reader& in, const Json& config, const std::filesystem::path
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const Reader& in, Index heads, const std::filesystem::path& path,
                     LatentGeometry& latent) {
-  static const std::map<std::string, LatentNorm> norms = {
-      {"none", LatentNorm::none}, {"branch", LatentNorm::branch}, {"replicated", LatentNorm::replicated}};
   latent.form = in.text("latent_form");
   latent.rope_interleave = false;
-  const auto norm = norms.find(in.text("latent_norm"));
+  const std::string norm_text = in.text("latent_norm");
+  const auto* norm = std::find_if(norms.begin(), norms.end(),
+                                  [&](const NamedNorm& known) { return known.name == norm_text; });
   if (norm == norms.end()) {
     in.complain("latent_norm", "none, branch or replicated");
   }
-  latent.norm = norm->second;
+  latent.norm = norm->norm;
   latent.norm_rank = latent.norm == LatentNorm::replicated ? in.size("latent_norm_rank") : 0;
   Index total = 0;
   const Json* shared = in.find("latent_shared_ranks");
@@ -257,6 +263,12 @@ void parse_branches(const Reader& in, Index heads, const std::filesystem::path& 
 }
 
 }  // namespace
+
+std::string_view norm_name(LatentNorm norm) {
+  const auto* known =
+      std::find_if(norms.begin(), norms.end(), [&](const NamedNorm& named) { return named.norm == norm; });
+  return known == norms.end() ? "" : known->name;
+}
 
 Index ModelConfig::cache_numbers() const {
   return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : latent->kv_lora_rank + latent->qk_rope_head_dim;

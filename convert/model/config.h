@@ -6,6 +6,7 @@
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "convert/model/rotary.h"
@@ -30,6 +31,11 @@ struct BranchGeometry {
   Index head_count = 0;
   Index rank = 0;     // coordinates of its own
   Index shared = -1;  // index into shared_ranks of the coordinates that come before them; -1 = none
+
+  // With the shared ones.
+  Index whole_rank(const std::vector<Index>& shared_ranks) const {
+    return rank + (shared >= 0 ? shared_ranks[static_cast<std::size_t>(shared)] : 0);
+  }
 };
 
 // What a stored latent is divided by before it is expanded.
@@ -38,6 +44,8 @@ enum class LatentNorm {
   branch,      // RMSNorm over each branch's whole latent
   replicated,  // the root mean square of rows that every device holds, the same for all latents
 };
+// As config.json says it.
+std::string_view norm_name(LatentNorm norm);
 
 // Latent attention: DeepSeek-V2/V3's MLA is one branch, the partitioned forms have several.
 struct LatentGeometry {
@@ -53,6 +61,7 @@ struct LatentGeometry {
   std::vector<Index> shared_ranks;
   std::vector<BranchGeometry> branches;
   LatentNorm norm = LatentNorm::branch;
+<<<<<<< HEAD
   Index norm_rank = 0;     // rows of a replicated norm
   double norm_eps = 1e-6;  // of the norms on latents, the query's too
   // Fixed factors of a family's code: on a normalised latent, on a branch's output, on a query latent.
@@ -63,6 +72,9 @@ struct LatentGeometry {
   Index rank_of(const BranchGeometry& branch) const {
     return branch.rank + (branch.shared >= 0 ? shared_ranks[static_cast<std::size_t>(branch.shared)] : 0);
   }
+=======
+  Index norm_rank = 0;  // rows of a replicated norm
+>>>>>>> mends
 };
 
 struct ModelConfig {

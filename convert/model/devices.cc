@@ -20,15 +20,6 @@ std::vector<Index> order_of(const LatentGeometry& latent) {
   return order;
 }
 
-Linear rows_of(const Linear& linear, Index first, Index count) {
-  Linear out;
-  out.weight = linear.weight.middleRows(first, count);
-  if (linear.bias.size() > 0) {
-    out.bias = linear.bias.segment(first, count);
-  }
-  return out;
-}
-
 }  // namespace
 
 Index DeviceShare::cache_numbers(const LatentGeometry& latent) const {
@@ -109,7 +100,7 @@ LatentAttention part_of(const LatentAttention& a, const DeviceShare& share, bool
   out.q_down = a.q_down;
   out.q_norm = a.q_norm;
   out.q_mean_square = a.q_mean_square;
-  out.q = rows_of(a.q, share.first_head * query, share.head_count * query);
+  out.q = a.q.rows(share.first_head * query, share.head_count * query);
   out.rotary_key = a.rotary_key;
   out.norm_rows = a.norm_rows;
   out.norm_eps = a.norm_eps;

@@ -213,11 +213,12 @@ Shape branch_bias_shape(const Config& c, Index part) {
   return {branch_of(c, part).rank};
 }
 Shape branch_norm_shape(const Config& c, Index part) {
-  return {c.latent->rank_of(branch_of(c, part))};
+  return {branch_of(c, part).whole_rank(c.latent->shared_ranks)};
 }
 Shape branch_up_shape(const Config& c, Index part) {
   const BranchGeometry& branch = branch_of(c, part);
-  return {branch.head_count * (c.latent->qk_nope_head_dim + c.latent->v_head_dim), c.latent->rank_of(branch)};
+  return {branch.head_count * (c.latent->qk_nope_head_dim + c.latent->v_head_dim),
+          branch.whole_rank(c.latent->shared_ranks)};
 }
 
 // Our own layout of the canonical latent form (engines/relatent.h).

@@ -131,7 +131,6 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
     EXPECT_EQ(sample.stride, 4);
     EXPECT_EQ(sample.head_dim, 8);
     EXPECT_EQ(sample.group_size, 3);
-    EXPECT_EQ(sample.affine, affine);
     ASSERT_EQ(sample.per_sequence(), 4);
     ASSERT_EQ(sample.sampled_inputs.rows(), 20);
     MatrixD moment = MatrixD::Zero(25, 25);
@@ -205,6 +204,34 @@ Finished finished(const Model& model, const Sequences& sequences, bool bias, boo
 
 double squared_error(const Finished& finished) {
   return (finished.after - finished.wanted).cast<double>().squaredNorm();
+}
+
+TEST(TwinStreams, MemoryCountsWhatASampleHoldsPerQuery) {
+  const TempFolder folder;
+  const Model model = tiny(folder);
+  const Sequences sequences = random_sequences(9, 4, 20, model.config().vocab_size);
+  const auto bytes = [&](const AttentionSample& sample) {
+    // Every map's column of ones is not worth counting.
+    const Index numbers = sample.sampled_inputs.cols() - 1 + sample.query_inputs.cols() - 1 +
+                          sample.source_query.cols() + sample.target.cols();
+    return static_cast<std::uint64_t>(sample.count * sample.per_sequence() * numbers) * sizeof(float);
+  };
+  const auto sampled = [&](Index stride) {
+    return bytes(TwinStreams(model, sequences).sample_attention(model.layer(0), stride, true, true));
+  };
+  const std::uint64_t weights =
+      (80 - 20) * 20 / 2 * sizeof(float) * static_cast<std::uint64_t>(model.config().num_attention_heads);
+  EXPECT_EQ(TwinStreams::memory(model.config(), sequences, 1, 12) -
+                TwinStreams::memory(model.config(), sequences, 4, 12),
+            sampled(1) - sampled(4) + weights);
+
+  ModelConfig low_rank = model.config();
+  low_rank.gqa.reset();
+  low_rank.latent = LatentGeometry{};
+  const std::uint64_t whole = TwinStreams::memory(low_rank, sequences, 4, 12);
+  low_rank.latent->q_lora_rank = 7;
+  const auto saved = static_cast<std::uint64_t>(model.config().hidden_size - 7) * 20 * sizeof(float);
+  EXPECT_EQ(whole - TwinStreams::memory(low_rank, sequences, 4, 12), saved);
 }
 
 TEST(TwinStreams, RefitIsRidgeRegressionToTheSourcesStream) {

@@ -96,7 +96,7 @@ inline LatentAttention random_latent(Random& random, const LatentSample& sample,
     out.norm_eps = eps;
   }
   for (const BranchGeometry& geometry : shape.branches) {
-    const Index rank = shape.rank_of(geometry);
+    const Index rank = geometry.whole_rank(shape.shared_ranks);
     LatentBranch branch;
     branch.down = random.linear(geometry.rank, hidden, sample.bias);
     branch.shared = geometry.shared;

@@ -23,72 +23,6 @@ using testing_support::Random;
 using testing_support::relative_error;
 using testing_support::sample_inputs;
 
-TEST(PartitionOf, KnowsEveryForm) {
-  struct Case {
-    std::string form;
-    Index branches;
-    Index groups;
-    Index parts;
-  };
-  for (const Case& test : {Case{"mla", 1, 1, 1}, Case{"gla", 2, 2, 1}, Case{"gla", 3, 3, 1},
-                           Case{"gla", 8, 8, 1}, Case{"tpla", 2, 1, 2}, Case{"tpla", 4, 1, 4},
-                           Case{"tpla", 5, 1, 5}, Case{"mlra", 2, 2, 2}, Case{"mlra", 4, 1, 4}}) {
-    SCOPED_TRACE(test.form + " " + std::to_string(test.branches));
-    const std::optional<Partition> found = partition_of(test.form, test.branches);
-    ASSERT_TRUE(found.has_value());
-    EXPECT_EQ(found->groups, test.groups);
-    EXPECT_EQ(found->parts, test.parts);
-    EXPECT_EQ(found->latents(), test.groups * test.parts);
-  }
-}
-
-TEST(PartitionOf, RefusesWhatThereIsNot) {
-  for (const Index branches : {-1, 0, 1, 3, 5, 8}) {
-    EXPECT_FALSE(partition_of("mlra", branches).has_value()) << branches;
-    EXPECT_FALSE(partition_of("gqa", branches).has_value()) << branches;
-    EXPECT_FALSE(partition_of("", branches).has_value()) << branches;
-  }
-  for (const Index branches : {-1, 0, 2, 4}) {
-    EXPECT_FALSE(partition_of("mla", branches).has_value()) << branches;
-  }
-  for (const Index branches : {-1, 0, 1}) {
-    EXPECT_FALSE(partition_of("gla", branches).has_value()) << branches;
-    EXPECT_FALSE(partition_of("tpla", branches).has_value()) << branches;
-  }
-}
-
-TEST(Partition, HeadGroupsAreAsEvenAsCanBe) {
-  const Partition four{4, 1};
-  const std::vector<Index> expected = {0, 1, 3, 4, 6};
-  for (Index g = 0; g <= 4; ++g) {
-    EXPECT_EQ(four.first_head(g, 6), expected[static_cast<std::size_t>(g)]);
-  }
-  for (const Index groups : {1, 2, 3, 4, 7}) {
-    for (const Index heads : {7, 8, 12, 30}) {
-      const Partition partition{groups, 2};
-      EXPECT_EQ(partition.first_head(0, heads), 0);
-      EXPECT_EQ(partition.first_head(groups, heads), heads);
-      for (Index g = 0; g < groups; ++g) {
-        const Index count = partition.first_head(g + 1, heads) - partition.first_head(g, heads);
-        EXPECT_GE(count, heads / groups);
-        EXPECT_LE(count, (heads + groups - 1) / groups);
-      }
-    }
-  }
-}
-
-TEST(Partition, NumbersLatentsPartByPart) {
-  const Partition mlra = *partition_of("mlra", 2);
-  EXPECT_EQ(mlra.latent(0, 0), 0);
-  EXPECT_EQ(mlra.latent(1, 0), 1);
-  EXPECT_EQ(mlra.latent(0, 1), 2);
-  EXPECT_EQ(mlra.latent(1, 1), 3);
-  for (Index i = 0; i < 4; ++i) {
-    EXPECT_EQ(partition_of("gla", 4)->latent(i, 0), i);
-    EXPECT_EQ(partition_of("tpla", 4)->latent(0, i), i);
-  }
-}
-
 void expect_branch(const BranchGeometry& branch, const BranchGeometry& expected) {
   EXPECT_EQ(branch.first_head, expected.first_head);
   EXPECT_EQ(branch.head_count, expected.head_count);
@@ -106,7 +40,7 @@ TEST(LayOut, DividesWhatIsNotShared) {
   const std::vector<Index> ranks = {2, 3, 2, 3};
   for (std::size_t b = 0; b < 4; ++b) {
     expect_branch(shape.branches[b], {0, 6, ranks[b], 0});
-    EXPECT_EQ(shape.rank_of(shape.branches[b]), ranks[b] + 3);
+    EXPECT_EQ(shape.branches[b].whole_rank(shape.shared_ranks), ranks[b] + 3);
   }
   // Nothing of an earlier shape stays, and nothing shared is no latent of rank 0.
   lay_out({1, 2}, {{0, 7}}, shape);
@@ -213,7 +147,7 @@ TEST(SplitValues, ReturnsTheGroupedLayer) {
         const LatentBranch& branch = split.branches[b];
         expect_branch({branch.first_head, branch.head_count, branch.down.out(), branch.shared},
                       shape.branches[b]);
-        EXPECT_EQ(branch.up.cols(), shape.rank_of(shape.branches[b]));
+        EXPECT_EQ(branch.up.cols(), shape.branches[b].whole_rank(shape.shared_ranks));
         EXPECT_EQ(branch.down.bias.size(), bias ? branch.down.out() : 0);
         EXPECT_EQ(branch.mean_square,
                   grouped.branches[b % static_cast<std::size_t>(partition.groups)].mean_square);

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/partition.h"
+#include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/thread_count.h"
@@ -69,7 +69,6 @@ FitSample fit_sample(std::uint32_t seed, const SampleOptions& options) {
   sample.stride = options.stride;
   sample.head_dim = shape.head_dim;
   sample.group_size = 2;
-  sample.affine = options.affine;
   auto inputs = std::make_shared<MatrixF>(x.rows(), hidden + 1);
   *inputs << x + drift, VectorF::Constant(x.rows(), options.affine ? 1.0F : 0.0F);
   sample.inputs = [inputs, length](Index s) { return MatrixF(inputs->middleRows(s * length, length)); };

@@ -38,7 +38,8 @@ TEST(Families, AreFoundByModelType) {
   EXPECT_TRUE(find_family("deepseek_v3")->latent);
   EXPECT_EQ(find_family("deepseek_v2"), nullptr);
   EXPECT_EQ(find_family(""), nullptr);
-  EXPECT_EQ(known_model_types(), "llama, mistral, qwen2, deepseek_v3, relatent, gpt2 with mlra_model, llama with qk_rope_dim");
+  EXPECT_EQ(known_model_types(),
+            "llama, mistral, qwen2, deepseek_v3, relatent, gpt2 with mlra_model, llama with qk_rope_dim");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
