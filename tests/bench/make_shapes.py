@@ -2,8 +2,8 @@
 
 Names, shapes, types, configuration and files are those of the published repository, at any number
 of layers; the weights are independent normal numbers. That is enough for time and memory, which
-hardly depend on the values, and for nothing else: such a model has no structure to compress, so what
-a conversion loses on it says nothing about any real checkpoint.
+hardly depend on the values, and for nothing else: such a model has no structure to compress, and
+what a conversion loses on it says nothing about any real checkpoint.
 
 Every tensor is a function of the seed and its own name, the same on every machine and at every
 number of layers, and is written block by block.
@@ -197,7 +197,7 @@ def shards_of(tensors: list[Tensor], largest: int) -> list[list[Tensor]]:
 def quantiles(mean: float, spread: float) -> np.ndarray:
     """For each 16-bit number the normal number of its place in the order, as bfloat16."""
     normal = statistics.NormalDist(mean, spread)
-    # Half of them and their mirror images: the pairs are then the same but for rounding about the mean.
+    # One half and its mirror image, so that the mean is exact.
     upper = [normal.inv_cdf((i + 0.5) / 65536) - mean for i in range(32768, 65536)]
     values = np.array([-value for value in reversed(upper)] + upper) + mean
     bits = values.astype("<f4").view("<u4").astype(np.uint64)
@@ -215,7 +215,7 @@ def blocks(tensor: Tensor, seed: int) -> Iterator[np.ndarray]:
         count = min(BLOCK, tensor.count - first)
         draws = generator.random_raw((count + 3) // 4).astype("<u8", copy=False).view("<u2")[:count]
         out = np.empty(count, "<u2")
-        # In pieces that stay in the cache, for take widens its indices; clip because raise is slower.
+        # In pieces that stay in the cache, for take widens its indices; clip, as raise is slower.
         for i in range(0, count, 1 << 15):
             np.take(table, draws[i : i + (1 << 15)], out=out[i : i + (1 << 15)], mode="clip")
         yield out
@@ -249,7 +249,7 @@ def make(
     max_shard_size: int = SIZES["GB"] * 5,
     vocab: int | None = None,
 ) -> int:
-    """Writes the checkpoint and returns the bytes of its weights. `output` appears when complete."""
+    """Writes the checkpoint, whole or not at all; returns the bytes of its weights."""
     if output.exists():
         raise FileExistsError(f"{output} exists")
     config = config_of(shape, layers, vocab)
@@ -269,7 +269,10 @@ def make(
             weight_map |= {tensor.name: name for tensor in shard}
         total = sum(tensor.size for tensor in tensors)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_json(partial / "model.safetensors.index.json", index)
         partial.rename(output)
     except BaseException:
