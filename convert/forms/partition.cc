@@ -40,6 +40,9 @@ LatentAttention split_values(const LatentAttention& grouped, const Partition& pa
   out.branches.assign(static_cast<std::size_t>(partition.latents()), {});
   for (Index g = 0; g < partition.groups; ++g) {
     const LatentBranch& group = grouped.branches[static_cast<std::size_t>(g)];
+    if (group.norm.present()) {
+      throw std::logic_error("split_values: a normalised latent cannot be split");
+    }
     const BranchGeometry& first = shape.branches[static_cast<std::size_t>(partition.latent(g, 0))];
     const Index keys = first.whole_rank(shape.shared_ranks) - first.rank;
     if (keys > 0) {

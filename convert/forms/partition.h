@@ -25,7 +25,9 @@ struct GroupSizes {
 void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, LatentShape& shape);
 
 // A layer with one branch per group, whose scores read only the first key_rank coordinates, as the layer of
-// `shape`: same output. Values that read a shared coordinate do so in the first part.
+// `shape`: same output. Values that read a shared coordinate do so in the first part. Throws std::logic_error
+// when the branches are not one per group, or one that has several parts is normalised: its norm reads them
+// all.
 LatentAttention split_values(const LatentAttention& grouped, const Partition& partition,
                              const LatentShape& shape);
 

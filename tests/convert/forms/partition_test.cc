@@ -195,6 +195,20 @@ TEST(SplitValues, OfSinglePartsIsTheLayerItself) {
   EXPECT_THROW(split_values(grouped, {3, 1}, shape), std::logic_error);
 }
 
+// A part would not have all that the norm reads.
+TEST(SplitValues, RefusesANormalisedLatent) {
+  Random random(5);
+  const std::vector<GroupSizes> sizes = {{3, 9}};
+  LatentAttention grouped = grouped_layer(random, {1, 2}, 4, sizes, false, 24);
+  grouped.branches[0].norm = {RowVectorF::Ones(9), 1e-6F};
+  LatentShape shape;
+  shape.heads = 4;
+  lay_out({1, 2}, sizes, shape);
+  EXPECT_THROW(split_values(grouped, {1, 2}, shape), std::logic_error);
+  const LatentAttention whole = split_values(grouped, {1, 1}, shape);
+  EXPECT_TRUE(whole.branches[0].norm.present());
+}
+
 // Values divided over the parts, each group's own where heads have latents of their own.
 TEST(LosslessForms, ReturnTheSource) {
   struct Form {
