@@ -10,11 +10,11 @@
 #include "convert/engines/deepseek.h"
 #include "convert/forms/mla.h"
 #include "convert/forms/partition.h"
+#include "convert/in_flight.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"
 #include "formats/error.h"
-#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
@@ -619,8 +619,9 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   for (const std::filesystem::path& file : plan_.side_files) {
     plan_.output_bytes += std::filesystem::file_size(file);
   }
-  const auto in_flight = static_cast<std::uint64_t>(std::min<Index>(num_threads(), config.num_hidden_layers));
-  plan_.memory_bytes = std::max(largest_recoded, in_flight * layer_memory(config, shape, attention_values));
+  plan_.layer_bytes = layer_memory(config, shape, attention_values);
+  const Index in_flight = std::min(layers_in_flight(plan_.layer_bytes), config.num_hidden_layers);
+  plan_.memory_bytes = std::max(largest_recoded, static_cast<std::uint64_t>(in_flight) * plan_.layer_bytes);
   if (options_.method == Method::relatent && relatent_options().uses_tokens()) {
     plan_.memory_bytes += TwinStreams::memory(config, fit_sequences(), options_.relatent.fit.stride,
                                               shape.rope_dim + shape.rank);
@@ -665,25 +666,19 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
   return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
 }
 
-void Conversion::convert_independently(Index fold, const WriteLayer& write) const {
-  // As many layers at a time as there are threads; written in order.
+void Conversion::convert_independently(const ConvertLayer& convert, const WriteLayer& write) const {
   const Index layers = source_.config().num_hidden_layers;
-  const Index at_once = std::max(1, num_threads());
-  for (Index first = 0; first < layers; first += at_once) {
-    std::vector<std::optional<LatentAttention>> done(
-        static_cast<std::size_t>(std::min(at_once, layers - first)));
-    // HDF5 is not for several threads at once.
-    std::vector<Moments> known;
-    for (std::size_t i = 0; i < done.size(); ++i) {
-      known.push_back(moments(first + static_cast<Index>(i)));
-    }
-    parallel_for(done.size(), [&](std::size_t i) {
-      done[i] = convert_layer(first + static_cast<Index>(i), known[i], fold);
-    });
-    for (std::size_t i = 0; i < done.size(); ++i) {
-      write(first + static_cast<Index>(i), *done[i]);
-    }
-  }
+  const Index at_once = layers_in_flight(plan_.layer_bytes);
+  std::vector<std::optional<LatentAttention>> done(static_cast<std::size_t>(layers));
+  for_layers(
+      layers, at_once, [this](Index layer_idx) { return moments(layer_idx); },
+      [&](Index layer_idx, Moments known) {
+        done[static_cast<std::size_t>(layer_idx)] = convert(layer_idx, std::move(known));
+      },
+      [&](Index layer_idx) {
+        write(layer_idx, *done[static_cast<std::size_t>(layer_idx)]);
+        done[static_cast<std::size_t>(layer_idx)].reset();
+      });
 }
 
 double Conversion::convert_in_sequence(const WriteLayer& write) const {
@@ -691,6 +686,12 @@ double Conversion::convert_in_sequence(const WriteLayer& write) const {
   RelatentConversion conversion(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fits ? fit_sequences() : Sequences{},
       relatent_options());
+  if (conversion.independent()) {
+    convert_independently(
+        [&](Index layer_idx, Moments known) { return conversion.convert(layer_idx, std::move(known)); },
+        write);
+    return conversion.fold_error();
+  }
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
     write(i, conversion.next());
   }
@@ -779,7 +780,8 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     progress(layer_idx + 1, config.num_hidden_layers);
   };
   if (options_.method == Method::lossless || options_.method == Method::transmla) {
-    convert_independently(fold, write);
+    convert_independently(
+        [&](Index layer_idx, const Moments& known) { return convert_layer(layer_idx, known, fold); }, write);
   } else {
     report.fold_error = convert_in_sequence(write);
   }

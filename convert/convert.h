@@ -79,6 +79,7 @@ struct ConvertPlan {
   Index source_cache_numbers = 0;                 // per token and layer
   Index converted_cache_numbers = 0;
   std::uint64_t output_bytes = 0;  // of tensors and side files
+  std::uint64_t layer_bytes = 0;   // of one layer in flight
   std::uint64_t memory_bytes = 0;  // estimate of the peak beyond mapped file pages
 };
 
@@ -128,7 +129,8 @@ class Conversion {
   Index choose_fold() const;
   // Calls write(layer index, converted attention) for every layer in order.
   using WriteLayer = std::function<void(Index, const LatentAttention&)>;
-  void convert_independently(Index fold, const WriteLayer& write) const;
+  using ConvertLayer = std::function<LatentAttention(Index, Moments)>;
+  void convert_independently(const ConvertLayer& convert, const WriteLayer& write) const;
   // Returns the fold error.
   double convert_in_sequence(const WriteLayer& write) const;
 

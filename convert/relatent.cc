@@ -5,12 +5,33 @@
 #include <stdexcept>
 
 #include "convert/forms/mla.h"
+#include "convert/in_flight.h"
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/from_mla.h"
 #include "convert/latent/joint_latent.h"
 #include "convert/latent/query_rank.h"
 
 namespace relatent {
+namespace {
+
+// What the closed forms of a layer take, about: its maps in float32 and float64 and what is made of them.
+std::uint64_t closed_form_bytes(const ModelConfig& config) {
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+  const auto queries = static_cast<std::uint64_t>(config.num_attention_heads * config.gqa->head_dim);
+  const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
+  return hidden * (20 * queries + 12 * (queries + 2 * keys) + 16 * hidden);
+}
+
+// A low-rank query stays as the source has it.
+void keep_query(const Attention& attention, LatentAttention& converted) {
+  const auto* mla = std::get_if<LatentAttention>(&attention);
+  if (mla != nullptr && mla->q_down.out() > 0) {
+    converted.q_down = mla->q_down;
+    converted.q_norm = mla->q_norm;
+  }
+}
+
+}  // namespace
 
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
                                        const Sequences& sequences, const RelatentOptions& options)
@@ -20,11 +41,19 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
   // MLA keeps its own rotary key.
   if (source.config().gqa) {
-    std::vector<Concentration> layers;
-    for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-      const Known known = know(source.attention(i), i);
-      layers.push_back(concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments)));
-    }
+    const Index count = source.config().num_hidden_layers;
+    std::vector<Concentration> layers(static_cast<std::size_t>(count));
+    std::vector<double> fold_errors(layers.size());
+    for_layers(
+        count, layers_in_flight(closed_form_bytes(source.config())), moments_,
+        [&](Index layer_idx, Moments moments) {
+          const auto at = static_cast<std::size_t>(layer_idx);
+          const Known known = know(source.attention(layer_idx), std::move(moments));
+          layers[at] = concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
+          fold_errors[at] = known.fold_error;
+        },
+        [](Index) {});
+    fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
     if (options.plain_list) {
       PlainList list = allocate_plain(layers, options.rope_dim, options.list_stride);
       components_ = std::move(list.components);
@@ -42,14 +71,13 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
 }
 
-RelatentConversion::Known RelatentConversion::know(const Attention& attention, Index layer_idx) {
+RelatentConversion::Known RelatentConversion::know(const Attention& attention, Moments moments) const {
   Known out;
-  out.moments = moments_(layer_idx);
+  out.moments = std::move(moments);
   if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
     if (mla->q_down.out() > 0) {
       // Nothing is known of a query latent but that it is normalised.
-      const Index features = mla->q_down.out() + 1;
-      out.query_latent = MatrixD::Identity(features, features);
+      out.query_latent = VectorD::Ones(mla->q_down.out() + 1);
     }
     out.query_bias = affine() && options_.query_bias && mla->q_down.out() == 0;
     return out;
@@ -59,11 +87,15 @@ RelatentConversion::Known RelatentConversion::know(const Attention& attention, I
   out.query_bias = affine() && (options_.query_bias || maps.has_q_bias);
   if (!affine()) {
     if (maps.has_q_bias || gqa.k.bias.size() > 0 || gqa.v.bias.size() > 0) {
-      fold_error_ = std::max(fold_error_, fold_biases(out.moments, maps));
+      out.fold_error = fold_biases(out.moments, maps);
     }
     // x̃ ends in 0 from here on.
-    out.moments.second.rightCols<1>().setZero();
-    out.moments.second.bottomRows<1>().setZero();
+    if (out.moments.diagonal.size() > 0) {
+      out.moments.diagonal(out.moments.diagonal.size() - 1) = 0;
+    } else {
+      out.moments.second.rightCols<1>().setZero();
+      out.moments.second.bottomRows<1>().setZero();
+    }
   }
   return out;
 }
@@ -72,11 +104,15 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
   return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
 }
 
-AbsorbedAttention RelatentConversion::absorbed_gqa(const LayerMaps& maps, const Moments& moments) const {
+RotaryKey RelatentConversion::key_of(const LayerMaps& maps, const Moments& moments) const {
   const DroppedRotation rotation = dropped(maps, moments);
-  const RotaryKey key = rotary_key(maps, concentrate(maps, moments, rotation), rotation, components_);
+  return rotary_key(maps, concentrate(maps, moments, rotation), rotation, components_);
+}
+
+std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
+                                                        const RotaryKey& key) const {
   const Partition partition = fitted_partition();
-  std::vector<JointLatent> latents;
+  std::vector<JointLatent> out;
   for (Index g = 0; g < partition.groups; ++g) {
     JointLatentOptions latent;
     latent.rank = options_.rank / partition.groups;
@@ -87,9 +123,14 @@ AbsorbedAttention RelatentConversion::absorbed_gqa(const LayerMaps& maps, const 
     latent.value_weight = options_.value_weight;
     latent.first_head = partition.first_head(g, maps.heads);
     latent.head_count = partition.first_head(g + 1, maps.heads) - latent.first_head;
-    latents.push_back(joint_latent(maps, moments, key, latent));
+    out.push_back(joint_latent(maps, moments, key, latent));
   }
-  return absorb(maps, key, latents, partition.parts);
+  return out;
+}
+
+AbsorbedAttention RelatentConversion::absorbed_gqa(const LayerMaps& maps, const Moments& moments) const {
+  const RotaryKey key = key_of(maps, moments);
+  return absorb(maps, key, latents_of(maps, moments, key), fitted_partition().parts);
 }
 
 AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const Known& known) const {
@@ -102,53 +143,57 @@ AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const
   options.key_rank = options_.key_rank;
   options.lambda = options_.lambda;
   options.value_weight = options_.value_weight;
-  return from_mla(std::get<LatentAttention>(attention), known.moments.second, known.queries(), options);
+  return from_mla(std::get<LatentAttention>(attention), known.moments.input(), known.queries(), options);
+}
+
+LatentAttention RelatentConversion::closed(const Attention& attention, const Known& known) const {
+  LatentAttention out;
+  if (known.maps && fitted_partition().parts == 1) {
+    // The same as through the absorbed form, whose queries are as wide as the latent.
+    const RotaryKey key = key_of(*known.maps, known.moments);
+    out =
+        assemble(*known.maps, known.moments, key, latents_of(*known.maps, known.moments, key), std::nullopt);
+  } else {
+    out = to_latent_attention(absorbed(attention, known), known.moments.input(), known.queries());
+  }
+  if (options_.q_rank) {
+    compress_query(out, known.moments.input(), *options_.q_rank);
+  }
+  keep_query(attention, out);
+  return out;
 }
 
 LatentAttention RelatentConversion::fitted(const Layer& layer, Known known) {
   AbsorbedAttention attention = absorbed(layer.attention, known);
   known.maps.reset();
-  LatentAttention out;
-  if (streams_) {
-    const AttentionSample sample =
-        streams_->sample_attention(layer, options_.fit.stride, affine(), known.query_bias);
-    const bool one_latent = options_.partition.latents() == 1;
-    if (!affine() && one_latent) {
-      attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
-                                     *options_.norm_coordinates);
-    }
-    score_error_ = fit_attention(sample, options_.fit, attention);
-    out = to_latent_attention(attention, sample.input_moment, sample.query_moment);
-    if (!affine() && !one_latent) {
-      normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
-    }
-    known.moments.second = sample.input_moment;
-  } else {
-    out = to_latent_attention(attention, known.moments.second, known.queries());
+  const AttentionSample sample =
+      streams_->sample_attention(layer, options_.fit.stride, affine(), known.query_bias);
+  const bool one_latent = options_.partition.latents() == 1;
+  if (!affine() && one_latent) {
+    attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
+                                   *options_.norm_coordinates);
+  }
+  score_error_ = fit_attention(sample, options_.fit, attention);
+  LatentAttention out = to_latent_attention(attention, sample.input_moment, sample.query_moment);
+  if (!affine() && !one_latent) {
+    normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
   }
   if (options_.q_rank) {
-    compress_query(out, known.moments.second, *options_.q_rank);
+    compress_query(out, sample.input_moment, *options_.q_rank);
   }
-  const auto* mla = std::get_if<LatentAttention>(&layer.attention);
-  if (mla != nullptr && mla->q_down.out() > 0) {
-    out.q_down = mla->q_down;
-    out.q_norm = mla->q_norm;
-  }
+  keep_query(layer.attention, out);
   return out;
 }
 
-LatentAttention RelatentConversion::sliced(const Layer& layer, const Known& known) const {
-  if (streams_) {
-    streams_->follow_source(layer);
-  }
-  const MatrixD& inputs = known.moments.second;
+LatentAttention RelatentConversion::sliced(const Attention& attention, const Known& known) const {
   const auto slice = [&](const LatentAttention& whole) {
-    return slice_latent(whole, options_.partition.parts, options_.order, inputs, known.queries());
+    return slice_latent(whole, options_.partition.parts, options_.order, known.moments.input(),
+                        known.queries());
   };
-  if (const auto* mla = std::get_if<LatentAttention>(&layer.attention)) {
+  if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
     return slice(*mla);
   }
-  return slice(to_latent_attention(absorbed(layer.attention, known), inputs));
+  return slice(closed(attention, known));
 }
 
 void RelatentConversion::finish(const Layer& layer, LatentAttention& converted) {
@@ -162,23 +207,33 @@ void RelatentConversion::finish(const Layer& layer, LatentAttention& converted) 
   }
 }
 
+LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) const {
+  if (!independent()) {
+    throw std::logic_error("RelatentConversion: the layers depend on each other");
+  }
+  const Attention attention = source_.attention(layer_idx);
+  const Known known = know(attention, std::move(moments));
+  return options_.order == LatentOrder::shared ? closed(attention, known) : sliced(attention, known);
+}
+
 LatentAttention RelatentConversion::next() {
   if (next_ >= source_.config().num_hidden_layers) {
     throw std::logic_error("RelatentConversion: every layer has been converted");
   }
-  Layer layer;
-  if (streams_) {
-    layer = source_.layer(next_);
+  const Index layer_idx = next_++;
+  if (independent()) {
+    return convert(layer_idx, moments_(layer_idx));
+  }
+  const Layer layer = source_.layer(layer_idx);
+  Known known = know(layer.attention, moments_(layer_idx));
+  LatentAttention out;
+  if (options_.order == LatentOrder::shared) {
+    out = fitted(layer, std::move(known));
   } else {
-    layer.attention = source_.attention(next_);
+    out = sliced(layer.attention, known);
+    streams_->follow_source(layer);
   }
-  Known known = know(layer.attention, next_);
-  ++next_;
-  LatentAttention out =
-      options_.order == LatentOrder::shared ? fitted(layer, std::move(known)) : sliced(layer, known);
-  if (streams_) {
-    finish(layer, out);
-  }
+  finish(layer, out);
   return out;
 }
 

@@ -55,6 +55,11 @@ class RelatentConversion {
   // Converts the next layer, from the first to the last, to branches as latent/partition.h numbers them.
   LatentAttention next();
 
+  // Without tokens no layer depends on another.
+  bool independent() const { return !streams_; }
+  // Converts any layer when they are independent, on any thread. moments: what is known of its input.
+  LatentAttention convert(Index layer_idx, Moments moments) const;
+
   // Of a plain list: every how many-th frequency of the source is kept.
   Index list_stride() const { return list_stride_; }
   // Score error of the layer converted last (zeros when queries are not fitted).
@@ -67,24 +72,30 @@ class RelatentConversion {
   struct Known {
     Moments moments;
     std::optional<LayerMaps> maps;  // of a GQA source, without biases where the engine has none
-    MatrixD query_latent;           // [Q + 1, Q + 1], second moment of a low-rank query's latent; else empty
-    bool query_bias = false;        // fitted queries may have one
+    VectorD query_latent;     // [Q + 1], diagonal second moment of a low-rank query's latent; else empty
+    bool query_bias = false;  // fitted queries may have one
+    double fold_error = 0;    // of this layer
 
     // Second moment of what the queries act on.
-    const MatrixD& queries() const { return query_latent.size() > 0 ? query_latent : moments.second; }
+    MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
   };
-  Known know(const Attention& attention, Index layer_idx);
+  Known know(const Attention& attention, Moments moments) const;
   // The closed forms, from either kind of source.
   AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
   AbsorbedAttention absorbed_gqa(const LayerMaps& maps, const Moments& moments) const;
+  std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
+                                      const RotaryKey& key) const;
+  RotaryKey key_of(const LayerMaps& maps, const Moments& moments) const;
   // What the closed forms make; slices are cut from a single latent.
   Partition fitted_partition() const {
     return options_.order == LatentOrder::shared ? options_.partition : Partition{};
   }
-  // The closed forms, fitted where there are tokens. Moves the source's stream past its attention.
+  // The closed forms, as branches of one part each or of several.
+  LatentAttention closed(const Attention& attention, const Known& known) const;
+  // The closed forms fitted. Moves the source's stream past its attention.
   LatentAttention fitted(const Layer& layer, Known known);
-  // The source, or its closed form, cut into slices. Likewise.
-  LatentAttention sliced(const Layer& layer, const Known& known) const;
+  // The source, or its closed form, cut into slices.
+  LatentAttention sliced(const Attention& attention, const Known& known) const;
   // Refits o_proj and moves the streams on to the next layer, if there is one.
   void finish(const Layer& layer, LatentAttention& converted);
   bool affine() const { return !options_.norm_coordinates; }

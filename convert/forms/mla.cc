@@ -6,7 +6,7 @@ namespace relatent {
 namespace {
 
 double mean_square(const MatrixD& map, const Moments& moments) {
-  const MatrixD half = map * moments.second;
+  const MatrixD half = moments.input().after(map);
   return half.cwiseProduct(map).sum() / static_cast<double>(map.rows());
 }
 
@@ -37,7 +37,7 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
     out.q.weight = q.cast<float>();
   } else {
     out.q = linear_of(q);
-    out.q_mean_square = moments.second.diagonal().head(maps.q.cols() - 1).mean();
+    out.q_mean_square = moments.input().diagonal().head(maps.q.cols() - 1).mean();
   }
   out.rotary_key = linear_of(key.read * maps.k);
 

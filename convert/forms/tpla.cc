@@ -57,7 +57,7 @@ MatrixD even_rotation(Index size) {
 }
 
 LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOrder order,
-                             const MatrixD& input_moment, const MatrixD& query_moment) {
+                             MomentRef input_moment, MomentRef query_moment) {
   if (whole.branches.size() != 1 || !whole.shared.empty()) {
     throw std::logic_error("slice_latent: the layer has more than one latent");
   }
@@ -85,10 +85,10 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   for (Index h = 0; h < whole.heads; ++h) {
     const auto asked = queries.middleRows(h * (n + p), n);
     const auto keys = up.middleRows(h * (n + w), n);
-    metric += keys.transpose() * (asked * query_moment * asked.transpose()) * keys;
+    metric += keys.transpose() * (query_moment.after(asked) * asked.transpose()) * keys;
   }
   // A constant in the latent cancels in the softmax.
-  const VectorD mean = turn.transpose() * (down * input_moment.rightCols<1>());
+  const VectorD mean = turn.transpose() * (down * input_moment.last_column());
   const MatrixD spread = turn.transpose() * moment * turn - mean * mean.transpose();
 
   LatentAttention out = whole;

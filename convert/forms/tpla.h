@@ -22,7 +22,7 @@ std::string_view order_name(LatentOrder order);
 // rank need not be a power of two: the Hadamard matrix is then one of the largest power of two that divides
 // it, times a cosine basis. parts ≤ rank.
 LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOrder order,
-                             const MatrixD& input_moment, const MatrixD& query_moment);
+                             MomentRef input_moment, MomentRef query_moment);
 
 // An orthogonal matrix whose entries all have about the same size, [size, size].
 MatrixD even_rotation(Index size);

@@ -16,9 +16,9 @@ constexpr double variance_floor = 1e-10;
 
 // [D + 1, D + 1] moments to the covariance of map x̃; with a completion the latent is divided by ρ, which is
 // near 1.
-MatrixD covariance(const MatrixD& map, const MatrixD& input_moment) {
-  const VectorD mean = map * input_moment.rightCols<1>();
-  MatrixD out = map * input_moment * map.transpose();
+MatrixD covariance(const MatrixD& map, MomentRef input_moment) {
+  const VectorD mean = map * input_moment.last_column();
+  MatrixD out = input_moment.after(map) * map.transpose();
   out -= mean * mean.transpose();
   return 0.5 * (out + out.transpose());
 }
@@ -30,12 +30,12 @@ struct ContentFactors {
 };
 
 ContentFactors factor_content(const std::vector<MatrixD>& content, const std::vector<SymmetricRoot>& roots,
-                              const MatrixD& query_moment, Index n) {
+                              MomentRef query_moment, Index n) {
   Index rows = 0;
   for (const MatrixD& part : content) {
     rows += part.rows();
   }
-  MatrixD weighed(rows, query_moment.cols());
+  MatrixD weighed(rows, query_moment.size());
   Index row = 0;
   for (std::size_t b = 0; b < content.size(); ++b) {
     weighed.middleRows(row, content[b].rows()) = roots[b].root * content[b];
@@ -53,7 +53,7 @@ ContentFactors factor_content(const std::vector<MatrixD>& content, const std::ve
 }
 
 std::vector<SymmetricRoot> key_roots(const AbsorbedAttention& a, const LatentGroup& group,
-                                     const MatrixD& input_moment) {
+                                     MomentRef input_moment) {
   std::vector<SymmetricRoot> out;
   for (const LatentPart& part : group.parts) {
     out.push_back(symmetric_root(covariance(a.key_latent_of(group, part), input_moment), variance_floor));
@@ -156,8 +156,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
   return out;
 }
 
-void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_moment,
-                        const MatrixD& query_moment) {
+void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, MomentRef query_moment) {
   for (const LatentGroup& group : attention.groups) {
     if (content_rows(group) <= attention.nope_dim) {
       continue;
@@ -174,8 +173,8 @@ void limit_content_rank(AbsorbedAttention& attention, const MatrixD& input_momen
   }
 }
 
-LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& input_moment,
-                                    const MatrixD& query_moment) {
+LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_moment,
+                                    MomentRef query_moment) {
   const Index n = a.nope_dim;
   const Index p = a.rope_dim();
   const Index w = a.v_dim();
@@ -199,7 +198,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     if (group.shared > 0) {
       out.shared.push_back(linear_of(latent.topRows(group.shared)));
     }
-    const MatrixD half = latent * input_moment;
+    const MatrixD half = input_moment.after(latent);
     const double mean_square = half.cwiseProduct(latent).sum() / static_cast<double>(group.rank);
     for (std::size_t b = 0; b < group.parts.size(); ++b) {
       const LatentPart& part = group.parts[b];
@@ -234,7 +233,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, const MatrixD& i
     store_normed(a.latent(), a.norm, out.branches.front());
   }
   out.q = linear_of(q);
-  out.q_mean_square = query_moment.diagonal().head(query_moment.cols() - 1).mean();
+  out.q_mean_square = query_moment.diagonal().head(query_moment.size() - 1).mean();
   out.o.weight = a.o.cast<float>();
   if (!a.o_bias.isZero(0)) {
     out.o.bias = a.o_bias.transpose().cast<float>();

@@ -52,8 +52,8 @@ Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank)
 
 }  // namespace
 
-AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_moment,
-                           const MatrixD& query_moment, const FromMlaOptions& options) {
+AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
+                           const FromMlaOptions& options) {
   const LatentBranch& branch = only_branch(source);
   const Index n = source.nope_dim;
   const Index p = source.rope_dim;
@@ -93,7 +93,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_m
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
       const MatrixD asked = queries.middleRows(h * (n + p), n);
-      keys += up.topRows(n).transpose() * (asked * query_moment * asked.transpose()) * up.topRows(n);
+      keys += up.topRows(n).transpose() * (query_moment.after(asked) * asked.transpose()) * up.topRows(n);
       const MatrixD through = out.o.middleCols(h * w, w) * up.bottomRows(w);
       values += through.transpose() * through;
     }

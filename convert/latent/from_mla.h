@@ -25,8 +25,8 @@ struct FromMlaOptions {
 // The norm stays exact: what the latents are divided by is that of the source's own rows (norm_rows), which
 // every device can hold as it holds them today. input_moment = E[x̃ x̃ᵀ], query_moment the same of what the
 // queries act on. source has one branch.
-AbsorbedAttention from_mla(const LatentAttention& source, const MatrixD& input_moment,
-                           const MatrixD& query_moment, const FromMlaOptions& options);
+AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
+                           const FromMlaOptions& options);
 
 // The source's queries and keys in latent space, for attention samples: one key for all heads.
 struct MlaProjections {

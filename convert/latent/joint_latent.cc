@@ -51,7 +51,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   y.bottomRows(keys) = maps.v.middleRows(first_key, keys);
   VectorD mean = VectorD::Zero(2 * keys);
   if (options.centred) {
-    mean = y * moments.second.col(hidden);
+    mean = y * moments.input().last_column();
   }
   // Centred: y - mean is the same map with another last column.
   y.col(hidden) -= mean;

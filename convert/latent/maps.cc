@@ -52,15 +52,16 @@ LayerMaps maps_of(const GqaAttention& attention) {
 }
 
 double fold_biases(const Moments& moments, LayerMaps& maps) {
-  const Index hidden = moments.second.rows() - 1;
-  const VectorD mean = moments.second.topRightCorner(hidden, 1);
-  const VectorD w = ridge_solve(moments.second.topLeftCorner(hidden, hidden), mean, fold_ridge);
+  const MatrixD second = moments.input().matrix();
+  const Index hidden = second.rows() - 1;
+  const VectorD mean = second.topRightCorner(hidden, 1);
+  const VectorD w = ridge_solve(second.topLeftCorner(hidden, hidden), mean, fold_ridge);
   for (MatrixD* map : {&maps.q, &maps.k, &maps.v}) {
     const VectorD bias = map->rightCols<1>();
     map->leftCols(hidden) += bias * w.transpose();
     map->rightCols<1>().setZero();
   }
-  return std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(moments.second.topLeftCorner(hidden, hidden) * w));
+  return std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(second.topLeftCorner(hidden, hidden) * w));
 }
 
 Moments moments_of(const LayerMoments& layer) {
@@ -78,16 +79,36 @@ Moments moments_of(const LayerMoments& layer) {
 Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index length) {
   const Index hidden = input_norm.gain.size();
   Moments out;
-  out.second = MatrixD::Zero(hidden + 1, hidden + 1);
-  out.second.diagonal().head(hidden) = input_norm.gain.transpose().cast<double>().array().square();
-  out.second(hidden, hidden) = 1;
+  out.diagonal.resize(hidden + 1);
+  out.diagonal << input_norm.gain.transpose().cast<double>().array().square(), 1;
   const VectorD mass = VectorD::LinSpaced(length, 1, static_cast<double>(length)).cwiseInverse();
   out.distance_mass = (mass / mass.sum()).transpose().replicate(heads, 1);
   return out;
 }
 
-MatrixD second_moment(const MatrixD& map, const MatrixD& moment) {
-  const MatrixD half = map * moment;
+MatrixD MomentRef::after(const MatrixD& map) const {
+  return matrix_ != nullptr ? MatrixD(map * *matrix_) : MatrixD(map * diagonal_->asDiagonal());
+}
+
+VectorD MomentRef::last_column() const {
+  if (matrix_ != nullptr) {
+    return matrix_->rightCols<1>();
+  }
+  VectorD out = VectorD::Zero(size());
+  out(size() - 1) = (*diagonal_)(size() - 1);
+  return out;
+}
+
+VectorD MomentRef::diagonal() const {
+  return matrix_ != nullptr ? VectorD(matrix_->diagonal()) : *diagonal_;
+}
+
+MatrixD MomentRef::matrix() const {
+  return matrix_ != nullptr ? *matrix_ : MatrixD(diagonal_->asDiagonal());
+}
+
+MatrixD second_moment(const MatrixD& map, MomentRef moment) {
+  const MatrixD half = moment.after(map);
   MatrixD out = half * map.transpose();
   // Rounding breaks the symmetry that everything downstream relies on.
   out = (0.5 * (out + out.transpose())).eval();

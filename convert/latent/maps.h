@@ -46,10 +46,32 @@ LayerMaps maps_of(const GqaAttention& attention);
 struct Moments;
 double fold_biases(const Moments& moments, LayerMaps& maps);
 
+// A second moment that somebody else holds: a matrix, or a diagonal as its entries, which makes products with
+// maps of many columns cheap.
+class MomentRef {
+ public:
+  MomentRef(const MatrixD& matrix) : matrix_(&matrix) {}
+  MomentRef(const VectorD& diagonal) : diagonal_(&diagonal) {}
+
+  Index size() const { return matrix_ != nullptr ? matrix_->rows() : diagonal_->size(); }
+  // map M, of map [rows, size].
+  MatrixD after(const MatrixD& map) const;
+  VectorD last_column() const;
+  VectorD diagonal() const;
+  MatrixD matrix() const;
+
+ private:
+  const MatrixD* matrix_ = nullptr;
+  const VectorD* diagonal_ = nullptr;
+};
+
 struct Moments {
-  MatrixD second;  // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
+  MatrixD second;    // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
+  VectorD diagonal;  // [D + 1], instead: its entries when it has no others
   // [H, T]: mean attention mass at distance Δ, rows summing to 1.
   MatrixD distance_mass;
+
+  MomentRef input() const { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
 };
 
 Moments moments_of(const LayerMoments& layer);
@@ -95,9 +117,9 @@ struct LowRankQuery {
 };
 
 // E[a aᵀ] of a = map x̃, [rows, rows], without the asymmetry of rounding. moment = E[x̃ x̃ᵀ].
-MatrixD second_moment(const MatrixD& map, const MatrixD& moment);
+MatrixD second_moment(const MatrixD& map, MomentRef moment);
 inline MatrixD second_moment(const MatrixD& map, const Moments& moments) {
-  return second_moment(map, moments.second);
+  return second_moment(map, moments.input());
 }
 
 }  // namespace relatent

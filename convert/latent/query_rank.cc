@@ -15,12 +15,12 @@ constexpr double variance_floor = 1e-12;
 
 }  // namespace
 
-void compress_query(LatentAttention& attention, const MatrixD& input_moment, Index rank) {
+void compress_query(LatentAttention& attention, MomentRef input_moment, Index rank) {
   const Index hidden = attention.q.weight.cols();
   if (attention.q_down.out() > 0 || rank < 1 || rank > hidden) {
     throw std::invalid_argument("compress_query: rank " + std::to_string(rank));
   }
-  const MatrixD second = input_moment.topLeftCorner(hidden, hidden);
+  const MatrixD second = input_moment.matrix().topLeftCorner(hidden, hidden);
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
   const MatrixD key = attention.rotary_key.weight.cast<double>();

@@ -61,7 +61,7 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   const Index d = maps.head_dim;
   const MatrixD key_moment = second_moment(maps.k, moments);
   VectorD query_energy(maps.q.rows());
-  const MatrixD q_g = maps.q * moments.second;
+  const MatrixD q_g = moments.input().after(maps.q);
   query_energy = q_g.cwiseProduct(maps.q).rowwise().sum();
 
   Concentration out;

@@ -73,12 +73,13 @@ TEST(Moments, WithoutDataAreThoseOfUncorrelatedInputs) {
   Random random(3);
   const RmsNorm norm{random.row(7), 1e-5F};
   const Moments moments = moments_without_data(norm, 3, 50);
-  ASSERT_EQ(moments.second.rows(), 8);
-  ASSERT_EQ(moments.second.cols(), 8);
+  const MatrixD second = moments.input().matrix();
+  ASSERT_EQ(second.rows(), 8);
+  ASSERT_EQ(second.cols(), 8);
   for (Index i = 0; i < 8; ++i) {
     for (Index j = 0; j < 8; ++j) {
       const double gain = i < 7 ? static_cast<double>(norm.gain(i)) : 1;
-      EXPECT_DOUBLE_EQ(moments.second(i, j), i == j ? gain * gain : 0) << i << " " << j;
+      EXPECT_DOUBLE_EQ(second(i, j), i == j ? gain * gain : 0) << i << " " << j;
     }
   }
   ASSERT_EQ(moments.distance_mass.rows(), 3);
