@@ -105,6 +105,12 @@ Json to_json(const Model& model) {
     out["latents"] = c.latent->branches.size();
     out["shared_ranks"] = c.latent->shared_ranks;
   }
+  if (c.experts) {
+    out["experts"] = {{"count", c.experts->count},
+                      {"per_token", c.experts->per_token},
+                      {"shared", c.experts->shared},
+                      {"first_layer", c.experts->first_layer}};
+  }
   out["rope_type"] = c.rotary.rope_type;
   out["dtype"] = torch_name(c.dtype);
   out["tensors"] = model.tensors().size();
@@ -140,6 +146,10 @@ void print_table(const Options& options, const Model& model) {
         "attention: %s, %td heads, %zu latent%s of %td numbers in all + rotary key %td, nope %td, v %td\n",
         form.c_str(), c.num_attention_heads, latents, latents == 1 ? "" : "s", c.latent->kv_lora_rank,
         c.latent->qk_rope_head_dim, c.latent->qk_nope_head_dim, c.latent->v_head_dim);
+  }
+  if (c.experts) {
+    std::printf("experts: %td of %td for each token and %td shared, from layer %td on\n",
+                c.experts->per_token, c.experts->count, c.experts->shared, c.experts->first_layer);
   }
   std::printf("rope: %s; %zu tensors, %s as %s\n\n", c.rotary.rope_type.c_str(), model.tensors().size(),
               bytes_text(model.checkpoint().tensor_bytes()).c_str(),

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -40,6 +41,32 @@ std::string_view redundant(Role role, const ModelConfig& config) {
   return "";
 }
 
+// Rounding a router's bias would send tokens to other experts, and engines keep it in float32 too.
+DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) {
+  return role == Role::router_bias ? stored : wanted.value_or(stored);
+}
+
+// Layers that predict further tokens read the stream of a model that is not there any more.
+void leave_out_prediction(std::vector<PlacedTensor>& tensors, const ModelConfig& config, ConvertPlan& plan) {
+  std::map<Index, Index> count;
+  for (const PlacedTensor& tensor : tensors) {
+    if (tensor.role == Role::prediction) {
+      ++count[tensor.layer_idx];
+    }
+  }
+  std::erase_if(tensors, [](const PlacedTensor& tensor) { return tensor.role == Role::prediction; });
+  for (const auto& [layer_idx, tensors_of_layer] : count) {
+    plan.left_out.push_back("model.layers." + text(layer_idx) + ".*: " + text(tensors_of_layer) +
+                            " tensors of a layer that predicts further tokens, behind the " +
+                            text(config.num_hidden_layers) + " layers of the model");
+  }
+  if (!count.empty()) {
+    plan.warnings.emplace_back(
+        "layers of the source that predict further tokens are left out (model.layers." +
+        text(count.begin()->first) + (count.size() > 1 ? " and on" : "") + ")");
+  }
+}
+
 bool is_mlp_bias(Role role) {
   return role == Role::gate_bias || role == Role::up_bias || role == Role::down_bias;
 }
@@ -71,6 +98,10 @@ void check_source(const Model& source) {
   if (config.latent && config.latent->branches.size() != 1) {
     fail_input({path, "", "latent_form", "a grouped-query or MLA model", config.latent->form,
                 "a model whose latents are partitioned already is a result, not a source"});
+  }
+  if (config.latent && config.latent->attention_bias) {
+    fail_input({path, "", "attention_bias", "false", "true",
+                "the norm of a latent with biases cannot be kept when the latent is divided"});
   }
   if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
     fail_input(
@@ -568,6 +599,7 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   // Layer by layer, the converted attention in the place of the old one.
   std::uint64_t attention_values = 0;
   std::vector<PlacedTensor> ordered = source_.tensors();
+  leave_out_prediction(ordered, config, plan_);
   const auto rank_of = [&](const PlacedTensor& t) {
     return t.layer_idx >= 0 ? t.layer_idx + 1
                             : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
@@ -594,7 +626,7 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
       continue;
     }
     const TensorInfo& info = source_.checkpoint().info(tensor.name);
-    const DType dtype = options_.dtype.value_or(info.dtype);
+    const DType dtype = output_dtype(tensor.role, info.dtype, options_.dtype);
     plan_.tensors.push_back(
         {{engine_->carried_name(tensor.role, tensor.layer_idx, tensor.name), dtype, info.shape},
          dtype == info.dtype ? Fate::carried : Fate::recoded,

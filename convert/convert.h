@@ -73,7 +73,7 @@ struct ConvertPlan {
   std::vector<SizeTrial> trials;  // what the sizes were chosen from, where they were
   std::vector<std::string> warnings;
   std::vector<PlannedTensor> tensors;  // in the order in which they are written
-  std::vector<std::string> left_out;   // source tensors that the config makes redundant, with the reason
+  std::vector<std::string> left_out;   // source tensors that have no place in the output, with the reason
   std::vector<std::filesystem::path> side_files;  // carried along untouched
   DType dtype = DType::f32;                       // of converted tensors and of the config
   Index source_cache_numbers = 0;                 // per token and layer

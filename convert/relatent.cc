@@ -46,9 +46,9 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     std::vector<double> fold_errors(layers.size());
     for_layers(
         count, layers_in_flight(closed_form_bytes(source.config())), moments_,
-        [&](Index layer_idx, Moments moments) {
+        [&](Index layer_idx, Moments input) {
           const auto at = static_cast<std::size_t>(layer_idx);
-          const Known known = know(source.attention(layer_idx), std::move(moments));
+          const Known known = know(source.attention(layer_idx), std::move(input));
           layers[at] = concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
           fold_errors[at] = known.fold_error;
         },

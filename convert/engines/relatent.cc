@@ -11,6 +11,21 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+void put_experts(const ExpertsGeometry& experts, Json& out) {
+  const bool grouped = experts.topk_method != TopkMethod::greedy;
+  out["first_k_dense_replace"] = experts.first_layer;
+  out["moe_intermediate_size"] = experts.intermediate_size;
+  out["n_group"] = grouped ? Json(experts.groups) : Json(nullptr);
+  out["n_routed_experts"] = experts.count;
+  out["n_shared_experts"] = experts.shared;
+  out["norm_topk_prob"] = experts.normalised;
+  out["num_experts_per_tok"] = experts.per_token;
+  out["routed_scaling_factor"] = experts.scale;
+  out["scoring_func"] = experts.topk_method == TopkMethod::noaux_tc ? "sigmoid" : "softmax";
+  out["topk_group"] = grouped ? Json(experts.groups_per_token) : Json(nullptr);
+  out["topk_method"] = topk_method_name(experts.topk_method);
+}
+
 class RelatentEngine final : public Engine {
  public:
   std::string_view name() const override { return "transformers"; }
@@ -103,6 +118,9 @@ class RelatentEngine final : public Engine {
     out["use_cache"] = true;
     out["v_head_dim"] = shape.v_dim;
     out["vocab_size"] = source.vocab_size;
+    if (source.experts) {
+      put_experts(*source.experts, out);
+    }
     return out;
   }
 

@@ -13,6 +13,9 @@
 //   kv_a_layernorm.{b}.weight [r_b]      where latent_norm is branch
 //   kv_b_proj.{b}.weight [h_b(n+w), r_b] per head n key rows, then w value rows; columns: shared, then own
 //   o_proj.weight [D, H w], .bias
+//
+// MLPs and experts keep the names and shapes that the source has. A config with first_k_dense_replace has
+// experts from that layer on and says the rest in DeepSeek's keys, topk_method always among them.
 #pragma once
 
 #include <memory>

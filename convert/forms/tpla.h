@@ -4,6 +4,7 @@
 
 #include <string_view>
 
+#include "convert/latent/maps.h"
 #include "convert/model/attention.h"
 
 namespace relatent {

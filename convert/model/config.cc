@@ -1,8 +1,10 @@
 #include "convert/model/config.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "convert/model/devices.h"
 #include "convert/model/families.h"
@@ -117,6 +119,84 @@ LatentGeometry parse_latent(const Reader& in, const Json& config, const std::fil
     break;
   }
   return mla;
+}
+
+constexpr std::array<std::pair<TopkMethod, std::string_view>, 3> topk_methods = {
+    {{TopkMethod::greedy, "greedy"},
+     {TopkMethod::group_limited_greedy, "group_limited_greedy"},
+     {TopkMethod::noaux_tc, "noaux_tc"}}};
+
+// DeepSeek-V2 knows the first two methods and V3 the last; V3's configs often leave it out.
+TopkMethod parse_topk_method(const Reader& in, const std::string& model_type) {
+  const auto may_be = [&](TopkMethod method) {
+    return model_type == "relatent" || (method == TopkMethod::noaux_tc) == (model_type == "deepseek_v3");
+  };
+  if (in.find("topk_method") == nullptr && model_type != "relatent") {
+    return model_type == "deepseek_v3" ? TopkMethod::noaux_tc : TopkMethod::greedy;
+  }
+  const std::string found = in.text("topk_method");
+  std::string allowed;
+  for (const auto& [method, name] : topk_methods) {
+    if (may_be(method)) {
+      if (found == name) {
+        return method;
+      }
+      allowed += (allowed.empty() ? "" : " or ") + std::string(name);
+    }
+  }
+  in.complain("topk_method", allowed);
+}
+
+// DeepSeek-V2 and V3 have experts unless first_k_dense_replace covers all layers; what we write says so only
+// where there are some.
+std::optional<ExpertsGeometry> parse_experts(const Reader& in, const ModelConfig& config) {
+  if (config.model_type == "relatent" && in.find("first_k_dense_replace") == nullptr) {
+    return std::nullopt;
+  }
+  ExpertsGeometry out;
+  out.first_layer = in.count("first_k_dense_replace");
+  if (out.first_layer >= config.num_hidden_layers) {
+    return std::nullopt;
+  }
+  if (in.size_or("moe_layer_freq", 1) != 1) {
+    in.complain("moe_layer_freq", "1 (experts in every layer from first_k_dense_replace on)");
+  }
+  out.count = in.size("n_routed_experts");
+  out.shared = in.size("n_shared_experts");
+  out.intermediate_size = in.size("moe_intermediate_size");
+  out.per_token = in.size("num_experts_per_tok");
+  out.scale = in.number("routed_scaling_factor");
+  out.topk_method = parse_topk_method(in, config.model_type);
+  const bool sigmoid = out.topk_method == TopkMethod::noaux_tc;
+  const std::string scores = sigmoid ? "sigmoid" : "softmax";
+  if (in.find("scoring_func") != nullptr && in.text("scoring_func") != scores) {
+    in.complain("scoring_func",
+                scores + ", as topk_method " + std::string(topk_method_name(out.topk_method)) + " has it");
+  }
+  out.normalised = in.flag_or("norm_topk_prob", config.model_type == "deepseek_v3");
+  if (out.normalised && config.model_type == "deepseek_v2") {
+    in.complain("norm_topk_prob", "false (what runs deepseek_v2 disagrees about true)");
+  }
+  if (out.topk_method != TopkMethod::greedy) {
+    out.groups = in.size("n_group");
+    out.groups_per_token = in.size("topk_group");
+  }
+  if (out.count % out.groups != 0) {
+    in.complain("n_group", "a divisor of n_routed_experts = " + std::to_string(out.count));
+  }
+  const Index group_size = out.count / out.groups;
+  if (sigmoid && group_size < 2) {
+    in.complain("n_group", "groups of at least 2 of the " + std::to_string(out.count) + " experts");
+  }
+  if (out.groups_per_token > out.groups) {
+    in.complain("topk_group", "at most n_group = " + std::to_string(out.groups));
+  }
+  if (out.per_token > out.groups_per_token * group_size) {
+    in.complain("num_experts_per_tok", "at most " + std::to_string(out.groups_per_token * group_size) +
+                                           ", the experts of " +
+                                           (out.groups == 1 ? "a layer" : "topk_group groups"));
+  }
+  return out;
 }
 
 // DeepSeek's MLA: one latent that all heads read, normalised.
@@ -270,6 +350,15 @@ std::string_view norm_name(LatentNorm norm) {
   return known == norms.end() ? "" : known->name;
 }
 
+std::string_view topk_method_name(TopkMethod method) {
+  for (const auto& [known, name] : topk_methods) {
+    if (known == method) {
+      return name;
+    }
+  }
+  return "";
+}
+
 Index ModelConfig::cache_numbers() const {
   return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : latent->kv_lora_rank + latent->qk_rope_head_dim;
 }
@@ -329,7 +418,12 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
       break;
     }
   }
-  if (in.find("quantization_config") != nullptr) {
+  if (const Json* quantised = in.find("quantization_config"); quantised != nullptr) {
+    if (quantised->is_object() && quantised->value("quant_method", Json()) == "fp8") {
+      fail_input({config_path, "", "quantization_config", "weights in bfloat16, float16 or float32",
+                  "FP8 weights with scales (weight_scale_inv)",
+                  "cast them to bfloat16 first, as DeepSeek's fp8_cast_bf16.py does, and remove this key"});
+    }
     fail_input({config_path, "", "quantization_config", "unquantised weights", "a quantised checkpoint",
                 "convert the unquantised source and quantise the result"});
   }
@@ -347,14 +441,15 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
     } else {
       one_branch(out, *out.latent);
     }
-    const Index dense = in.find("first_k_dense_replace") == nullptr
-                            ? (out.model_type == "relatent" ? out.num_hidden_layers : 0)
-                            : in.count("first_k_dense_replace");
-    if (dense < out.num_hidden_layers) {
-      fail_input(
-          {config_path, "", "first_k_dense_replace",
-           "at least num_hidden_layers = " + std::to_string(out.num_hidden_layers) + " (dense layers only)",
-           std::to_string(dense), ""});
+    // DeepSeek-V2 has no such key, and pairs only.
+    out.latent->rope_interleave = out.latent->rope_interleave || out.model_type == "deepseek_v2";
+    out.experts = parse_experts(in, out);
+    if (out.model_type == "deepseek_v3") {
+      for (const char* key : {"num_nextn_predict_layers", "num_mtp_layers"}) {
+        if (out.prediction_layers == 0 && in.find(key) != nullptr) {
+          out.prediction_layers = in.count(key);
+        }
+      }
     }
     out.rotary = parse_rotary(config, out.latent->qk_rope_head_dim, config_path);
   } else {

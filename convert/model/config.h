@@ -69,6 +69,27 @@ struct LatentGeometry {
   double query_scale = 1;
 };
 
+// How a router chooses a token's experts, by DeepSeek's names.
+enum class TopkMethod {
+  greedy,                // those of the largest softmax score
+  group_limited_greedy,  // likewise, in the groups whose best score is largest
+  noaux_tc,  // sigmoid scores; the largest sum of score and bias, in the groups whose two best sum highest
+};
+
+// Mixture-of-experts MLPs, DeepSeek's kind, in every layer from first_layer on.
+struct ExpertsGeometry {
+  Index first_layer = 0;
+  Index count = 0;              // experts that a token may be sent to
+  Index shared = 0;             // experts that every token passes, stored as one MLP
+  Index intermediate_size = 0;  // of one expert
+  Index per_token = 0;
+  TopkMethod topk_method = TopkMethod::greedy;
+  Index groups = 1;            // equal runs of experts
+  Index groups_per_token = 1;  // groups that a token's experts may come from
+  bool normalised = false;     // a token's scores are divided by their sum
+  double scale = 1;            // of what a token's experts add
+};
+
 struct ModelConfig {
   std::string model_type;
   Index hidden_size = 0;
@@ -85,7 +106,11 @@ struct ModelConfig {
   Rotary rotary;             // over head_dim (GQA) or qk_rope_head_dim (MLA)
   std::optional<GqaGeometry> gqa;
   std::optional<LatentGeometry> latent;
+  std::optional<ExpertsGeometry> experts;  // none = every MLP is dense
+  // Layers behind the last that predict further tokens; a checkpoint may hold them or not.
+  Index prediction_layers = 0;
 
+  bool has_experts(Index layer_idx) const { return experts && layer_idx >= experts->first_layer; }
   // Numbers kept per token and layer: 2 K d for GQA, r + p for latents.
   Index cache_numbers() const;
   // Cache bytes per token over all layers, at the config's dtype.
@@ -97,8 +122,11 @@ struct ModelConfig {
   std::optional<Index> cache_bytes_per_token_on_device(Index tp) const;
 };
 
+// The spelling of config.json.
+std::string_view topk_method_name(TopkMethod method);
+
 // Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing
-// keys, sizes that do not fit together, an activation other than silu.
+// keys, sizes that do not fit together, an activation other than silu, quantised weights.
 ModelConfig parse_config(const nlohmann::ordered_json& config, const std::filesystem::path& config_path);
 
 }  // namespace relatent

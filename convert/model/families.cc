@@ -1,5 +1,6 @@
 #include "convert/model/families.h"
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -63,9 +64,12 @@ std::vector<TensorRule> with_common(std::vector<TensorRule> attention) {
       {Role::lm_head, "lm_head.weight", head_presence, vocab_by_hidden},
       {Role::input_norm, "model.layers.{i}.input_layernorm.weight", required, hidden},
       {Role::post_attention_norm, "model.layers.{i}.post_attention_layernorm.weight", required, hidden},
-      {Role::gate_weight, "model.layers.{i}.mlp.gate_proj.weight", required, inner_by_hidden},
-      {Role::up_weight, "model.layers.{i}.mlp.up_proj.weight", required, inner_by_hidden},
-      {Role::down_weight, "model.layers.{i}.mlp.down_proj.weight", required, hidden_by_inner},
+      {Role::gate_weight, "model.layers.{i}.mlp.gate_proj.weight", required, inner_by_hidden, nullptr,
+       InLayers::dense},
+      {Role::up_weight, "model.layers.{i}.mlp.up_proj.weight", required, inner_by_hidden, nullptr,
+       InLayers::dense},
+      {Role::down_weight, "model.layers.{i}.mlp.down_proj.weight", required, hidden_by_inner, nullptr,
+       InLayers::dense},
   };
   rules.insert(rules.end(), attention.begin(), attention.end());
   return rules;
@@ -154,8 +158,58 @@ std::vector<TensorRule> llama_rules() {
                  {Role::down_bias, "model.layers.{i}.mlp.down_proj.bias", optional, hidden}});
 }
 
+Presence with_router_bias(const Config& c) {
+  return required_if(c.experts && c.experts->topk_method == TopkMethod::noaux_tc);
+}
+Index expert_count(const Config& c) {
+  return c.experts ? c.experts->count : 0;
+}
+Shape router_shape(const Config& c, Index /*part*/) {
+  return {c.experts->count, c.hidden_size};
+}
+Shape router_bias_shape(const Config& c, Index /*part*/) {
+  return {c.experts->count};
+}
+Shape expert_by_hidden(const Config& c, Index /*part*/) {
+  return {c.experts->intermediate_size, c.hidden_size};
+}
+Shape hidden_by_expert(const Config& c, Index /*part*/) {
+  return {c.hidden_size, c.experts->intermediate_size};
+}
+Shape shared_by_hidden(const Config& c, Index /*part*/) {
+  return {c.experts->shared * c.experts->intermediate_size, c.hidden_size};
+}
+Shape hidden_by_shared(const Config& c, Index /*part*/) {
+  return {c.hidden_size, c.experts->shared * c.experts->intermediate_size};
+}
+
+// Named as DeepSeek publishes them, one tensor for each expert.
+std::vector<TensorRule> with_experts(std::vector<TensorRule> rules) {
+  const auto one = [](Role role, std::string_view name, Presence (*presence)(const Config&),
+                      Shape (*shape)(const Config&, Index)) {
+    return TensorRule{role, name, presence, shape, nullptr, InLayers::experts};
+  };
+  const auto each = [](Role role, std::string_view name, Shape (*shape)(const Config&, Index)) {
+    return TensorRule{role, name, required, shape, expert_count, InLayers::experts};
+  };
+  return append(
+      std::move(rules),
+      {one(Role::router_weight, "model.layers.{i}.mlp.gate.weight", required, router_shape),
+       one(Role::router_bias, "model.layers.{i}.mlp.gate.e_score_correction_bias", with_router_bias,
+           router_bias_shape),
+       each(Role::expert_gate_weight, "model.layers.{i}.mlp.experts.{b}.gate_proj.weight", expert_by_hidden),
+       each(Role::expert_up_weight, "model.layers.{i}.mlp.experts.{b}.up_proj.weight", expert_by_hidden),
+       each(Role::expert_down_weight, "model.layers.{i}.mlp.experts.{b}.down_proj.weight", hidden_by_expert),
+       one(Role::shared_gate_weight, "model.layers.{i}.mlp.shared_experts.gate_proj.weight", required,
+           shared_by_hidden),
+       one(Role::shared_up_weight, "model.layers.{i}.mlp.shared_experts.up_proj.weight", required,
+           shared_by_hidden),
+       one(Role::shared_down_weight, "model.layers.{i}.mlp.shared_experts.down_proj.weight", required,
+           hidden_by_shared)});
+}
+
 std::vector<TensorRule> deepseek_rules() {
-  return with_common({
+  return with_experts(with_common({
       {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
       {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
       {Role::q_a_bias, "model.layers.{i}.self_attn.q_a_proj.bias", with_q_rank_and_bias, q_a_vector_shape},
@@ -167,7 +221,7 @@ std::vector<TensorRule> deepseek_rules() {
       {Role::kv_b_weight, "model.layers.{i}.self_attn.kv_b_proj.weight", required, kv_b_shape},
       {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
       {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
-  });
+  }));
 }
 
 Index part_count(const Config& c) {
@@ -223,7 +277,7 @@ Shape branch_up_shape(const Config& c, Index part) {
 
 // Our own layout of the canonical latent form (engines/relatent.h).
 std::vector<TensorRule> relatent_rules() {
-  return with_common({
+  return with_experts(with_common({
       {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
       {Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", without_q_rank_with_bias, mla_q_bias_shape},
       {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
@@ -248,7 +302,7 @@ std::vector<TensorRule> relatent_rules() {
        part_count},
       {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
       {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
-  });
+  }));
 }
 
 // The MLRA authors' layout (engines/mlra.h). Models of two latents name them one by one.
@@ -319,6 +373,7 @@ const std::vector<Family>& families() {
       {"llama", "LlamaForCausalLM", false, llama_rules()},
       {"mistral", "MistralForCausalLM", false, gqa_rules(nullptr)},
       {"qwen2", "Qwen2ForCausalLM", false, gqa_rules(required)},
+      {"deepseek_v2", "DeepseekV2ForCausalLM", true, deepseek_rules()},
       {"deepseek_v3", "DeepseekV3ForCausalLM", true, deepseek_rules()},
       {"relatent", "RelatentForCausalLM", true, relatent_rules()},
       {mlra_type, "GPT", true, mlra_rules()},
@@ -352,6 +407,31 @@ std::string list_names(const std::set<std::string>& names) {
   return out;
 }
 
+// The scales beside FP8 weights, named before their many weights are.
+void refuse_fp8(const Checkpoint& checkpoint, const std::set<std::string>& names) {
+  const auto scale =
+      std::find_if(names.begin(), names.end(), [](const auto& name) { return name.ends_with("_scale_inv"); });
+  if (scale != names.end()) {
+    fail_input({checkpoint.file_of(*scale).path(), *scale, "holds scales of FP8 weights",
+                "weights in BF16, F16 or F32", "quantised ones",
+                "cast them to bfloat16 first, as DeepSeek's fp8_cast_bf16.py does"});
+  }
+}
+
+// Moves the tensors of layers that predict further tokens from one to the other.
+void place_prediction_layers(const ModelConfig& config, std::set<std::string>& unplaced,
+                             std::vector<PlacedTensor>& placed) {
+  for (Index i = 0; i < config.prediction_layers; ++i) {
+    const Index layer_idx = config.num_hidden_layers + i;
+    const std::string prefix = "model.layers." + std::to_string(layer_idx) + ".";
+    auto at = unplaced.lower_bound(prefix);
+    while (at != unplaced.end() && at->starts_with(prefix)) {
+      placed.push_back({*at, Role::prediction, layer_idx});
+      at = unplaced.erase(at);
+    }
+  }
+}
+
 }  // namespace
 
 bool is_attention(Role role) {
@@ -381,6 +461,7 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
   for (std::string& name : checkpoint.tensor_names()) {
     unplaced.insert(std::move(name));
   }
+  refuse_fp8(checkpoint, unplaced);
   std::set<std::string> missing;
   std::vector<PlacedTensor> placed;
   for (const TensorRule& rule : family.rules) {
@@ -394,6 +475,10 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
     for (Index at = 0; at < layers * parts; ++at) {
       const Index layer_idx = in_layer ? at / parts : -1;
       const Index part = rule.parts != nullptr ? at % parts : -1;
+      if (rule.layers != InLayers::all &&
+          config.has_experts(layer_idx) != (rule.layers == InLayers::experts)) {
+        continue;
+      }
       const std::string name = with_indices(rule.name, layer_idx, part);
       if (unplaced.erase(name) == 0) {
         if (presence == Presence::required) {
@@ -415,6 +500,7 @@ std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const Mode
       placed.push_back({name, rule.role, layer_idx, part});
     }
   }
+  place_prediction_layers(config, unplaced, placed);
   if (!unplaced.empty()) {
     fail_input({checkpoint.folder(), "", "tensors that have no place in a " + config.model_type + " model",
                 "none", list_names(unplaced), ""});

@@ -47,7 +47,17 @@ enum class Role {
   up_bias,
   down_weight,
   down_bias,
-  inv_freq,  // a buffer that old checkpoints store; the config says the same
+  // Mixture-of-experts layers; a part is an expert.
+  router_weight,
+  router_bias,
+  expert_gate_weight,
+  expert_up_weight,
+  expert_down_weight,
+  shared_gate_weight,
+  shared_up_weight,
+  shared_down_weight,
+  prediction,  // any tensor of a layer behind the last, which predicts further tokens; never read
+  inv_freq,    // a buffer that old checkpoints store; the config says the same
 };
 
 // Attention tensors are what a conversion replaces; the others are carried over as they are.
@@ -56,15 +66,19 @@ bool is_attention(Role role);
 // absent: this config has no such tensor, and one of that name is refused.
 enum class Presence { required, optional, absent };
 
+enum class InLayers { all, dense, experts };  // by what kind of MLP the layer has
+
 struct TensorRule {
   Role role;
-  std::string_view name;  // "{i}" stands for the layer index, "{b}" for a part of the layer (a latent), "{c}"
-                          // for the same counted from 1
+  // "{i}" stands for the layer index, "{b}" for a part of the layer (a latent, an expert), "{c}" for the same
+  // counted from 1
+  std::string_view name;
   Presence (*presence)(const ModelConfig&);
   // Sizes in config terms, e.g. {num_attention_heads * head_dim, hidden_size}; of one part where there are
   // parts.
   std::vector<Index> (*shape)(const ModelConfig&, Index part);
   Index (*parts)(const ModelConfig&) = nullptr;  // how many; none where the name has neither
+  InLayers layers = InLayers::all;
 };
 
 // Two families borrow the model_type of a model that they are not, and are told from it by a key.
@@ -86,11 +100,12 @@ struct PlacedTensor {
   std::string name;
   Role role;
   Index layer_idx;  // -1 outside the layers
-  Index part = -1;  // which latent; -1 where there are no parts
+  Index part = -1;  // which latent or expert; -1 where there are no parts
 };
 
 // Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that
-// names every tensor without a place, every missing one, or the first one whose shape or dtype is wrong.
+// names every tensor without a place, every missing one, or the first one whose shape or dtype is wrong. Of
+// layers that predict further tokens only the names are looked at.
 std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const ModelConfig& config);
 
 }  // namespace relatent

@@ -74,16 +74,12 @@ MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::Ou
   return x;
 }
 
-MatrixF mlp_inner(const Layer& layer, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden) {
-  const MatrixF x = normed(layer.post_attention_norm, hidden);
-  MatrixF gate = layer.gate(x);
-  const MatrixF up = layer.up(x);
-  gate.array() = gate.array() / (1.0F + (-gate.array()).exp()) * up.array();
-  return gate;
-}
-
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
-  hidden += layer.down(mlp_inner(layer, hidden));
+  const MatrixF x = normed(layer.post_attention_norm, hidden);
+  hidden += layer.mlp.down(layer.mlp.inner(x));
+  if (layer.experts) {
+    hidden += mix_experts(*layer.experts, x);
+  }
 }
 
 void run_layer(const Layer& layer, Stream& stream) {

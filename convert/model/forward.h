@@ -32,10 +32,7 @@ class Stream {
 // x = norm(h) for the rows of one sequence.
 MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden);
 
-// silu(gate(norm h)) * up(norm h), what the down projection reads: [length, intermediate].
-MatrixF mlp_inner(const Layer& layer, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden);
-
-// h += down(silu(gate(norm h)) * up(norm h))
+// h += down(silu(gate(norm h)) * up(norm h)), and what the experts of norm h add, where there are some.
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden);
 
 // Moves a stream through one layer.

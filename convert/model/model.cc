@@ -182,13 +182,33 @@ Attention Model::attention(Index layer_idx) const {
   return latent(layer_idx);
 }
 
-Layer Model::layer(Index layer_idx) const {
-  return {norm(Role::input_norm, layer_idx),
-          attention(layer_idx),
-          norm(Role::post_attention_norm, layer_idx),
-          linear(Role::gate_weight, Role::gate_bias, layer_idx),
+Mlp Model::mlp(Index layer_idx) const {
+  if (config_.has_experts(layer_idx)) {
+    return {{matrix(Role::shared_gate_weight, layer_idx), {}},
+            {matrix(Role::shared_up_weight, layer_idx), {}},
+            {matrix(Role::shared_down_weight, layer_idx), {}}};
+  }
+  return {linear(Role::gate_weight, Role::gate_bias, layer_idx),
           linear(Role::up_weight, Role::up_bias, layer_idx),
           linear(Role::down_weight, Role::down_bias, layer_idx)};
+}
+
+Experts Model::experts(Index layer_idx) const {
+  return {*config_.experts, matrix(Role::router_weight, layer_idx),
+          vector_or_empty(Role::router_bias, layer_idx), [this, layer_idx](Index expert) -> Mlp {
+            return {{matrix(Role::expert_gate_weight, layer_idx, expert), {}},
+                    {matrix(Role::expert_up_weight, layer_idx, expert), {}},
+                    {matrix(Role::expert_down_weight, layer_idx, expert), {}}};
+          }};
+}
+
+Layer Model::layer(Index layer_idx) const {
+  Layer out{norm(Role::input_norm, layer_idx), attention(layer_idx),
+            norm(Role::post_attention_norm, layer_idx), mlp(layer_idx), std::nullopt};
+  if (config_.has_experts(layer_idx)) {
+    out.experts = experts(layer_idx);
+  }
+  return out;
 }
 
 MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {

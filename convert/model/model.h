@@ -3,12 +3,14 @@
 
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
 #include "convert/model/families.h"
+#include "convert/model/mlp.h"
 #include "formats/checkpoint.h"
 
 namespace relatent {
@@ -17,9 +19,8 @@ struct Layer {
   RmsNorm input_norm;
   Attention attention;
   RmsNorm post_attention_norm;
-  Linear gate;
-  Linear up;
-  Linear down;
+  Mlp mlp;                         // of a layer with experts, the shared ones
+  std::optional<Experts> experts;  // read from the model, which must outlive the layer
 };
 
 class Model {
@@ -30,7 +31,7 @@ class Model {
   const ModelConfig& config() const { return config_; }
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const std::vector<PlacedTensor>& tensors() const { return tensors_; }
-  // part: which latent, of roles that have several.
+  // part: which latent or expert, of roles that have several.
   bool has(Role role, Index layer_idx, Index part = -1) const {
     return names_.contains({role, layer_idx, part});
   }
@@ -38,7 +39,7 @@ class Model {
     return names_.at({role, layer_idx, part});
   }
 
-  // Weights widened to float32, the checkpoint's pages let go again.
+  // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
   Layer layer(Index layer_idx) const;
   Attention attention(Index layer_idx) const;
   RmsNorm input_norm(Index layer_idx) const { return norm(Role::input_norm, layer_idx); }
@@ -57,6 +58,8 @@ class Model {
   GqaAttention gqa(Index layer_idx) const;
   LatentAttention latent(Index layer_idx) const;
   void read_joint_latents(Index layer_idx, LatentAttention& out) const;
+  Mlp mlp(Index layer_idx) const;
+  Experts experts(Index layer_idx) const;
   void read_branches(Index layer_idx, LatentAttention& out) const;
 
   Checkpoint checkpoint_;

@@ -46,6 +46,15 @@ const std::vector<ShardLayout>& layouts() {
            {Role::up_bias, Holder::inner, Split::rows},
            {Role::down_weight, Holder::inner, Split::columns},
            {Role::down_bias, Holder::first, Split::whole},
+           {Role::router_weight, Holder::every, Split::whole},
+           {Role::router_bias, Holder::every, Split::whole},
+           {Role::expert_gate_weight, Holder::expert_inner, Split::rows},
+           {Role::expert_up_weight, Holder::expert_inner, Split::rows},
+           {Role::expert_down_weight, Holder::expert_inner, Split::columns},
+           {Role::shared_gate_weight, Holder::expert_inner, Split::rows},
+           {Role::shared_up_weight, Holder::expert_inner, Split::rows},
+           {Role::shared_down_weight, Holder::expert_inner, Split::columns},
+           {Role::prediction, Holder::first, Split::whole},
            {Role::inv_freq, Holder::every, Split::whole},
        }},
   };
@@ -124,6 +133,8 @@ std::optional<Units> units_of(Holder holder, const ModelConfig& config, const Ra
     }
     case Holder::inner:
       return equal_part(rank.index, rank.tp, config.intermediate_size);
+    case Holder::expert_inner:
+      return equal_part(rank.index, rank.tp, config.experts->intermediate_size);
     case Holder::heads:
       return rank.heads;
     case Holder::kv_heads:
@@ -179,7 +190,11 @@ std::string why_not_sharded(const ModelConfig& config, Index tp) {
   } else if (std::string reason = why_not_shared(*config.latent, tp); !reason.empty()) {
     return reason;
   }
-  return config.intermediate_size % tp == 0
+  if (config.experts && config.experts->intermediate_size % tp != 0) {
+    return does_not_divide("moe_intermediate_size", config.experts->intermediate_size, tp);
+  }
+  // Where every layer has experts, nothing has this size.
+  return config.intermediate_size % tp == 0 || config.has_experts(0)
              ? ""
              : does_not_divide("intermediate_size", config.intermediate_size, tp);
 }

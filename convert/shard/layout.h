@@ -14,9 +14,10 @@ namespace relatent {
 // Who has a tensor, or which of equal units of it.
 enum class Holder {
   every,          // all ranks, the whole tensor
-  first,          // rank 0, the whole tensor: what is added once to the sum of the ranks' outputs
+  first,          // rank 0, the whole tensor: what is added once to the ranks' sum, or never read
   vocabulary,     // a range of tokens, as even as can be
   inner,          // an equal range of intermediate_size
+  expert_inner,   // an equal range of the intermediate size of every expert, and of the shared experts'
   heads,          // the query heads of the rank
   kv_heads,       // the key/value heads that the rank's query heads read
   latent,         // ranks that have the latent, the whole tensor
@@ -40,8 +41,8 @@ const ShardLayout* find_shard_layout(std::string_view name);  // nullptr when un
 std::string known_shard_layouts();                            // "plain"
 
 // Why tp ranks cannot share the model, as a clause; empty when they can. Latents as why_not_shared
-// (devices.h) has it. Query heads and intermediate_size must divide by tp; tp must divide the key/value
-// heads, or be a multiple of them, which are repeated then.
+// (devices.h) has it. Query heads, intermediate_size and moe_intermediate_size must divide by tp; tp must
+// divide the key/value heads, or be a multiple of them, which are repeated then.
 std::string why_not_sharded(const ModelConfig& config, Index tp);
 
 // Every tensor of the model in the order of its files and data. Throws Error (usage) with why_not_sharded's

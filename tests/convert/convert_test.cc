@@ -466,6 +466,9 @@ TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
   expect_error(ErrorKind::input, {layer_name(2, "mlp.up_proj.bias"), "deepseek_v3"},
                [&] { Conversion{write(biased)}; });
 
+  expect_error(ErrorKind::input, {"config.json", "attention_bias", "found true"},
+               [&] { Conversion{write(testing_support::tiny_latent_model({.attention_bias = true}))}; });
+
   // An MLA latent splits only with loss.
   expect_error(ErrorKind::usage, {"--method lossless", "MLA latent"},
                [&] { Conversion{write(testing_support::tiny_latent_model())}; });
@@ -476,6 +479,47 @@ TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
   nowhere.source = source();
   nowhere.calibration = folder_ / "missing.h5";
   expect_error(ErrorKind::input, {"missing.h5"}, [&] { Conversion{nowhere}; });
+}
+
+TEST_F(Convert, ExpertsAreCarriedAndPredictionLayersLeftOut) {
+  TinyModel model = testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()});
+  model.config["num_nextn_predict_layers"] = 1;
+  model.put("model.layers.3.eh_proj.weight", MatrixF::Ones(3, 7));
+  model.put_vector("model.layers.3.enorm.weight", RowVectorF::Ones(5));
+  ConvertOptions options = write(model);
+  options.method = Method::weights_only;
+  options.form = "gla";
+  options.branches = 2;
+  options.rank = 22;
+  for (const std::optional<DType> dtype : {std::optional<DType>(), std::optional(DType::bf16)}) {
+    options.dtype = dtype;
+    const Conversion conversion(options);
+    ASSERT_EQ(conversion.plan().left_out.size(), 1U);
+    EXPECT_EQ(conversion.plan().left_out.front().rfind("model.layers.3.*: 2 tensors", 0), 0U);
+    EXPECT_EQ(conversion.plan().warnings.size(), 1U);
+    run(options);
+    const Model converted = Model::open(output());
+    EXPECT_TRUE(converted.config().has_experts(1));
+    EXPECT_FALSE(converted.config().has_experts(0));
+    Index experts = 0;
+    for (const PlacedTensor& tensor : converted.tensors()) {
+      if (tensor.name.find(".mlp.") == std::string::npos) {
+        continue;
+      }
+      ++experts;
+      const Checkpoint& checkpoint = converted.checkpoint();
+      // Where a token goes must not change with the dtype.
+      EXPECT_EQ(checkpoint.info(tensor.name).dtype,
+                tensor.role == Role::router_bias ? DType::f32 : dtype.value_or(DType::f32));
+      if (!dtype || tensor.role == Role::router_bias) {
+        EXPECT_TRUE(checkpoint.read_matrix(tensor.name) ==
+                    conversion.source().checkpoint().read_matrix(tensor.name))
+            << tensor.name;
+      }
+    }
+    EXPECT_EQ(experts, 3 + 2 * (2 + 3 * 8 + 3));
+    EXPECT_LE(verified().logits.rel_logit_error, dtype ? 0.1 : 1e-5);
+  }
 }
 
 // As a fresh model has them.

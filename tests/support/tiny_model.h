@@ -148,6 +148,55 @@ inline TinyModel tiny_model(const TinyOptions& options = {}) {
   return model;
 }
 
+// Experts from layer 1 on, eight in four groups.
+inline ExpertsGeometry tiny_experts(TopkMethod method = TopkMethod::noaux_tc) {
+  const bool sigmoid = method == TopkMethod::noaux_tc;
+  return {.first_layer = 1,
+          .count = 8,
+          .shared = 2,
+          .intermediate_size = 10,
+          .per_token = 3,
+          .topk_method = method,
+          .groups = method == TopkMethod::greedy ? 1 : 4,
+          .groups_per_token = method == TopkMethod::greedy ? 1 : 2,
+          .normalised = sigmoid,
+          .scale = 1.5};
+}
+
+// Experts in the place of dense MLPs.
+inline void put_experts(const ExpertsGeometry& experts, const TinyOptions& body, Random& random,
+                        TinyModel& model) {
+  model.config["first_k_dense_replace"] = experts.first_layer;
+  model.config["moe_intermediate_size"] = experts.intermediate_size;
+  model.config["moe_layer_freq"] = 1;
+  model.config["n_group"] = experts.groups;
+  model.config["n_routed_experts"] = experts.count;
+  model.config["n_shared_experts"] = experts.shared;
+  model.config["norm_topk_prob"] = experts.normalised;
+  model.config["num_experts_per_tok"] = experts.per_token;
+  model.config["routed_scaling_factor"] = experts.scale;
+  model.config["topk_group"] = experts.groups_per_token;
+  model.config["topk_method"] = topk_method_name(experts.topk_method);
+  const auto put_mlp = [&](const std::string& name, Index inner) {
+    model.put(name + "gate_proj", random.linear(inner, body.hidden, false));
+    model.put(name + "up_proj", random.linear(inner, body.hidden, false));
+    model.put(name + "down_proj", random.linear(body.hidden, inner, false));
+  };
+  for (Index i = experts.first_layer; i < body.layers; ++i) {
+    for (const char* part : {"gate", "up", "down"}) {
+      model.tensors.erase(layer_name(i, "mlp." + std::string(part) + "_proj.weight"));
+    }
+    model.put(layer_name(i, "mlp.gate"), random.linear(experts.count, body.hidden, false));
+    if (experts.topk_method == TopkMethod::noaux_tc) {
+      model.put_vector(layer_name(i, "mlp.gate.e_score_correction_bias"), random.row(experts.count, 0.3));
+    }
+    for (Index e = 0; e < experts.count; ++e) {
+      put_mlp(layer_name(i, "mlp.experts." + std::to_string(e) + "."), experts.intermediate_size);
+    }
+    put_mlp(layer_name(i, "mlp.shared_experts."), experts.shared * experts.intermediate_size);
+  }
+}
+
 struct TinyLatentOptions {
   TinyOptions body = {};  // heads, hidden and so on; what it says of grouped-query attention is not used
   Index rank = 11;
@@ -157,9 +206,10 @@ struct TinyLatentOptions {
   std::optional<Index> q_rank = {};
   bool attention_bias = false;
   bool interleave = true;
+  std::optional<ExpertsGeometry> experts = {};
 };
 
-// A deepseek_v3 checkpoint of dense layers.
+// A deepseek_v3 checkpoint; deepseek_v2 when its experts are chosen that way.
 inline TinyModel tiny_latent_model(const TinyLatentOptions& options = {}) {
   Random random(options.body.seed);
   TinyModel model = tiny_body(options.body, random);
@@ -192,6 +242,12 @@ inline TinyModel tiny_latent_model(const TinyLatentOptions& options = {}) {
     model.put(self + "kv_b_proj",
               random.linear(heads * (options.nope_dim + options.v_dim), options.rank, false));
     model.put(self + "o_proj", random.linear(hidden, heads * options.v_dim, options.attention_bias));
+  }
+  if (options.experts) {
+    put_experts(*options.experts, options.body, random, model);
+    if (options.experts->topk_method != TopkMethod::noaux_tc) {
+      model.config["model_type"] = "deepseek_v2";
+    }
   }
   return model;
 }

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 LATENT_NORMS = ("none", "branch", "replicated")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
 class RelatentConfig(PreTrainedConfig):
@@ -21,6 +22,13 @@ class RelatentConfig(PreTrainedConfig):
 
     `latent_norm` is "none"; "branch", an RMSNorm on every branch's latent; or "replicated", where
     the root mean square of `latent_norm_rank` further projections divides all latents.
+
+    Layers from `first_k_dense_replace` on (None: no layer) have a mixture of experts in place of
+    the MLP: `num_experts_per_tok` of `n_routed_experts` for every token, and `n_shared_experts`
+    that all tokens pass. `topk_method` says how a token's experts are chosen: "greedy", the largest
+    softmax scores; "group_limited_greedy", those within the `topk_group` of `n_group` groups of the
+    largest best score; "noaux_tc", sigmoid scores, chosen with a bias within the groups whose two
+    best sum highest.
     """
 
     model_type = "relatent"
@@ -44,6 +52,16 @@ class RelatentConfig(PreTrainedConfig):
         latent_norm: str = "none",
         latent_norm_rank: int | None = None,
         attention_bias: bool = False,
+        first_k_dense_replace: int | None = None,
+        moe_intermediate_size: int | None = None,
+        n_routed_experts: int | None = None,
+        n_shared_experts: int | None = None,
+        num_experts_per_tok: int | None = None,
+        n_group: int | None = None,
+        topk_group: int | None = None,
+        topk_method: str | None = None,
+        norm_topk_prob: bool = False,
+        routed_scaling_factor: float = 1.0,
         hidden_act: str = "silu",
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-6,
@@ -81,6 +99,16 @@ class RelatentConfig(PreTrainedConfig):
         self.latent_norm = latent_norm
         self.latent_norm_rank = latent_norm_rank
         self.attention_bias = attention_bias
+        self.first_k_dense_replace = first_k_dense_replace
+        self.moe_intermediate_size = moe_intermediate_size
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = n_shared_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.topk_method = topk_method
+        self.norm_topk_prob = norm_topk_prob
+        self.routed_scaling_factor = routed_scaling_factor
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
@@ -94,6 +122,7 @@ class RelatentConfig(PreTrainedConfig):
         # transformers takes the size of rope from here.
         self.head_dim = qk_rope_head_dim
         self._check_latents()
+        self._check_experts()
         super().__init__(**kwargs)
 
     def _check_latents(self) -> None:
@@ -112,6 +141,22 @@ class RelatentConfig(PreTrainedConfig):
                 raise ValueError(f"there is no shared latent {shared}")
         if served != set(range(self.num_attention_heads)):
             raise ValueError("latent_branches must serve every head, and no others")
+
+    def has_experts(self, layer_idx: int) -> bool:
+        return self.first_k_dense_replace is not None and layer_idx >= self.first_k_dense_replace
+
+    def _check_experts(self) -> None:
+        if not self.has_experts(self.num_hidden_layers - 1):
+            return
+        if self.topk_method not in TOPK_METHODS:
+            raise ValueError(f"topk_method must be one of {TOPK_METHODS}, not {self.topk_method!r}")
+        sizes = ["moe_intermediate_size", "n_routed_experts", "n_shared_experts"]
+        sizes.append("num_experts_per_tok")
+        if self.topk_method != "greedy":
+            sizes += ["n_group", "topk_group"]
+        for key in sizes:
+            if not getattr(self, key):
+                raise ValueError(f"a model with experts needs {key}")
 
 
 __all__ = ["RelatentConfig"]

@@ -92,9 +92,9 @@ class RelatentRotaryEmbedding(nn.Module):
 
 
 class RelatentMLP(nn.Module):
-    def __init__(self, config: RelatentConfig):
+    def __init__(self, config: RelatentConfig, inner: int):
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden = config.hidden_size
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
@@ -102,6 +102,69 @@ class RelatentMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RelatentRouter(nn.Linear):
+    """Chooses the experts of every token, in float32."""
+
+    def __init__(self, config: RelatentConfig):
+        super().__init__(config.hidden_size, config.n_routed_experts, bias=False)
+        self.method = config.topk_method
+        self.groups = config.n_group
+        self.kept_groups = config.topk_group
+        self.per_token = config.num_experts_per_tok
+        self.normalised = config.norm_topk_prob
+        self.scale = config.routed_scaling_factor
+        if self.method == "noaux_tc":
+            self.register_buffer("e_score_correction_bias", torch.zeros(self.out_features))
+
+    def limit_groups(self, scores: torch.Tensor) -> torch.Tensor:
+        """Minus infinity for experts outside the best groups."""
+        grouped = scores.unflatten(-1, (self.groups, -1))
+        # With a bias the two best count, else the best.
+        best = grouped.topk(2 if self.method == "noaux_tc" else 1, dim=-1).values.sum(-1)
+        kept = best.topk(self.kept_groups, dim=-1, sorted=False).indices
+        out = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, True)
+        return grouped.masked_fill(~out[..., None], -math.inf).flatten(-2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[tokens, hidden] -> experts and their weights, [tokens, experts per token]"""
+        logits = functional.linear(x.float(), self.weight.float())
+        if self.method == "noaux_tc":
+            scores = logits.sigmoid()
+            for_choice = scores + self.e_score_correction_bias
+        else:
+            scores = for_choice = logits.softmax(-1)
+        if self.method != "greedy":
+            for_choice = self.limit_groups(for_choice)
+        chosen = for_choice.topk(self.per_token, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, chosen)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * self.scale
+
+
+class RelatentMoE(nn.Module):
+    """Every token passes the shared experts and a few of the others."""
+
+    def __init__(self, config: RelatentConfig):
+        super().__init__()
+        inner = config.moe_intermediate_size
+        self.gate = RelatentRouter(config)
+        self.experts = nn.ModuleList(
+            RelatentMLP(config, inner) for _ in range(config.n_routed_experts)
+        )
+        self.shared_experts = RelatentMLP(config, config.n_shared_experts * inner)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(0, -2)
+        chosen, weights = self.gate(tokens)
+        out = torch.zeros_like(tokens)
+        for index in chosen.unique().tolist():
+            rows, places = torch.where(chosen == index)
+            added = self.experts[index](tokens[rows]) * weights[rows, places, None]
+            out.index_add_(0, rows, added.to(out.dtype))
+        return self.shared_experts(x) + out.view_as(x)
 
 
 class RelatentAttention(nn.Module):
@@ -285,7 +348,11 @@ class RelatentDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelatentConfig, layer_idx: int):
         super().__init__()
         self.self_attn = RelatentAttention(config, layer_idx)
-        self.mlp = RelatentMLP(config)
+        self.mlp = (
+            RelatentMoE(config)
+            if config.has_experts(layer_idx)
+            else RelatentMLP(config, config.intermediate_size)
+        )
         self.input_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -312,6 +379,8 @@ class RelatentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["RelatentDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    # Rounded, it would send tokens to other experts.
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
 
 class RelatentModel(RelatentPreTrainedModel):

@@ -79,6 +79,41 @@ void expect_equal(const Linear& found, const Linear& expected) {
   EXPECT_TRUE(found.bias == expected.bias);
 }
 
+TEST(RelatentEngine, ConfigSaysHowExpertsAreChosen) {
+  const LatentSample sample = latent_samples().front();
+  Random random(2);
+  const TinyModel body = tiny_body(body_of(sample), random);
+  ModelConfig source = parse_config(body.config, "config.json");
+  const auto config_of = [&] {
+    return make_relatent_engine()->config(body.config, source, shape_of(sample),
+                                          testing_support::sample_rotary(6, 1), DType::f32);
+  };
+  const Json dense = config_of();
+  EXPECT_FALSE(dense.contains("first_k_dense_replace"));
+  EXPECT_FALSE(parse_config(dense, "config.json").experts);
+  for (const TopkMethod method :
+       {TopkMethod::greedy, TopkMethod::group_limited_greedy, TopkMethod::noaux_tc}) {
+    source.experts = testing_support::tiny_experts(method);
+    const Json config = config_of();
+    EXPECT_EQ(config.at("scoring_func"), method == TopkMethod::noaux_tc ? "sigmoid" : "softmax");
+    const std::optional<ExpertsGeometry> found = parse_config(config, "config.json").experts;
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->first_layer, source.experts->first_layer);
+    EXPECT_EQ(found->count, source.experts->count);
+    EXPECT_EQ(found->shared, source.experts->shared);
+    EXPECT_EQ(found->intermediate_size, source.experts->intermediate_size);
+    EXPECT_EQ(found->per_token, source.experts->per_token);
+    EXPECT_EQ(found->topk_method, method);
+    EXPECT_EQ(found->groups, source.experts->groups);
+    EXPECT_EQ(found->groups_per_token, source.experts->groups_per_token);
+    EXPECT_EQ(found->normalised, source.experts->normalised);
+    EXPECT_EQ(found->scale, source.experts->scale);
+    Json other = config;
+    other["topk_method"] = nullptr;
+    expect_error(ErrorKind::input, {"topk_method", "a string"}, [&] { parse_config(other, "config.json"); });
+  }
+}
+
 TEST(RelatentEngine, WhatIsWrittenReadsBackAsTheLayer) {
   for (const LatentSample& sample : latent_samples()) {
     SCOPED_TRACE(sample.name);

@@ -178,6 +178,106 @@ TEST(Config, SizesMustBePositiveWholeNumbers) {
   }
 }
 
+Json experts_config(TopkMethod method) {
+  return testing_support::tiny_latent_model({.experts = testing_support::tiny_experts(method)}).config;
+}
+
+TEST(Config, ReadsExperts) {
+  for (const TopkMethod method :
+       {TopkMethod::greedy, TopkMethod::group_limited_greedy, TopkMethod::noaux_tc}) {
+    const bool sigmoid = method == TopkMethod::noaux_tc;
+    Json config = experts_config(method);
+    config["scoring_func"] = sigmoid ? "sigmoid" : "softmax";
+    const ModelConfig found = parse(config);
+    EXPECT_EQ(found.model_type, sigmoid ? "deepseek_v3" : "deepseek_v2");
+    ASSERT_TRUE(found.experts);
+    EXPECT_EQ(found.experts->first_layer, 1);
+    EXPECT_EQ(found.experts->count, 8);
+    EXPECT_EQ(found.experts->shared, 2);
+    EXPECT_EQ(found.experts->intermediate_size, 10);
+    EXPECT_EQ(found.experts->per_token, 3);
+    EXPECT_EQ(found.experts->topk_method, method);
+    EXPECT_EQ(found.experts->groups, method == TopkMethod::greedy ? 1 : 4);
+    EXPECT_EQ(found.experts->groups_per_token, method == TopkMethod::greedy ? 1 : 2);
+    EXPECT_EQ(found.experts->normalised, sigmoid);
+    EXPECT_EQ(found.experts->scale, 1.5);
+    EXPECT_FALSE(found.has_experts(0));
+    EXPECT_TRUE(found.has_experts(1));
+    EXPECT_TRUE(found.has_experts(2));
+    EXPECT_EQ(found.prediction_layers, 0);
+    // Left out, the model type decides.
+    for (const char* key : {"scoring_func", "moe_layer_freq", "norm_topk_prob"}) {
+      config.erase(key);
+    }
+    if (method != TopkMethod::group_limited_greedy) {
+      config.erase("topk_method");
+    }
+    EXPECT_EQ(parse(config).experts->topk_method, method);
+    EXPECT_EQ(parse(config).experts->normalised, sigmoid);
+    // Dense models say so by the number of their layers, and nothing else is looked at.
+    config["first_k_dense_replace"] = 3;
+    config["n_group"] = 5;
+    EXPECT_FALSE(parse(config).experts);
+    EXPECT_FALSE(parse(config).has_experts(2));
+  }
+}
+
+TEST(Config, DeepseekV2HasPairsAndV3PredictionLayers) {
+  Json config = experts_config(TopkMethod::greedy);
+  config["rope_interleave"] = false;
+  config["num_nextn_predict_layers"] = 1;
+  EXPECT_TRUE(parse(config).latent->rope_interleave);
+  EXPECT_EQ(parse(config).prediction_layers, 0);
+  config = experts_config(TopkMethod::noaux_tc);
+  config["rope_interleave"] = false;
+  config["num_mtp_layers"] = 2;
+  EXPECT_FALSE(parse(config).latent->rope_interleave);
+  EXPECT_EQ(parse(config).prediction_layers, 2);
+  config["num_nextn_predict_layers"] = 1;
+  EXPECT_EQ(parse(config).prediction_layers, 1);
+}
+
+TEST(Config, RefusesExpertsThatCannotBe) {
+  struct Case {
+    TopkMethod method;
+    std::string changes;
+    std::vector<std::string> parts;
+  };
+  using enum TopkMethod;
+  const std::vector<Case> cases = {
+      {noaux_tc, R"({"moe_layer_freq": 2})", {"moe_layer_freq", "1 (experts in every layer", "2"}},
+      {noaux_tc, R"({"n_routed_experts": null})", {"n_routed_experts", "null"}},
+      {noaux_tc, R"({"n_shared_experts": 0})", {"n_shared_experts", "0"}},
+      {noaux_tc, R"({"moe_intermediate_size": "10"})", {"moe_intermediate_size"}},
+      {noaux_tc, R"({"num_experts_per_tok": null})", {"num_experts_per_tok"}},
+      {noaux_tc, R"({"routed_scaling_factor": null})", {"routed_scaling_factor", "a number"}},
+      {noaux_tc, R"({"norm_topk_prob": 1})", {"norm_topk_prob", "true or false"}},
+      {noaux_tc, R"({"topk_method": "greedy"})", {"topk_method", "expected noaux_tc", "greedy"}},
+      {noaux_tc, R"({"scoring_func": "softmax"})", {"scoring_func", "sigmoid", "noaux_tc"}},
+      {noaux_tc, R"({"n_group": 3})", {"n_group", "a divisor of n_routed_experts = 8", "3"}},
+      {noaux_tc, R"({"n_group": 8})", {"n_group", "at least 2", "8"}},
+      {noaux_tc, R"({"n_group": null})", {"n_group"}},
+      {noaux_tc, R"({"topk_group": 5})", {"topk_group", "at most n_group = 4"}},
+      {noaux_tc, R"({"num_experts_per_tok": 5})", {"num_experts_per_tok", "at most 4", "topk_group"}},
+      {greedy, R"({"num_experts_per_tok": 9})", {"num_experts_per_tok", "at most 8", "a layer"}},
+      {greedy, R"({"topk_method": "noaux_tc"})", {"topk_method", "greedy or group_limited_greedy"}},
+      {greedy, R"({"scoring_func": "sigmoid"})", {"scoring_func", "softmax"}},
+      {greedy, R"({"norm_topk_prob": true})", {"norm_topk_prob", "disagree"}},
+      {group_limited_greedy, R"({"topk_group": null})", {"topk_group"}},
+  };
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.changes);
+    Json config = experts_config(test.method);
+    const Json changes = Json::parse(test.changes);
+    for (const auto& [key, value] : changes.items()) {
+      config[key] = value;
+    }
+    std::vector<std::string> parts = test.parts;
+    parts.emplace_back("folder/config.json");
+    expect_error(ErrorKind::input, parts, [&] { parse(config); });
+  }
+}
+
 TEST(Config, Refusals) {
   struct Case {
     std::string changes;  // merged into the config
@@ -185,7 +285,8 @@ TEST(Config, Refusals) {
     bool latent = false;
   };
   const std::vector<Case> cases = {
-      {R"({"model_type": "gpt2"})", {"model_type", "llama, mistral, qwen2, deepseek_v3", "gpt2"}},
+      {R"({"model_type": "gpt2"})",
+       {"model_type", "llama, mistral, qwen2, deepseek_v2, deepseek_v3", "gpt2"}},
       {R"({"model_type": 3})", {"model_type", "a string", "3"}},
       {R"({"model_type": null})", {"model_type", "a string", "null"}},
       {R"({"rms_norm_eps": null})", {"rms_norm_eps", "a number", "null"}},
@@ -204,8 +305,12 @@ TEST(Config, Refusals) {
       {R"({"sliding_window": 8, "use_sliding_window": 1})", {"use_sliding_window", "true or false"}},
       {R"({"partial_rotary_factor": 0.5})", {"partial_rotary_factor"}},
       {R"({"rope_parameters": {"rope_type": "spiral"}})", {"rope_type", "spiral"}},
-      {R"({"first_k_dense_replace": 2})", {"first_k_dense_replace", "num_hidden_layers = 3", "2"}, true},
-      {R"({"first_k_dense_replace": null})", {"first_k_dense_replace", "found 0"}, true},
+      {R"({"first_k_dense_replace": 2})", {"n_routed_experts", "nothing"}, true},
+      {R"({"first_k_dense_replace": null})", {"first_k_dense_replace", "whole number", "null"}, true},
+      {R"({"quantization_config": {"quant_method": "fp8"}})",
+       {"quantization_config", "FP8 weights", "weight_scale_inv", "bfloat16"},
+       true},
+      {R"({"num_nextn_predict_layers": -1})", {"num_nextn_predict_layers"}, true},
       {R"({"q_lora_rank": 0})", {"q_lora_rank"}, true},
       {R"({"q_lora_rank": "9"})", {"q_lora_rank"}, true},
       {R"({"attention_bias": 1})", {"attention_bias", "true or false"}, true},

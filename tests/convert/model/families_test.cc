@@ -6,6 +6,7 @@
 #include <functional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "convert/model/config.h"
@@ -19,6 +20,7 @@ namespace {
 using testing_support::expect_error;
 using testing_support::layer_name;
 using testing_support::TempFolder;
+using testing_support::tiny_experts;
 using testing_support::tiny_latent_model;
 using testing_support::tiny_model;
 using testing_support::TinyLatentOptions;
@@ -36,10 +38,11 @@ TEST(Families, AreFoundByModelType) {
   EXPECT_EQ(find_family("qwen2")->architecture, "Qwen2ForCausalLM");
   EXPECT_FALSE(find_family("llama")->latent);
   EXPECT_TRUE(find_family("deepseek_v3")->latent);
-  EXPECT_EQ(find_family("deepseek_v2"), nullptr);
+  EXPECT_TRUE(find_family("deepseek_v2")->latent);
   EXPECT_EQ(find_family(""), nullptr);
   EXPECT_EQ(known_model_types(),
-            "llama, mistral, qwen2, deepseek_v3, relatent, gpt2 with mlra_model, llama with qk_rope_dim");
+            "llama, mistral, qwen2, deepseek_v2, deepseek_v3, relatent, gpt2 with mlra_model, llama with "
+            "qk_rope_dim");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
@@ -64,6 +67,8 @@ TEST(Families, EveryTensorHasItsPlace) {
       tiny_latent_model({.attention_bias = true}),
       tiny_latent_model({.q_rank = 9}),
       tiny_latent_model({.q_rank = 9, .attention_bias = true}),
+      tiny_latent_model({.experts = tiny_experts()}),
+      tiny_latent_model({.experts = tiny_experts(TopkMethod::greedy)}),
   };
   // Old checkpoints hold a buffer, tied ones the head a second time, some llamas biases in the MLP.
   models[1].put_vector(layer_name(2, "self_attn.rotary_emb.inv_freq"), RowVectorF::Ones(4));
@@ -73,11 +78,11 @@ TEST(Families, EveryTensorHasItsPlace) {
   for (const TinyModel& model : models) {
     const std::vector<PlacedTensor> placed = place(model);
     std::set<std::string> names;
-    std::set<std::pair<Role, Index>> places;
+    std::set<std::tuple<Role, Index, Index>> places;
     for (const PlacedTensor& tensor : placed) {
       EXPECT_TRUE(model.tensors.contains(tensor.name)) << tensor.name;
       names.insert(tensor.name);
-      places.emplace(tensor.role, tensor.layer_idx);
+      places.emplace(tensor.role, tensor.layer_idx, tensor.part);
       const bool in_layer = tensor.name.find(".layers.") != std::string::npos;
       EXPECT_EQ(tensor.layer_idx >= 0, in_layer) << tensor.name;
       if (in_layer) {
@@ -189,6 +194,41 @@ TEST(Families, Refusals) {
        tiny_latent_model({.q_rank = 9}),
        [](TinyModel& model) { model.config["q_lora_rank"] = nullptr; },
        {"no place", "q_a_proj.weight"}},
+      {"a router's bias that greedy choice has no use for",
+       tiny_latent_model({.experts = tiny_experts(TopkMethod::greedy)}),
+       add(layer_name(1, "mlp.gate.e_score_correction_bias"), {8}),
+       {"no place in a deepseek_v2 model", "e_score_correction_bias"}},
+      {"a router without its bias",
+       tiny_latent_model({.experts = tiny_experts()}),
+       drop(layer_name(1, "mlp.gate.e_score_correction_bias")),
+       {"missing", "layers.1.mlp.gate.e_score_correction_bias"}},
+      {"an expert too few",
+       tiny_latent_model({.experts = tiny_experts()}),
+       drop(layer_name(2, "mlp.experts.7.up_proj.weight")),
+       {"missing", "layers.2.mlp.experts.7.up_proj"}},
+      {"an expert too many",
+       tiny_latent_model({.experts = tiny_experts()}),
+       add(layer_name(2, "mlp.experts.8.up_proj.weight"), {10, 24}),
+       {"no place", "layers.2.mlp.experts.8.up_proj"}},
+      {"experts in a dense layer",
+       tiny_latent_model({.experts = tiny_experts()}),
+       add(layer_name(0, "mlp.experts.0.up_proj.weight"), {10, 24}),
+       {"no place", "layers.0.mlp.experts.0.up_proj"}},
+      {"a dense MLP beside experts",
+       tiny_latent_model({.experts = tiny_experts()}),
+       add(layer_name(1, "mlp.up_proj.weight"), {40, 24}),
+       {"no place", "layers.1.mlp.up_proj"}},
+      {"shared experts of another size",
+       tiny_latent_model({.experts = tiny_experts()}),
+       add(layer_name(1, "mlp.shared_experts.up_proj.weight"), {10, 24}),
+       {"shared_experts.up_proj", "[20, 24]", "[10, 24]"}},
+      {"scales of FP8 weights",
+       tiny_latent_model({.experts = tiny_experts()}),
+       [](TinyModel& model) {
+         model.put(layer_name(1, "self_attn.o_proj.weight_scale_inv"), {1, 1}, MatrixF::Ones(1, 1));
+         model.tensors.at(layer_name(1, "self_attn.o_proj.weight")).dtype = DType::f8_e4m3;
+       },
+       {"layers.1.self_attn.o_proj.weight_scale_inv", "FP8", "cast them to bfloat16"}},
       {"a latent norm of another size",
        tiny_latent_model(),
        add(layer_name(0, "self_attn.kv_a_layernorm.weight"), {12}),
@@ -201,6 +241,23 @@ TEST(Families, Refusals) {
     test.spoil(spoilt);
     expect_error(ErrorKind::input, test.parts, [&] { place(spoilt); });
   }
+}
+
+TEST(Families, PredictionLayersAreOnlyCounted) {
+  TinyModel model = tiny_latent_model({.experts = tiny_experts()});
+  const std::size_t before = model.tensors.size();
+  model.put("model.layers.3.eh_proj.weight", MatrixF::Ones(3, 7));
+  model.put_vector("model.layers.3.enorm.weight", RowVectorF::Ones(5));
+  expect_error(ErrorKind::input, {"no place", "model.layers.3.eh_proj.weight"}, [&] { place(model); });
+  model.config["num_nextn_predict_layers"] = 1;
+  std::vector<PlacedTensor> placed = place(model);
+  EXPECT_EQ(placed.size(), before + 2);
+  std::erase_if(placed, [](const PlacedTensor& tensor) { return tensor.role != Role::prediction; });
+  ASSERT_EQ(placed.size(), 2U);
+  EXPECT_EQ(placed[0].name, "model.layers.3.eh_proj.weight");
+  EXPECT_EQ(placed[1].layer_idx, 3);
+  model.put_vector("model.layers.4.enorm.weight", RowVectorF::Ones(5));
+  expect_error(ErrorKind::input, {"no place", "model.layers.4.enorm.weight"}, [&] { place(model); });
 }
 
 TEST(Families, LongListsOfStrangersAreCutShort) {

@@ -41,13 +41,13 @@ void run(const Model& model, Stream& stream) {
 // down(silu(gate x) * up x) of the normed state, in double precision.
 VectorD mlp_by_the_book(const Layer& layer, const VectorD& hidden) {
   const VectorD x = apply(layer.post_attention_norm, hidden);
-  const VectorD gate = apply(layer.gate, x);
-  const VectorD up = apply(layer.up, x);
+  const VectorD gate = apply(layer.mlp.gate, x);
+  const VectorD up = apply(layer.mlp.up, x);
   VectorD inner(gate.size());
   for (Index i = 0; i < gate.size(); ++i) {
     inner(i) = gate(i) / (1 + std::exp(-gate(i))) * up(i);
   }
-  return apply(layer.down, inner);
+  return apply(layer.mlp.down, inner);
 }
 
 TEST(Forward, StreamStartsWithTheEmbedding) {
@@ -101,11 +101,46 @@ TEST(Forward, MlpLeavesOtherSequencesAlone) {
   Stream stream(model, random_sequences(3, 2, 4, 50));
   const MatrixF before = stream.hidden();
   const Layer layer = model.layer(0);
-  const MatrixF added = layer.down(mlp_inner(layer, stream.sequence(1)));
+  const MatrixF added =
+      layer.mlp.down(layer.mlp.inner(normed(layer.post_attention_norm, stream.sequence(1))));
   add_mlp(layer, stream.sequence(1));
   EXPECT_TRUE(stream.hidden().topRows(4) == before.topRows(4));
   EXPECT_LE(relative_error(stream.hidden().bottomRows(4), before.bottomRows(4) + added), kFloatNoise);
   EXPECT_FALSE(added.isZero(1e-3F));
+}
+
+TEST(Forward, ExpertsAddToTheSharedOnes) {
+  const TempFolder folder;
+  const Model model =
+      open(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}), folder);
+  const Layer layer = model.layer(1);
+  EXPECT_FALSE(model.layer(0).experts);
+  ASSERT_TRUE(layer.experts);
+  EXPECT_EQ(layer.mlp.gate.weight.rows(), 20);
+  EXPECT_EQ(layer.experts->expert(3).down.weight.cols(), 10);
+  Stream stream(model, random_sequences(3, 2, 4, 50));
+  const MatrixF before = stream.sequence(1);
+  const MatrixF x = normed(layer.post_attention_norm, before);
+  const MatrixF shared = layer.mlp.down(layer.mlp.inner(x));
+  const MatrixF added = mix_experts(*layer.experts, x);
+  EXPECT_FALSE(added.isZero(1e-3F));
+  add_mlp(layer, stream.sequence(1));
+  EXPECT_LE(relative_error(stream.sequence(1), before + shared + added), kFloatNoise);
+}
+
+TEST(Forward, ExpertsGiveTheSameForAnyNumberOfThreads) {
+  const TempFolder folder;
+  const Model model =
+      open(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}), folder);
+  std::vector<MatrixF> found;
+  for (const int threads : {1, 2, 5}) {
+    const ThreadCount count(threads);
+    Stream stream(model, random_sequences(9, 7, 11, 50));
+    run(model, stream);
+    found.push_back(stream.hidden());
+  }
+  EXPECT_TRUE(found[1] == found[0]);
+  EXPECT_TRUE(found[2] == found[0]);
 }
 
 // Everything that compare_logits reports, from whole rows of logits in double precision.

@@ -76,10 +76,10 @@ TEST(Model, LayersAreWhatTheFileHolds) {
       EXPECT_EQ(layer.input_norm.eps, 1e-5F);
       EXPECT_TRUE(model.input_norm(i).gain == layer.input_norm.gain);
       EXPECT_TRUE(layer.post_attention_norm.gain == here("post_attention_layernorm.weight"));
-      EXPECT_TRUE(layer.gate.weight == here("mlp.gate_proj.weight"));
-      EXPECT_TRUE(layer.up.weight == here("mlp.up_proj.weight"));
-      EXPECT_EQ(layer.up.bias.size(), i == 2 ? 40 : 0);
-      EXPECT_TRUE(layer.down.weight == here("mlp.down_proj.weight"));
+      EXPECT_TRUE(layer.mlp.gate.weight == here("mlp.gate_proj.weight"));
+      EXPECT_TRUE(layer.mlp.up.weight == here("mlp.up_proj.weight"));
+      EXPECT_EQ(layer.mlp.up.bias.size(), i == 2 ? 40 : 0);
+      EXPECT_TRUE(layer.mlp.down.weight == here("mlp.down_proj.weight"));
       EXPECT_TRUE(std::get<GqaAttention>(model.attention(i)).k.weight == attention.k.weight);
     }
     EXPECT_TRUE(model.final_norm().gain == stored(tiny, "model.norm.weight"));

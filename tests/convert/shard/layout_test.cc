@@ -164,6 +164,22 @@ TEST(ShardLayout, LatentsAreWhereTheirHeadsAre) {
                                              nothing}));
 }
 
+TEST(ShardLayout, ExpertsByInnerSizeAndRoutersWhole) {
+  TinyModel tiny = tiny_latent_model({.experts = testing_support::tiny_experts()});
+  tiny.config["num_nextn_predict_layers"] = 1;
+  tiny.put_vector("model.layers.3.enorm.weight", RowVectorF::Ones(5));
+  const auto parts = parts_of(tiny, 2);
+  const auto at = [&](const std::string& rest) { return parts.at(layer_name(1, "mlp." + rest)); };
+  EXPECT_EQ(at("gate.weight"), (Parts{{0, 8}, {0, 8}}));
+  EXPECT_EQ(at("gate.e_score_correction_bias"), (Parts{{0, 8}, {0, 8}}));
+  for (const char* part : {"gate", "up", "down"}) {
+    EXPECT_EQ(at("experts.5." + std::string(part) + "_proj.weight"), (Parts{{0, 5}, {5, 5}})) << part;
+    EXPECT_EQ(at("shared_experts." + std::string(part) + "_proj.weight"), (Parts{{0, 10}, {10, 10}})) << part;
+  }
+  EXPECT_EQ(parts.at(layer_name(0, "mlp.up_proj.weight")), (Parts{{0, 20}, {20, 20}}));
+  EXPECT_EQ(parts.at("model.layers.3.enorm.weight"), (Parts{{0, 5}, nothing}));
+}
+
 TEST(ShardLayout, TensorsInTheOrderOfTheirData) {
   const TempFolder folder;
   tiny_model().write(folder.path());
@@ -197,6 +213,14 @@ TEST(ShardLayout, SaysWhatDoesNotFit) {
   EXPECT_EQ(why_not_sharded(config, 4), "");
   EXPECT_NE(why_not_sharded(config, 3).find("2 latents"), std::string::npos);
   EXPECT_EQ(why_not_sharded(config, 24), "intermediate_size 1408 does not divide by 24");
+
+  // Sizes of layers that there are.
+  config.experts = testing_support::tiny_experts();
+  EXPECT_EQ(why_not_sharded(config, 4), "moe_intermediate_size 10 does not divide by 4");
+  config.experts->intermediate_size = 48;
+  EXPECT_EQ(why_not_sharded(config, 24), "intermediate_size 1408 does not divide by 24");
+  config.experts->first_layer = 0;
+  EXPECT_EQ(why_not_sharded(config, 24), "");
 
   const TempFolder folder;
   tiny_model().write(folder.path());

@@ -243,6 +243,8 @@ TEST_F(Shard, MergeReturnsEveryByte) {
   }
   write(tiny_latent_model({.q_rank = 9, .attention_bias = true}));
   expect_round_trip(2);
+  write(tiny_latent_model({.body = {.dtype = DType::bf16}, .experts = testing_support::tiny_experts()}));
+  expect_round_trip(2);
   // More ranks than tokens: some have none.
   write(tiny_model({.model_type = "qwen2", .heads = 8, .vocab = 3}));
   expect_round_trip(8);
