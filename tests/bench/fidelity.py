@@ -13,13 +13,11 @@ sign, as in --extra="--fit-stride 4".
 """
 
 import argparse
-import ast
 import contextlib
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -27,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from runner import Failure, Row, Runner, parser_of
 
 # Flags that take stages out of the relatent method, and the stages as they come in one by one.
 ALL_OUT = (
@@ -48,7 +46,6 @@ STAGES = (
 )
 
 Budget = tuple[float, list[int]]  # a part of the source's cache, rotary sizes to try in it
-Row = dict[str, Any]  # a cell with its figures
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,6 @@ class Sizes:
         return rope_dim % 2 == 0 and self.head_dim % rope_dim == 0
 
 
-class Failure(Exception):
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def budget(text: str) -> Budget:
     part, separator, ropes = text.partition(":")
     try:
@@ -101,21 +92,7 @@ def single_budget(text: str) -> tuple[float, int]:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--relatent", type=Path, default=ROOT / "build/release/cli/relatent")
-    parser.add_argument("--model", type=Path, default=ROOT / "examples/llama-3m")
-    tokens = ROOT / "examples/tokens"
-    parser.add_argument("--calibration-tokens", type=Path, default=tokens / "calibration.npy")
-    parser.add_argument("--validation-tokens", type=Path, default=tokens / "validation.npy")
-    parser.add_argument(
-        "--sequences", type=int, default=64, help="at most so many to calibrate on; 0 = all"
-    )
-    parser.add_argument(
-        "--validation-sequences", type=int, default=96, help="at most so many; 0 = all"
-    )
-    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--cells",
         type=budget,
@@ -161,15 +138,6 @@ def sizes_of(model: Path) -> Sizes:
     return Sizes(head_dim, 2 * (config.get("num_key_value_heads") or heads) * head_dim)
 
 
-def sequences_to_use(tokens: Path, length: int, wanted: int) -> int:
-    with tokens.open("rb") as file:
-        version = file.read(8)[6]
-        size = int.from_bytes(file.read(2 if version == 1 else 4), "little")
-        header = ast.literal_eval(file.read(size).decode("latin-1"))
-    fit = header["shape"][0] // length
-    return min(wanted, fit) if wanted > 0 else fit
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -182,34 +150,23 @@ def best(rows: Iterable[Row]) -> Row | None:
     return min(rows, key=nats, default=None)
 
 
-class Bench:
+class Bench(Runner):
     """Runs cells and keeps what is known of them."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options = options
+        super().__init__(options)
         self.folder = folder
         self.model = options.model.resolve().name
         self.sizes = sizes_of(options.model)
         self.calibration: Row | None = None
         self.failed = False
-        length = options.length
-        self.tokens = {
-            "validation": (
-                options.validation_tokens,
-                sequences_to_use(options.validation_tokens, length, options.validation_sequences),
-            ),
-            "calibration": (
-                options.calibration_tokens,
-                sequences_to_use(options.calibration_tokens, length, options.sequences),
-            ),
-        }
         self.results: dict[str, Any] = {
             "settings": {
                 "calibration_tokens": options.calibration_tokens.name,
                 "sequences": self.tokens["calibration"][1],
                 "validation_tokens": options.validation_tokens.name,
                 "validation_sequences": self.tokens["validation"][1],
-                "length": length,
+                "length": options.length,
             },
             "cells": [],
         }
@@ -230,26 +187,10 @@ class Bench:
             new.write_text(json.dumps(self.results, indent=1) + "\n")
             new.replace(self.options.json)
 
-    def relatent(self, *words: object) -> Row:
-        command = [str(self.options.relatent), *map(str, words), "--json", "--quiet"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise Failure(done.returncode, done.stderr.strip() or f"exited {done.returncode}")
-        return json.loads(done.stdout)
-
-    def span(self, which: str) -> list[object]:
-        tokens, sequences = self.tokens[which]
-        return [
-            *("--tokens", tokens),
-            *("--sequences", sequences),
-            *("--length", self.options.length),
-        ]
-
     def calibrated(self) -> tuple[Path, Row]:
         file = self.folder / f"{self.model}-calibration.h5"
         if self.calibration is None:
-            words = ["calibrate", self.options.model, *self.span("calibration"), "-o", file]
-            self.calibration = self.relatent(*words)
+            self.calibration = self.calibrate(file)
             say(f"calibrate {self.model}: {self.calibration['seconds']:.1f} s")
         return file, self.calibration
 
@@ -299,10 +240,7 @@ class Bench:
         words += ["--method", cell.method, "--engine", cell.engine, "--calibration", calibration]
         words += ["--rope-dim", cell.rope_dim, "--rank", rank, *cell.extra.split()]
         convert = self.relatent(*words)
-        verify = {
-            which: self.relatent("verify", self.options.model, folder, *self.span(which))
-            for which in wanted
-        }
+        verify = {which: self.verify(folder, which) for which in wanted}
         if not self.options.keep:
             shutil.rmtree(folder)
         row = {

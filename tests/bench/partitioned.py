@@ -15,27 +15,17 @@ For an MLA source the published slices keep all of its latent, so give the numbe
 
 import argparse
 import json
-import subprocess
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from runner import Failure, Row, Runner, parser_of
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--relatent", type=Path, default=ROOT / "build/release/cli/relatent")
-    parser.add_argument("--model", type=Path, default=ROOT / "examples/llama-3m")
-    tokens = ROOT / "examples/tokens"
-    parser.add_argument("--calibration-tokens", type=Path, default=tokens / "calibration.npy")
-    parser.add_argument("--validation-tokens", type=Path, default=tokens / "validation.npy")
-    parser.add_argument("--sequences", type=int, default=64, help="to calibrate on")
-    parser.add_argument("--validation-sequences", type=int, default=96)
-    parser.add_argument("--length", type=int, default=1024)
+    parser = parser_of(__doc__)
     parser.add_argument("--devices", type=int, default=4)
     parser.add_argument("--per-device", default="128,96,64", help="numbers per token and layer")
     parser.add_argument("--forms", default="tpla,mlra,gla,pca,hadamard,mla")
@@ -48,37 +38,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Bench:
+class Bench(Runner):
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options = options
+        super().__init__(options)
         self.folder = folder
         self.config = json.loads((options.model / "config.json").read_text())
         self.latent = "kv_lora_rank" in self.config
         self.calibration = folder / "calibration.h5"
         self.sizes = dict(size.split(":") for size in options.sizes)
-
-    def run(self, *command: Any) -> str:
-        done = subprocess.run(
-            [str(self.options.relatent), *map(str, command)], capture_output=True, text=True
-        )
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        return done.stdout
-
-    def calibrate(self) -> None:
-        self.run(
-            "calibrate",
-            self.options.model,
-            "--tokens",
-            self.options.calibration_tokens,
-            "--sequences",
-            self.options.sequences,
-            "--length",
-            self.options.length,
-            "-o",
-            self.calibration,
-            "--quiet",
-        )
 
     def form(self, form: str, per_device: int) -> list[Any] | None:
         """Options that give a form with so many numbers on each device; None where it cannot."""
@@ -108,43 +75,16 @@ class Bench:
             return ["--to", "mla", "--rope-dim", rotary, "--rank", per_device - rotary]
         return None
 
-    def measure(self, form: str, per_device: int, *more: Any) -> dict[str, Any] | None:
+    def measure(self, form: str, per_device: int, *more: Any) -> Row | None:
         options = self.form(form, per_device)
         if options is None:
             return None
         out = self.folder / "converted"
-        report = json.loads(
-            self.run(
-                "convert",
-                self.options.model,
-                "-o",
-                out,
-                "--calibration",
-                self.calibration,
-                *options,
-                *more,
-                *self.options.extra.split(),
-                "--json",
-                "--quiet",
-            )
-        )
-        found = json.loads(
-            self.run(
-                "verify",
-                self.options.model,
-                out,
-                "--tokens",
-                self.options.validation_tokens,
-                "--sequences",
-                self.options.validation_sequences,
-                "--length",
-                self.options.length,
-                "--json",
-                "--quiet",
-            )
-        )
+        words = ["convert", self.options.model, "-o", out, "--calibration", self.calibration]
+        report = self.relatent(*words, *options, *more, *self.options.extra.split())
+        found = self.verify(out)
         config = json.loads((out / "config.json").read_text())
-        subprocess.run(["rm", "-r", str(out)], check=True)
+        shutil.rmtree(out)
         return {
             "form": form,
             "options": " ".join(map(str, (*options, *more))),
@@ -162,7 +102,7 @@ class Bench:
         }
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Row) -> str:
     shared = f", {row['shared'][0]} shared" if row["shared"] else ""
     return (
         f"{row['per_device']:>6}  {row['form']:<20} {row['nats']:>9.4f} {row['perplexity']:>10.3f}"
@@ -173,10 +113,10 @@ def describe(row: dict[str, Any]) -> str:
 
 def main() -> int:
     options = arguments()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
-        bench.calibrate()
+        bench.calibrate(bench.calibration)
         print(f"{options.model}, {options.devices} devices; nats lost, perplexity, sizes, time")
         for per_device in map(int, options.per_device.split(",")):
             for form in options.forms.split(","):
@@ -199,6 +139,6 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except RuntimeError as error:
-        print(f"partitioned.py: {error}", file=sys.stderr)
+    except Failure as failure:
+        print(f"partitioned.py: {str(failure).splitlines()[-1]}", file=sys.stderr)
         sys.exit(1)

@@ -252,6 +252,24 @@ inline TinyModel tiny_latent_model(const TinyLatentOptions& options = {}) {
   return model;
 }
 
+// Two groups of heads with two parts each, everything that a layout of latents can have; heads even.
+inline LatentShape rich_shape(Index heads) {
+  LatentShape shape;
+  shape.form = "mlra";
+  shape.heads = heads;
+  shape.nope_dim = 3;
+  shape.rope_dim = 4;
+  shape.v_dim = 2;
+  shape.rank = 24;
+  shape.has_bias = true;
+  shape.shared_ranks = {5, 3};
+  const Index half = heads / 2;
+  shape.branches = {{0, half, 4, 0}, {half, half, 6, 1}, {0, half, 4, 0}, {half, half, 2, 1}};
+  shape.norm = LatentNorm::replicated;
+  shape.norm_rank = 7;
+  return shape;
+}
+
 // A relatent checkpoint of any shape of latents; shape.heads must be body.heads.
 inline TinyModel tiny_relatent_model(const LatentShape& shape, const TinyOptions& body = {}) {
   Random random(body.seed);

@@ -15,6 +15,7 @@
 #include "tests/support/latents.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
+#include "tests/support/written.h"
 
 namespace relatent {
 namespace {
@@ -32,8 +33,6 @@ using testing_support::relative_error;
 using testing_support::sample_inputs;
 using testing_support::shape_of;
 using testing_support::TempFolder;
-using testing_support::tiny_body;
-using testing_support::TinyModel;
 using testing_support::TinyOptions;
 
 constexpr Index hidden = 24;
@@ -42,36 +41,10 @@ TinyOptions body_of(const LatentSample& sample) {
   return {.layers = 2, .heads = sample.heads, .kv_heads = 1};
 }
 
-// A checkpoint whose every layer is `layer`, written by the engine.
 Model write_and_open(const LatentAttention& layer, const LatentSample& sample, DType dtype,
                      const TempFolder& folder) {
-  const auto engine = make_relatent_engine();
-  const LatentShape shape = shape_of(sample);
-  Random random(2);
-  const TinyModel body = tiny_body(body_of(sample), random);
-  const ModelConfig source = parse_config(body.config, "config.json");
-  write_text(folder / "config.json", engine->config(body.config, source, shape, layer.rotary, dtype).dump());
-  std::vector<TensorSpec> specs;
-  for (const auto& [name, tensor] : body.tensors) {
-    specs.push_back({name, tensor.dtype, tensor.shape});
-  }
-  for (Index i = 0; i < 2; ++i) {
-    for (const TensorSpec& spec : engine->attention_tensors(source, shape, i, dtype)) {
-      EXPECT_EQ(spec.dtype, dtype);
-      specs.push_back(spec);
-    }
-  }
-  CheckpointWriter writer(folder.path(), specs, 1'000'000'000);
-  for (const auto& [name, tensor] : body.tensors) {
-    writer.write_floats(name, tensor.values);
-  }
-  for (Index i = 0; i < 2; ++i) {
-    engine->write_attention(layer, shape, i, dtype, writer);
-  }
-  // Throws when a tensor is missing; writing one that was not announced, or of another size, has thrown
-  // before.
-  writer.finish();
-  return Model::open(folder.path());
+  return testing_support::write_and_open(*make_relatent_engine(), layer, shape_of(sample), body_of(sample),
+                                         dtype, folder);
 }
 
 void expect_equal(const Linear& found, const Linear& expected) {

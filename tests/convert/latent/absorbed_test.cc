@@ -131,8 +131,7 @@ TEST(Absorb, ShiftOfValuesGoesIntoTheOutputBias) {
 }
 
 // A layer as a fit leaves it: queries of full rank and of no head's shape, a latent with a mean.
-AbsorbedAttention shaken(const LayerSample& sample, Index pairs, Index rank, Random& random) {
-  AbsorbedAttention out = absorbed_layer(sample, pairs, rank);
+AbsorbedAttention shaken(AbsorbedAttention out, Random& random) {
   for (MatrixD& query : out.query) {
     query += 0.1 * random.matrix_d(query.rows(), query.cols());
   }
@@ -159,7 +158,7 @@ TEST(LimitContentRank, LeavesWhatFitsAlone) {
   const LayerSample sample = layer_sample(4, {.q_bias = true, .kv_bias = true});
   for (const Index rank : {5, 8}) {
     Random random(5);
-    const AbsorbedAttention before = shaken(sample, 3, rank, random);
+    const AbsorbedAttention before = shaken(absorbed_layer(sample, 3, rank), random);
     AbsorbedAttention after = before;
     limit_content_rank(after, sample.moments.second);
     for (std::size_t h = 0; h < 6; ++h) {
@@ -175,7 +174,7 @@ TEST(LimitContentRank, LosesTheLeastOfTheScores) {
   for (const bool bias : {false, true}) {
     const LayerSample sample = layer_sample(6, {.q_bias = bias, .kv_bias = bias});
     Random random(7);
-    AbsorbedAttention before = shaken(sample, 3, 14, random);
+    AbsorbedAttention before = shaken(absorbed_layer(sample, 3, 14), random);
     before.nope_dim = 5;
     AbsorbedAttention after = before;
     limit_content_rank(after, sample.moments.second);
@@ -337,14 +336,9 @@ TEST(AbsorbInParts, IsTheAssembledLayerSplit) {
 // As a fit leaves it: every part asks for its own coordinates too.
 AbsorbedAttention shaken_parts(const LayerSample& sample, const PartedCase& test, Random& random) {
   const RotaryKey key = concentrated_key(sample, 3);
-  AbsorbedAttention out =
-      absorb(sample.maps, key, latents_of(sample, key, test.partition, test.rank, test.key_rank),
-             test.partition.parts);
-  for (MatrixD& query : out.query) {
-    query += 0.1 * random.matrix_d(query.rows(), query.cols());
-  }
-  out.key += 0.1 * random.matrix_d(out.key.rows(), out.key.cols());
-  return out;
+  return shaken(absorb(sample.maps, key, latents_of(sample, key, test.partition, test.rank, test.key_rank),
+                       test.partition.parts),
+                random);
 }
 
 // Covariance of what a part's scores read.

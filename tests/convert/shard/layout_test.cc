@@ -17,6 +17,7 @@ namespace {
 
 using testing_support::expect_error;
 using testing_support::layer_name;
+using testing_support::rich_shape;
 using testing_support::TempFolder;
 using testing_support::tiny_latent_model;
 using testing_support::tiny_model;
@@ -106,20 +107,7 @@ TEST(ShardLayout, JointLatentIsOnEveryRank) {
 }
 
 TEST(ShardLayout, LatentsAreWhereTheirHeadsAre) {
-  LatentShape shape;
-  shape.form = "mlra";
-  shape.heads = 6;
-  shape.nope_dim = 3;
-  shape.rope_dim = 4;
-  shape.v_dim = 2;
-  shape.rank = 24;
-  shape.has_bias = true;
-  shape.shared_ranks = {5, 3};
-  // Two groups of three heads with two parts each, the parts of a group sharing coordinates.
-  shape.branches = {{0, 3, 4, 0}, {3, 3, 4, 1}, {0, 3, 4, 0}, {3, 3, 4, 1}};
-  shape.norm = LatentNorm::replicated;
-  shape.norm_rank = 7;
-  const TinyModel tiny = testing_support::tiny_relatent_model(shape, {.intermediate = 48});
+  const TinyModel tiny = testing_support::tiny_relatent_model(rich_shape(6), {.intermediate = 48});
   auto parts = parts_of(tiny, 4);
   const auto at = [&](const std::string& rest) { return parts.at(layer_name(0, "self_attn." + rest)); };
   // Ranks 0 and 1 have the first group's two parts, ranks 2 and 3 the second's.
@@ -133,7 +121,7 @@ TEST(ShardLayout, LatentsAreWhereTheirHeadsAre) {
   EXPECT_EQ(at("kv_shared_proj.0.weight"), (Parts{{0, 5}, {0, 5}, nothing, nothing}));
   EXPECT_EQ(at("kv_shared_proj.1.bias"), (Parts{nothing, nothing, {0, 3}, {0, 3}}));
   EXPECT_EQ(at("kv_a_proj.0.weight"), (Parts{{0, 4}, nothing, nothing, nothing}));
-  EXPECT_EQ(at("kv_a_proj.1.bias"), (Parts{nothing, nothing, {0, 4}, nothing}));
+  EXPECT_EQ(at("kv_a_proj.1.bias"), (Parts{nothing, nothing, {0, 6}, nothing}));
   EXPECT_EQ(at("kv_a_proj.2.weight"), (Parts{nothing, {0, 4}, nothing, nothing}));
   EXPECT_EQ(at("kv_b_proj.3.weight"), (Parts{nothing, nothing, nothing, {0, 15}}));
   // Three ranks for each latent, a head each.

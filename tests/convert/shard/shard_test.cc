@@ -28,6 +28,7 @@ using testing_support::output_of;
 using testing_support::Random;
 using testing_support::read_bytes;
 using testing_support::relative_error;
+using testing_support::rich_shape;
 using testing_support::TempFolder;
 using testing_support::text_of;
 using testing_support::tiny_latent_model;
@@ -109,23 +110,6 @@ void expect_equal(const SafetensorsFile& file, const std::string& name, const Li
   }
 }
 
-// Two groups of heads with two parts each, everything that a layout of latents can have.
-LatentShape rich_shape() {
-  LatentShape shape;
-  shape.form = "mlra";
-  shape.heads = 8;
-  shape.nope_dim = 3;
-  shape.rope_dim = 4;
-  shape.v_dim = 2;
-  shape.rank = 24;
-  shape.has_bias = true;
-  shape.shared_ranks = {5, 3};
-  shape.branches = {{0, 4, 4, 0}, {4, 4, 6, 1}, {0, 4, 4, 0}, {4, 4, 2, 1}};
-  shape.norm = LatentNorm::replicated;
-  shape.norm_rank = 7;
-  return shape;
-}
-
 // A query of low rank, norms on the latents, no biases, no two latents of as many heads.
 LatentShape uneven_shape() {
   LatentShape shape;
@@ -142,7 +126,7 @@ LatentShape uneven_shape() {
 }
 
 TEST_F(Shard, RanksHoldThePartsOfTheCanonicalLayer) {
-  for (const LatentShape& shape : {rich_shape(), uneven_shape()}) {
+  for (const LatentShape& shape : {rich_shape(8), uneven_shape()}) {
     write(tiny_relatent_model(shape, {.heads = 8}));
     const Model model = Model::open(source());
     for (const Index tp : {1, 2, 4, 8}) {
@@ -233,7 +217,7 @@ TEST_F(Shard, OutputsOfRanksAddUp) {
 }
 
 TEST_F(Shard, MergeReturnsEveryByte) {
-  write(tiny_relatent_model(rich_shape(), {.heads = 8, .dtype = DType::bf16}));
+  write(tiny_relatent_model(rich_shape(8), {.heads = 8, .dtype = DType::bf16}));
   for (const Index tp : {1, 2, 4, 8}) {
     expect_round_trip(tp);
   }
@@ -387,7 +371,7 @@ TEST_F(Shard, RefusesWhatDoesNotFit) {
   refused(ErrorKind::input, {source(), shards(), 2, "plain"}, {".txt", "UTF-8"});
   fs::remove(source() / "\xff.txt");
 
-  write(tiny_relatent_model(rich_shape(), {.heads = 8}));
+  write(tiny_relatent_model(rich_shape(8), {.heads = 8}));
   refused(ErrorKind::usage, {source(), shards(), 3, "plain"}, {"--tp 3", "4 latents"});
 
   fs::create_directory(shards());
