@@ -3,6 +3,8 @@
 #include <Eigen/Dense>
 #include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <vector>
 
 #include "linalg/decompose.h"
 
@@ -15,23 +17,60 @@ constexpr double metric_floor = 1e-8;
 // What is left of the keys below this part of their own variance is rounding, and deserves no rank.
 constexpr double rounding = 1e-20;
 
-double variance_in(const MatrixD& metric, const MatrixD& covariance) {
-  const MatrixD half = metric * covariance;
-  return half.cwiseProduct(metric).sum();
+// A block-diagonal metric and its inverse, one d x d block for each group.
+struct Metric {
+  std::vector<MatrixD> root;
+  std::vector<MatrixD> inverse;
+};
+
+using Blocks = std::vector<MatrixD>;
+
+MatrixD from_left(const Blocks& blocks, const MatrixD& m) {
+  MatrixD out(m.rows(), m.cols());
+  Index row = 0;
+  for (const MatrixD& block : blocks) {
+    out.middleRows(row, block.rows()).noalias() = block * m.middleRows(row, block.rows());
+    row += block.rows();
+  }
+  return out;
+}
+
+MatrixD from_right(const MatrixD& m, const Blocks& blocks) {
+  MatrixD out(m.rows(), m.cols());
+  Index column = 0;
+  for (const MatrixD& block : blocks) {
+    out.middleCols(column, block.rows()).noalias() = m.middleCols(column, block.rows()) * block;
+    column += block.rows();
+  }
+  return out;
+}
+
+// blocks m blocks without the asymmetry of rounding.
+MatrixD around(const Blocks& blocks, const MatrixD& m) {
+  const MatrixD out = from_right(from_left(blocks, m), blocks);
+  return 0.5 * (out + out.transpose());
 }
 
 // Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the
-// variance is rounding against that of `whole`.
-void normalise(SymmetricRoot& metric, const MatrixD& covariance, const MatrixD& whole, double weight) {
-  const double variance = variance_in(metric.root, covariance);
-  if (!(variance > rounding * variance_in(metric.root, whole))) {
-    metric.root.setZero();
-    metric.inverse.setZero();
-    return;
+// variance is rounding against that of `whole`, the undiminished map. covariance: of what it measures.
+void normalise(Metric& metric, const MatrixD& covariance, const MatrixD& whole, MomentRef input,
+               double weight) {
+  double variance = 0;
+  double total = 0;
+  Index row = 0;
+  for (const MatrixD& root : metric.root) {
+    const Index d = root.rows();
+    variance += (root * covariance.block(row, row, d, d)).cwiseProduct(root).sum();
+    total += (root * second_moment(whole.middleRows(row, d), input)).cwiseProduct(root).sum();
+    row += d;
   }
-  const double factor = weight / std::sqrt(variance);
-  metric.root *= factor;
-  metric.inverse /= factor;
+  const double factor = variance > rounding * total ? weight / std::sqrt(variance) : 0;
+  for (MatrixD& block : metric.root) {
+    block *= factor;
+  }
+  for (MatrixD& block : metric.inverse) {
+    block *= factor > 0 ? 1 / factor : 0;
+  }
 }
 
 }  // namespace
@@ -57,38 +96,37 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   y.col(hidden) -= mean;
   const MatrixD covariance = second_moment(y, moments);
 
-  // M is block-diagonal with one d x d block per group and kind.
-  MatrixD metric = MatrixD::Zero(2 * keys, 2 * keys);
-  MatrixD inverse = MatrixD::Zero(2 * keys, 2 * keys);
+  // M is block-diagonal with one d x d block per group and kind: keys, then values.
+  Metric metric;
   for (const bool value : {false, true}) {
-    const Index offset = value ? keys : 0;
-    MatrixD squared = MatrixD::Zero(keys, keys);
-    for (Index h = first_head; h < first_head + head_count; ++h) {
-      const Index g = maps.group_of(h) * d - first_key;
-      if (!options.output_metric) {
-        squared.block(g, g, d, d).setIdentity();
-      } else if (value) {
-        const auto o = maps.o.middleCols(h * d, d);
-        squared.block(g, g, d, d) += o.transpose() * o;
-      } else if (key.nope_dim() > 0) {
-        squared.block(g, g, d, d) +=
-            second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
-      }
-    }
-    SymmetricRoot whole{MatrixD::Zero(keys, keys), MatrixD::Zero(keys, keys)};
+    Metric part;
     for (Index g = 0; g < keys; g += d) {
-      const SymmetricRoot block = symmetric_root(squared.block(g, g, d, d), metric_floor);
-      whole.root.block(g, g, d, d) = block.root;
-      whole.inverse.block(g, g, d, d) = block.inverse;
+      MatrixD squared = MatrixD::Zero(d, d);
+      for (Index h = first_head; h < first_head + head_count; ++h) {
+        if (maps.group_of(h) * d - first_key != g) {
+          continue;
+        }
+        if (!options.output_metric) {
+          squared.setIdentity();
+        } else if (value) {
+          const auto o = maps.o.middleCols(h * d, d);
+          squared += o.transpose() * o;
+        } else if (key.nope_dim() > 0) {
+          squared +=
+              second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
+        }
+      }
+      SymmetricRoot block = symmetric_root(squared, metric_floor);
+      part.root.push_back(std::move(block.root));
+      part.inverse.push_back(std::move(block.inverse));
     }
-    const double weight = value ? (split ? options.value_weight : 1.0) : options.lambda;
-    normalise(whole, covariance.block(offset, offset, keys, keys),
-              second_moment((value ? maps.v : maps.k).middleRows(first_key, keys), moments), weight);
-    metric.block(offset, offset, keys, keys) = whole.root;
-    inverse.block(offset, offset, keys, keys) = whole.inverse;
+    const Index offset = value ? keys : 0;
+    normalise(part, covariance.block(offset, offset, keys, keys),
+              (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(),
+              value ? (split ? options.value_weight : 1.0) : options.lambda);
+    std::move(part.root.begin(), part.root.end(), std::back_inserter(metric.root));
+    std::move(part.inverse.begin(), part.inverse.end(), std::back_inserter(metric.inverse));
   }
-  MatrixD weighed = metric * covariance * metric;
-  weighed = (0.5 * (weighed + weighed.transpose())).eval();
   JointLatent out;
   out.first_head = first_head;
   out.head_count = head_count;
@@ -96,10 +134,9 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   out.value_shift = mean.tail(keys);
   out.key_rank = split ? options.key_rank : -1;
   const Index leading = split ? options.key_rank : options.rank;
-  const Eigenpairs<MatrixD> pairs = symmetric_eigenpairs(weighed, leading);
-  const MatrixD& basis = pairs.vectors;
-  const MatrixD up = inverse * basis;
-  const MatrixD down = basis.transpose() * metric * y;
+  const MatrixD basis = symmetric_eigenpairs(around(metric.root, covariance), leading).vectors;
+  const MatrixD up = from_left(metric.inverse, basis);
+  const MatrixD down = from_left(metric.root, basis).transpose() * y;
   if (!split) {
     out.down = down;
     out.key_up = up.topRows(keys);
@@ -115,14 +152,14 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   // What the first coordinates leave of the values.
   const Index own = options.rank - leading;
   const MatrixD left = y.bottomRows(keys) - up.bottomRows(keys) * down;
-  const MatrixD root = metric.bottomRightCorner(keys, keys);
-  MatrixD remaining = root * second_moment(left, moments) * root;
-  remaining = (0.5 * (remaining + remaining.transpose())).eval();
+  const auto groups = static_cast<std::ptrdiff_t>(keys / d);
+  const Blocks root(metric.root.begin() + groups, metric.root.end());
+  const Blocks inverse(metric.inverse.begin() + groups, metric.inverse.end());
   const Index found = std::min(own, keys);
-  const MatrixD values = symmetric_eigenpairs(remaining, found).vectors;
+  const MatrixD values = symmetric_eigenpairs(around(root, second_moment(left, moments)), found).vectors;
   out.down.bottomRows(own).setZero();
-  out.down.middleRows(leading, found) = values.transpose() * root * left;
-  out.value_up.middleCols(leading, found) = inverse.bottomRightCorner(keys, keys) * values;
+  out.down.middleRows(leading, found) = from_left(root, values).transpose() * left;
+  out.value_up.middleCols(leading, found) = from_left(inverse, values);
   return out;
 }
 

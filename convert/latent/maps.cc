@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linalg/decompose.h"
+#include "linalg/moments.h"
 
 namespace relatent {
 namespace {
@@ -90,6 +91,11 @@ MatrixD MomentRef::after(const MatrixD& map) const {
   return matrix_ != nullptr ? MatrixD(map * *matrix_) : MatrixD(map * diagonal_->asDiagonal());
 }
 
+VectorD MomentRef::energies(const MatrixD& map) const {
+  return matrix_ != nullptr ? VectorD(after(map).cwiseProduct(map).rowwise().sum())
+                            : VectorD(map.cwiseAbs2() * *diagonal_);
+}
+
 VectorD MomentRef::last_column() const {
   if (matrix_ != nullptr) {
     return matrix_->rightCols<1>();
@@ -108,6 +114,13 @@ MatrixD MomentRef::matrix() const {
 }
 
 MatrixD second_moment(const MatrixD& map, MomentRef moment) {
+  if (moment.is_diagonal()) {
+    const MatrixD root = map * moment.diagonal().cwiseSqrt().asDiagonal();
+    MatrixD out = MatrixD::Zero(map.rows(), map.rows());
+    out.selfadjointView<Eigen::Lower>().rankUpdate(root);
+    mirror_lower(out);
+    return out;
+  }
   const MatrixD half = moment.after(map);
   MatrixD out = half * map.transpose();
   // Rounding breaks the symmetry that everything downstream relies on.

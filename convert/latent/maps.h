@@ -56,6 +56,9 @@ class MomentRef {
   Index size() const { return matrix_ != nullptr ? matrix_->rows() : diagonal_->size(); }
   // map M, of map [rows, size].
   MatrixD after(const MatrixD& map) const;
+  // mapᵢᵀ M mapᵢ of every row.
+  VectorD energies(const MatrixD& map) const;
+  bool is_diagonal() const { return diagonal_ != nullptr; }
   VectorD last_column() const;
   VectorD diagonal() const;
   MatrixD matrix() const;

@@ -59,10 +59,8 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   const Index half = maps.pairs();
   const Index groups = maps.kv_heads;
   const Index d = maps.head_dim;
-  const MatrixD key_moment = second_moment(maps.k, moments);
-  VectorD query_energy(maps.q.rows());
-  const MatrixD q_g = moments.input().after(maps.q);
-  query_energy = q_g.cwiseProduct(maps.q).rowwise().sum();
+  const MatrixD half_moment = moments.input().after(maps.k);
+  const VectorD query_energy = moments.input().energies(maps.q);
 
   Concentration out;
   for (Index f = 0; f < half; ++f) {
@@ -74,14 +72,23 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
     const double largest = weight.maxCoeff();
     weight = largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest)) : VectorD(VectorD::Ones(groups));
     const VectorD root = weight.cwiseSqrt();
+    // Pair f of every group: real parts, then imaginary parts.
+    MatrixD left(2 * groups, maps.k.cols());
+    MatrixD right(2 * groups, maps.k.cols());
+    for (Index g = 0; g < groups; ++g) {
+      left.row(g) = half_moment.row(g * d + f);
+      left.row(groups + g) = half_moment.row(g * d + f + half);
+      right.row(g) = maps.k.row(g * d + f);
+      right.row(groups + g) = maps.k.row(g * d + f + half);
+    }
+    MatrixD pairs = left * right.transpose();
+    pairs = (0.5 * (pairs + pairs.transpose())).eval();
     MatrixC moment(groups, groups);
     for (Index a = 0; a < groups; ++a) {
       for (Index b = 0; b < groups; ++b) {
-        const Index i = a * d + f;
-        const Index j = b * d + f;
-        moment(a, b) = root(a) * root(b) *
-                       Complex(key_moment(i, j) + key_moment(i + half, j + half),
-                               key_moment(i + half, j) - key_moment(i, j + half));
+        moment(a, b) =
+            root(a) * root(b) *
+            Complex(pairs(a, b) + pairs(groups + a, groups + b), pairs(groups + a, b) - pairs(a, groups + b));
       }
     }
     const Eigenpairs<MatrixC> eigen = hermitian_eigenpairs(moment);
