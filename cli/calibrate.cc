@@ -7,7 +7,9 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "formats/error.h"
 #include "formats/npy.h"
+#include "linalg/packed.h"
 
 namespace relatent {
 namespace {
@@ -18,27 +20,40 @@ struct Options {
   std::string output;
   std::int64_t sequences = 0;
   std::int64_t length = 1024;
+  std::string compute = "auto";
   bool json = false;
   bool quiet = false;
 };
+
+// What the projections are multiplied in. Weights that are bfloat16 already lose nothing by it, and the
+// activations are rounded as everybody who runs such a checkpoint rounds them.
+DType compute_of(const std::string& wanted, const Model& model) {
+  if (wanted == "auto") {
+    const DType stored = model.checkpoint().info(model.name_of(Role::o_weight, 0)).dtype;
+    return stored == DType::bf16 && has_bf16_products() ? DType::bf16 : DType::f32;
+  }
+  if (wanted == "bfloat16" && !has_bf16_products()) {
+    fail_usage("--compute bfloat16: this processor has no bfloat16 products");
+  }
+  return *dtype_from_torch(wanted);
+}
 
 int run(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   const Model model = Model::open(options.model);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
+  const DType compute = compute_of(options.compute, model);
   {
     Progress progress("calibrate", options.quiet);
-    calibrate(model, sequences, options.output, std::ref(progress));
+    calibrate(model, sequences, options.output, std::ref(progress), compute);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;
   if (options.json) {
-    const nlohmann::ordered_json out = {{"tokens", tokens},
-                                        {"sequences", sequences.count},
-                                        {"length", sequences.length},
-                                        {"seconds", seconds},
-                                        {"peak_rss_bytes", peak_rss_bytes()}};
+    const nlohmann::ordered_json out = {{"tokens", tokens},           {"sequences", sequences.count},
+                                        {"length", sequences.length}, {"compute", torch_name(compute)},
+                                        {"seconds", seconds},         {"peak_rss_bytes", peak_rss_bytes()}};
     std::puts(out.dump().c_str());
   }
   if (!options.quiet) {
@@ -64,6 +79,12 @@ void add_calibrate(CLI::App& app, Command& chosen) {
   command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();
+  command
+      ->add_option(
+          "--compute", options->compute,
+          "Projections in float32 or bfloat16; auto: as the weights are stored, where the processor can")
+      ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
+      ->capture_default_str();
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

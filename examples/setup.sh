@@ -5,7 +5,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 BUILD_PACKAGES=(
   cmake make g++ pkg-config
-  libeigen3-dev liblapacke-dev libopenblas-dev libhdf5-dev libxxhash-dev
+  libeigen3-dev liblapacke-dev libopenblas-dev libhdf5-dev libxxhash-dev libdnnl-dev
   libcli11-dev nlohmann-json3-dev libgtest-dev libgmock-dev
 )
 

@@ -14,6 +14,9 @@ namespace {
 // Tiles of the sum are the pieces of work: each is summed over the rows in their order by one thread.
 constexpr Index tile = 256;
 
+// Rows as they lie in memory, so that widening them goes along.
+using RowsD = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
 }  // namespace
 
 void add_second_moment(const MatrixF& x, MatrixD& sum) {
@@ -31,12 +34,12 @@ void add_second_moment(const MatrixF& x, MatrixD& sum) {
     const auto [row, col] = lower[t];
     const Index rows = std::min(tile, size - row);
     const Index cols = std::min(tile, size - col);
-    const MatrixD left = x.middleCols(row, rows).cast<double>();
+    const RowsD left = x.middleCols(row, rows).cast<double>();
     if (row == col) {
       sum.block(row, col, rows, cols).selfadjointView<Eigen::Lower>().rankUpdate(left.transpose());
       return;
     }
-    const MatrixD right = x.middleCols(col, cols).cast<double>();
+    const RowsD right = x.middleCols(col, cols).cast<double>();
     sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
   });
 }
@@ -55,8 +58,8 @@ void add_cross_moment(const MatrixF& y, const MatrixF& x, MatrixD& sum) {
     const auto [row, col] = tiles[t];
     const Index rows = std::min(tile, y.cols() - row);
     const Index cols = std::min(tile, x.cols() - col);
-    const MatrixD left = y.middleCols(row, rows).cast<double>();
-    const MatrixD right = x.middleCols(col, cols).cast<double>();
+    const RowsD left = y.middleCols(row, rows).cast<double>();
+    const RowsD right = x.middleCols(col, cols).cast<double>();
     sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
   });
 }

@@ -58,7 +58,7 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
 }  // namespace
 
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress) {
+               const LayerProgress& progress, DType compute) {
   const ModelConfig& config = model.config();
   CalibrationHeader header;
   header.source_fingerprint = model.checkpoint().fingerprint();
@@ -70,7 +70,11 @@ void calibrate(const Model& model, const Sequences& sequences, const std::filesy
   CalibrationWriter writer(output, header, sequences);
   Stream stream(model, sequences);
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    writer.add_layer(observe_layer(model.layer(i), stream));
+    Layer layer = model.layer(i);
+    if (compute == DType::bf16) {
+      use_bf16_products(layer);
+    }
+    writer.add_layer(observe_layer(layer, stream));
     progress(i + 1, config.num_hidden_layers);
   }
   writer.finish();

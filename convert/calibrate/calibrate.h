@@ -16,8 +16,9 @@ using LayerProgress = std::function<void(Index, Index)>;
 // Runs the source over the sequences layer by layer and writes, per layer, E[x xᵀ] and E[x] of the normed
 // attention input, and per query head the distribution of attention mass over distance (mean over queries, so
 // that early queries, which see few keys, count like late ones). Numbers are the same for any thread count.
-// Throws Error as the stores do.
+// Throws Error as the stores do. compute: f32, or bf16 for projections multiplied in bfloat16 and summed in
+// float32, where has_bf16_products().
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress);
+               const LayerProgress& progress, DType compute = DType::f32);
 
 }  // namespace relatent

@@ -63,9 +63,19 @@ Linear Linear::rows(Index first, Index count) const {
   return out;
 }
 
+void Linear::pack() {
+  packed = std::make_shared<const PackedWeight>(weight);
+  weight.resize(0, 0);
+}
+
 MatrixF Linear::operator()(const MatrixF& x) const {
-  MatrixF y(x.rows(), weight.rows());
-  y.noalias() = x * weight.transpose();
+  MatrixF y;
+  if (packed) {
+    y = (*packed)(x);
+  } else {
+    y.resize(x.rows(), weight.rows());
+    y.noalias() = x * weight.transpose();
+  }
   if (bias.size() > 0) {
     y.rowwise() += bias;
   }

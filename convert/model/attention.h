@@ -1,11 +1,13 @@
 // The two kinds of attention, and how each runs over one sequence.
 #pragma once
 
+#include <memory>
 #include <variant>
 #include <vector>
 
 #include "convert/model/rotary.h"
 #include "linalg/matrix.h"
+#include "linalg/packed.h"
 
 namespace relatent {
 
@@ -13,12 +15,16 @@ namespace relatent {
 struct Linear {
   MatrixF weight;   // [out, in]
   RowVectorF bias;  // [out], or empty for none
+  // Instead of `weight`, which is then empty: for products in bfloat16.
+  std::shared_ptr<const PackedWeight> packed{};
 
   // x [rows, in] -> [rows, out]
   MatrixF operator()(const MatrixF& x) const;
   // What gives outputs [first, first + count).
   Linear rows(Index first, Index count) const;
-  Index out() const { return weight.rows(); }
+  Index out() const { return packed ? packed->out() : weight.rows(); }
+  // Moves the weight into `packed`.
+  void pack();
 };
 
 // RMSNorm with gain: x / sqrt(mean(x²) + eps) * gain, row by row. An empty gain means no norm at all.

@@ -1,0 +1,35 @@
+// Products with a weight in bfloat16, summed in float32, on processors that have instructions for it.
+#pragma once
+
+#include <memory>
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// Whether this build and this processor can (oneDNN with AVX512_BF16 or AMX).
+bool has_bf16_products();
+
+// y = x Wᵀ with W, and x when it is multiplied, rounded to bfloat16; a weight that was stored as bfloat16 is
+// exact. Each call runs on the thread that makes it, so results do not depend on how many there are.
+class PackedWeight {
+ public:
+  // weight [out, in]. Throws std::logic_error where there are no such products.
+  explicit PackedWeight(const MatrixF& weight);
+  PackedWeight(const PackedWeight&) = delete;
+  PackedWeight& operator=(const PackedWeight&) = delete;
+  ~PackedWeight();
+
+  Index out() const { return out_; }
+  Index in() const { return in_; }
+  // x [rows, in] -> [rows, out]. Callable from several threads.
+  MatrixF operator()(const MatrixF& x) const;
+
+ private:
+  struct Blocked;
+  Index out_;
+  Index in_;
+  std::unique_ptr<Blocked> blocked_;
+};
+
+}  // namespace relatent
