@@ -45,7 +45,8 @@ int run(const Options& options) {
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   const DType compute = compute_of(options.compute, model);
   {
-    Progress progress("calibrate", options.quiet);
+    Progress progress("calibrate", options.quiet, "layer",
+                      {.tokens = static_cast<double>(sequences.count * sequences.length)});
     calibrate(model, sequences, options.output, std::ref(progress), compute);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

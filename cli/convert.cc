@@ -195,7 +195,8 @@ int run(const Options& options) {
   }
   ConvertReport report;
   {
-    Progress progress("convert", options.quiet);
+    Progress progress("convert", options.quiet, "layer",
+                      {.bytes = static_cast<double>(conversion.plan().output_bytes)});
     report = conversion.run(std::ref(progress));
   }
   if (options.json) {

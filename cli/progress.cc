@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <utility>
@@ -11,36 +12,80 @@ namespace relatent {
 namespace {
 
 constexpr std::chrono::seconds log_interval{5};
+constexpr std::chrono::seconds terminal_interval{1};
 
 }  // namespace
 
-Progress::Progress(std::string what, bool quiet, std::string unit)
+Progress::Progress(std::string what, bool quiet, std::string unit, WorkAmount amount)
     : what_(std::move(what)),
       unit_(std::move(unit)),
-      quiet_(quiet),
+      amount_(amount),
       terminal_(isatty(STDERR_FILENO) == 1),
-      start_(std::chrono::steady_clock::now()),
-      last_(start_) {}
+      start_(Clock::now()),
+      reached_(start_) {
+  if (!quiet) {
+    refresher_ = std::thread([this] { refresh(); });
+  }
+}
 
 Progress::~Progress() {
+  if (!refresher_.joinable()) {
+    return;
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    over_ = true;
+  }
+  ended_.notify_one();
+  refresher_.join();
   if (open_line_) {
     std::fputc('\n', stderr);
   }
 }
 
+void Progress::refresh() {
+  std::unique_lock lock(mutex_);
+  while (!ended_.wait_for(lock, terminal_ ? terminal_interval : log_interval, [this] { return over_; })) {
+    print(Clock::now());
+  }
+}
+
 void Progress::operator()(Index done, Index total) {
-  if (quiet_) {
+  if (!refresher_.joinable()) {
     return;
   }
-  const auto now = std::chrono::steady_clock::now();
-  if (!terminal_ && done < total && now - last_ < log_interval) {
+  const std::lock_guard lock(mutex_);
+  done_ = done;
+  total_ = total;
+  reached_ = Clock::now();
+  if (terminal_ || done == total) {
+    print(reached_);
+  }
+}
+
+void Progress::print(Clock::time_point now) {
+  if (total_ == 0) {
     return;
   }
-  last_ = now;
-  const double seconds = std::chrono::duration<double>(now - start_).count();
-  const double left = seconds / static_cast<double>(done) * static_cast<double>(total - done);
-  std::fprintf(stderr, "%s%s: %s %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "",
-               what_.c_str(), unit_.c_str(), done, total, seconds, left, terminal_ ? "" : "\n");
+  const auto since_start = [this](Clock::time_point time) {
+    return std::chrono::duration<double>(time - start_).count();
+  };
+  const double part = static_cast<double>(done_) / static_cast<double>(total_);
+  const double reached = since_start(reached_);
+  const double seconds = since_start(now);
+  std::string line = what_ + ": " + unit_ + " " + std::to_string(done_) + " of " + std::to_string(total_);
+  if (amount_.tokens > 0 && reached > 0) {
+    line += number_text(", %.0f tokens/s", amount_.tokens * part / reached);
+  }
+  if (amount_.bytes > 0) {
+    line += ", " + bytes_text(static_cast<std::uint64_t>(amount_.bytes * part)) + " of " +
+            bytes_text(static_cast<std::uint64_t>(amount_.bytes));
+  }
+  line += number_text(", %.1f s", seconds);
+  if (done_ > 0) {
+    line += number_text(", about %.0f s left", std::max(0.0, reached / part - seconds));
+  }
+  std::fprintf(stderr, "%s%s%s", terminal_ ? "\r\033[K" : "", line.c_str(), terminal_ ? "" : "\n");
   std::fflush(stderr);
   open_line_ = terminal_;
 }

@@ -3,32 +3,52 @@
 #pragma once
 
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <mutex>
 #include <string>
+#include <thread>
 
 #include "linalg/matrix.h"
 
 namespace relatent {
 
-// One updating line on a terminal, a line every few seconds in a log.
+// What a whole piece of work goes through, for rates; 0 = not said.
+struct WorkAmount {
+  double tokens = 0;
+  double bytes = 0;
+};
+
+// One line on a terminal that is brought up to date every second, a line every few seconds in a log, however
+// long a unit takes.
 class Progress {
  public:
-  // "WHAT: UNIT 3 of 12 ..."
-  Progress(std::string what, bool quiet, std::string unit = "layer");
+  // "WHAT: UNIT 3 of 12, 5120 tokens/s, 1.2 of 4.8 GB, 10.1 s, about 30 s left"
+  Progress(std::string what, bool quiet, std::string unit = "layer", WorkAmount amount = {});
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
-  // Units done of all.
+  // Units done of all. Called from one thread.
   void operator()(Index done, Index total);
 
  private:
+  using Clock = std::chrono::steady_clock;
+  void refresh();
+  void print(Clock::time_point now);
+
   std::string what_;
   std::string unit_;
-  bool quiet_;
+  WorkAmount amount_;
   bool terminal_;
+  Clock::time_point start_;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable ended_;
+  bool over_ = false;
   bool open_line_ = false;
-  std::chrono::steady_clock::time_point start_;
-  std::chrono::steady_clock::time_point last_;
+  Index done_ = 0;
+  Index total_ = 0;
+  Clock::time_point reached_;  // when `done_` units were done
+  std::thread refresher_;
 };
 
 // "1.3 GB", decimal units.
