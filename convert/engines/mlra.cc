@@ -38,7 +38,7 @@ class MlraEngine final : public Engine {
       return "the MLRA authors' code has GLA of 2 or 4 latents";
     }
     for (const BranchGeometry& branch : shape.branches) {
-      if (shape.rank_of(branch) != shape.rank_of(shape.branches.front())) {
+      if (branch.whole_rank(shape.shared_ranks) != shape.branches.front().whole_rank(shape.shared_ranks)) {
         return "the latents must be of one size: give --per-device, or a --rank that divides evenly";
       }
       if (branch.head_count != shape.branches.front().head_count) {
@@ -189,7 +189,7 @@ class MlraEngine final : public Engine {
   static Index stored_rank(const LatentShape& shape) {
     Index out = 0;
     for (const BranchGeometry& branch : shape.branches) {
-      out += shape.rank_of(branch) + shape.norm_coordinates;
+      out += branch.whole_rank(shape.shared_ranks) + shape.norm_coordinates;
     }
     return out;
   }

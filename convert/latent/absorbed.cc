@@ -4,11 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
-<<<<<<< HEAD
 #include "convert/latent/branch_norms.h"
-=======
 #include "convert/latent/partition.h"
->>>>>>> mends
 #include "linalg/decompose.h"
 
 namespace relatent {
@@ -79,35 +76,6 @@ Index content_rows(const LatentGroup& group) {
     out += group.width(part);
   }
   return out;
-}
-
-<<<<<<< HEAD
-Linear to_linear(const MatrixD& map) {
-  Linear out;
-  out.weight = map.leftCols(map.cols() - 1).cast<float>();
-  if (!map.rightCols<1>().isZero(0)) {
-    out.bias = map.rightCols<1>().transpose().cast<float>();
-  }
-  return out;
-=======
-// Mean square of the stored latent: far above any engine's eps (1e-6 or 1e-5), far below float16's end.
-constexpr double stored_mean_square = 256;
-
-// The latent as an engine with an RMSNorm stores it.
-void add_norm(const AbsorbedAttention& a, LatentBranch& branch) {
-  const Index r = a.rank();
-  const Index size = a.norm.square.size();
-  const VectorD scale = a.norm.square.cwiseSqrt() * std::sqrt(static_cast<double>(size));
-  MatrixD down(size, a.key.cols());
-  down << a.latent(), a.norm.extra;
-  down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
-  branch.down = linear_of(down);
-  MatrixF up = MatrixF::Zero(branch.up.rows(), size);
-  up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
-  branch.up = std::move(up);
-  branch.norm.gain = RowVectorF::Ones(size);
-  branch.norm.eps = 1e-6F;
->>>>>>> mends
 }
 
 }  // namespace

@@ -61,20 +61,12 @@ struct LatentGeometry {
   std::vector<Index> shared_ranks;
   std::vector<BranchGeometry> branches;
   LatentNorm norm = LatentNorm::branch;
-<<<<<<< HEAD
   Index norm_rank = 0;     // rows of a replicated norm
   double norm_eps = 1e-6;  // of the norms on latents, the query's too
   // Fixed factors of a family's code: on a normalised latent, on a branch's output, on a query latent.
   double latent_scale = 1;
   double branch_scale = 1;
   double query_scale = 1;
-
-  Index rank_of(const BranchGeometry& branch) const {
-    return branch.rank + (branch.shared >= 0 ? shared_ranks[static_cast<std::size_t>(branch.shared)] : 0);
-  }
-=======
-  Index norm_rank = 0;  // rows of a replicated norm
->>>>>>> mends
 };
 
 struct ModelConfig {
