@@ -32,15 +32,15 @@ void store_normed(const MatrixD& latent, const NormCompletion& norm, LatentBranc
 void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const MatrixD& input_moment,
                         Index extra) {
   for (LatentBranch& branch : attention.branches) {
-    const Index shared =
-        branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)].out() : 0;
+    const Linear common =
+        branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)] : Linear{};
+    const Index shared = common.out();
     MatrixD latent = MatrixD::Zero(shared + branch.down.out(), inputs.cols());
     if (shared > 0) {
-      latent.topLeftCorner(shared, inputs.cols() - 1) =
-          attention.shared[static_cast<std::size_t>(branch.shared)].weight.cast<double>();
+      latent.topLeftCorner(shared, inputs.cols() - 1) = common.weight.cast<double>();
     }
     latent.bottomLeftCorner(branch.down.out(), inputs.cols() - 1) = branch.down.weight.cast<double>();
-    if (branch.down.bias.size() > 0) {
+    if (branch.down.bias.size() > 0 || common.bias.size() > 0) {
       throw std::logic_error("normalise_branches: a latent has a bias");
     }
     store_normed(latent, complete_norm(latent, inputs, input_moment, extra), branch);
