@@ -1,5 +1,7 @@
 #include "convert/engines/gla.h"
 
+#include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "convert/engines/deepseek.h"
@@ -20,6 +22,18 @@ Index stored_rank(Index head_dim) {
 }
 Index stored_q_rank(Index head_dim) {
   return 8 * head_dim;
+}
+
+// The module takes its rotary size from qk_rope_dim, but its frequencies from a rotary embedding of ⌊head_dim
+// * partial_rotary_factor⌋.
+double rotary_factor(const LatentShape& shape) {
+  const auto head_dim = static_cast<double>(shape.nope_dim);
+  const auto wanted = static_cast<double>(shape.rope_dim);
+  double out = wanted / head_dim;
+  while (head_dim * out < wanted) {
+    out = std::nextafter(out, std::numeric_limits<double>::infinity());
+  }
+  return out;
 }
 
 class GlaEngine final : public Engine {
@@ -107,6 +121,9 @@ class GlaEngine final : public Engine {
     out["num_hidden_layers"] = source.num_hidden_layers;
     // Unused; what LlamaConfig would otherwise derive its checks from.
     out["num_key_value_heads"] = shape.heads;
+    if (shape.rope_dim != shape.nope_dim) {
+      out["partial_rotary_factor"] = rotary_factor(shape);
+    }
     out["qk_rope_dim"] = shape.rope_dim;
     out["rms_norm_eps"] = source.rms_norm_eps;
     out["rope_scaling"] = nullptr;
