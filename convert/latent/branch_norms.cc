@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "convert/latent/maps.h"
+
 namespace relatent {
 namespace {
 
@@ -19,10 +21,7 @@ void store_normed(const MatrixD& latent, const NormCompletion& norm, LatentBranc
   MatrixD down(size, latent.cols());
   down << latent, norm.extra;
   down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
-  if (!down.rightCols<1>().isZero(0)) {
-    throw std::logic_error("store_normed: a normalised latent with a bias");
-  }
-  branch.down = {down.leftCols(latent.cols() - 1).cast<float>(), {}};
+  branch.down = linear_of(down);
   MatrixF up = MatrixF::Zero(branch.up.rows(), size);
   up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
   branch.up = std::move(up);

@@ -169,15 +169,6 @@ TEST(BranchNorms, ABiasIsRefused) {
     spoils[i](sample.layer);
     EXPECT_THROW(normalise_branches(sample.layer, sample.inputs, sample.moment, 2), std::logic_error) << i;
   }
-  // A constant that a norm would scale is no better than a bias.
-  Sample sample = sample_of({.name = ""});
-  MatrixD latent = MatrixD::Ones(3, hidden + 1);
-  LatentBranch branch;
-  branch.up = MatrixF::Ones(4, 3);
-  const NormCompletion norm = complete_norm(latent, sample.inputs, sample.moment, 0);
-  EXPECT_THROW(store_normed(latent, norm, branch), std::logic_error);
-  latent.rightCols<1>().setZero();
-  EXPECT_NO_THROW(store_normed(latent, norm, branch));
 }
 
 }  // namespace
