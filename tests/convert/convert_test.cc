@@ -719,7 +719,7 @@ TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
 
   TinyModel biased = tiny_model();
   biased.put_vector(layer_name(2, "mlp.up_proj.bias"), RowVectorF::Ones(40));
-  expect_error(ErrorKind::input, {layer_name(2, "mlp.up_proj.bias"), "deepseek_v3"},
+  expect_error(ErrorKind::input, {layer_name(2, "mlp.up_proj.bias"), "latent layout"},
                [&] { Conversion{write(biased)}; });
 
   // An MLA latent splits only with loss.
