@@ -345,7 +345,13 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
   }
   if (traits.undoes_norm) {
     if (options.norm_coordinates || options.pad_rank) {
-      fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek, not to " + options.engine);
+      fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek and mlra, not to " +
+                 options.engine);
+    }
+    if (!traits.any_frequencies && options.method == Method::lossless) {
+      fail_usage(
+          "--engine " + options.engine +
+          " has one plain list of rotary frequencies, and --method lossless keeps one for each key head");
     }
     return;
   }
@@ -357,6 +363,9 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
   if (source.has(Role::o_bias, 0)) {
     fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
+  }
+  if (options.pad_rank && options.form != "mla") {
+    fail_usage("--pad-rank is the size of one latent, --to mla: give --norm-coordinates");
   }
   if (options.pad_rank && options.norm_coordinates) {
     fail_usage("--pad-rank decides how many coordinates are added: leave out --norm-coordinates");

@@ -202,7 +202,7 @@ class MlraEngine final : public Engine {
   }
   static void check(const LatentAttention& a, Index rank) {
     bool fits = a.q.bias.size() == 0 && a.o.bias.size() == 0 && a.rotary_key.bias.size() == 0 &&
-                a.q_norm.present() && a.v_dim == a.nope_dim;
+                a.q_down.bias.size() == 0 && a.q_norm.present() && a.v_dim == a.nope_dim;
     for (const LatentBranch& branch : a.branches) {
       fits = fits && branch.down.bias.size() == 0 && branch.shared < 0 && branch.norm.present() &&
              branch.down.out() == rank;

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "convert/latent/maps.h"
+
 namespace relatent {
 namespace {
 
@@ -19,10 +21,7 @@ void store_normed(const MatrixD& latent, const NormCompletion& norm, LatentBranc
   MatrixD down(size, latent.cols());
   down << latent, norm.extra;
   down = (std::sqrt(stored_mean_square) * scale.asDiagonal() * down).eval();
-  if (!down.rightCols<1>().isZero(0)) {
-    throw std::logic_error("store_normed: a normalised latent with a bias");
-  }
-  branch.down = {down.leftCols(latent.cols() - 1).cast<float>(), {}};
+  branch.down = linear_of(down);
   MatrixF up = MatrixF::Zero(branch.up.rows(), size);
   up.leftCols(r) = (branch.up.cast<double>() * scale.head(r).cwiseInverse().asDiagonal()).cast<float>();
   branch.up = std::move(up);
@@ -32,15 +31,15 @@ void store_normed(const MatrixD& latent, const NormCompletion& norm, LatentBranc
 void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const MatrixD& input_moment,
                         Index extra) {
   for (LatentBranch& branch : attention.branches) {
-    const Index shared =
-        branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)].out() : 0;
+    const Linear common =
+        branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)] : Linear{};
+    const Index shared = common.out();
     MatrixD latent = MatrixD::Zero(shared + branch.down.out(), inputs.cols());
     if (shared > 0) {
-      latent.topLeftCorner(shared, inputs.cols() - 1) =
-          attention.shared[static_cast<std::size_t>(branch.shared)].weight.cast<double>();
+      latent.topLeftCorner(shared, inputs.cols() - 1) = common.weight.cast<double>();
     }
     latent.bottomLeftCorner(branch.down.out(), inputs.cols() - 1) = branch.down.weight.cast<double>();
-    if (branch.down.bias.size() > 0) {
+    if (branch.down.bias.size() > 0 || common.bias.size() > 0) {
       throw std::logic_error("normalise_branches: a latent has a bias");
     }
     store_normed(latent, complete_norm(latent, inputs, input_moment, extra), branch);

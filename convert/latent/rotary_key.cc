@@ -133,15 +133,16 @@ PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_di
                          std::optional<Index> given) {
   const auto frequencies = static_cast<Index>(layers.front().loss.size());
   const Index wanted = rope_dim / 2;
-  if (rope_dim % 2 != 0 || wanted < 1 || (wanted - 1) * given.value_or(1) >= frequencies) {
-    throw std::invalid_argument("allocate_plain: rope_dim " + std::to_string(rope_dim));
+  const Index first = given.value_or(1);
+  if (rope_dim % 2 != 0 || wanted < 1 || first < 1 || (wanted - 1) * first >= frequencies) {
+    throw std::invalid_argument("allocate_plain: rope_dim " + std::to_string(rope_dim) + ", stride " +
+                                std::to_string(first));
   }
+  // A single frequency is the fastest, whatever the stride.
+  const Index last = given || wanted == 1 ? first : (frequencies - 1) / (wanted - 1);
   PlainList best;
   double most = -1;
-  for (Index stride = given.value_or(1); (wanted - 1) * stride < frequencies; ++stride) {
-    if (given && stride != *given) {
-      break;
-    }
+  for (Index stride = first; stride <= last; ++stride) {
     double kept = 0;
     for (Index i = 0; i < wanted; ++i) {
       for (const Concentration& layer : layers) {

@@ -253,11 +253,18 @@ void parse_mlra(const Reader& in, const std::filesystem::path& path, ModelConfig
   out.latent = std::move(latent);
 }
 
+Index parse_head_dim(const Reader& in, const ModelConfig& config) {
+  if (in.find("head_dim") == nullptr && config.hidden_size % config.num_attention_heads != 0) {
+    in.complain("head_dim", "a head size, since hidden_size is not a multiple of num_attention_heads");
+  }
+  return in.size_or("head_dim", config.hidden_size / config.num_attention_heads);
+}
+
 // The GLA authors' module (engines/gla.h): a Llama with sizes fixed by its head size.
 void parse_gla(const Reader& in, const Json& config, const std::filesystem::path& path, ModelConfig& out) {
   LatentGeometry latent;
   latent.form = "gla";
-  latent.qk_nope_head_dim = in.size_or("head_dim", out.hidden_size / out.num_attention_heads);
+  latent.qk_nope_head_dim = parse_head_dim(in, out);
   latent.v_head_dim = latent.qk_nope_head_dim;
   latent.qk_rope_head_dim = in.size("qk_rope_dim");
   latent.kv_lora_rank = 4 * latent.qk_nope_head_dim;
@@ -455,10 +462,7 @@ ModelConfig parse_config(const Json& config, const std::filesystem::path& config
   } else {
     GqaGeometry gqa;
     gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);
-    if (in.find("head_dim") == nullptr && out.hidden_size % out.num_attention_heads != 0) {
-      in.complain("head_dim", "a head size, since hidden_size is not a multiple of num_attention_heads");
-    }
-    gqa.head_dim = in.size_or("head_dim", out.hidden_size / out.num_attention_heads);
+    gqa.head_dim = parse_head_dim(in, out);
     if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
       in.complain("num_key_value_heads",
                   "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));

@@ -35,6 +35,7 @@ const std::vector<ShardLayout>& layouts() {
            {Role::kv_a_bias, Holder::latent, Split::whole},
            {Role::kv_a_norm, Holder::latent, Split::whole},
            {Role::kv_b_weight, Holder::latent_heads, Split::rows},
+           {Role::kv_b_bias, Holder::latent_heads, Split::rows},
            {Role::k_rope_weight, Holder::every, Split::whole},
            {Role::k_rope_bias, Holder::every, Split::whole},
            {Role::kv_norm_weight, Holder::every, Split::whole},
@@ -151,6 +152,21 @@ std::optional<Units> units_of(Holder holder, const ModelConfig& config, const Ra
   return std::nullopt;
 }
 
+// Rows of several latents in one tensor are no contiguous slices.
+void check_tensor_per_latent(const Model& model) {
+  const ModelConfig& config = model.config();
+  if (!config.latent || config.latent->branches.size() == 1) {
+    return;
+  }
+  for (const PlacedTensor& tensor : model.tensors()) {
+    if (tensor.role == Role::kv_a_weight && tensor.part < 0) {
+      fail_input({model.checkpoint().config_path(), "", "model_type",
+                  "a layout with tensors for each latent, as convert --engine transformers writes it",
+                  config.model_type, "all latents are in " + tensor.name});
+    }
+  }
+}
+
 std::string does_not_divide(const char* what, Index size, Index tp) {
   return std::string(what) + " " + std::to_string(size) + " does not divide by " + std::to_string(tp);
 }
@@ -201,6 +217,7 @@ std::string why_not_sharded(const ModelConfig& config, Index tp) {
 
 std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout& layout, Index tp) {
   const ModelConfig& config = model.config();
+  check_tensor_per_latent(model);
   const std::string reason = why_not_sharded(config, tp);
   if (!reason.empty()) {
     fail_usage("--tp " + std::to_string(tp) + " does not fit this model: " + reason);

@@ -45,8 +45,8 @@ std::string known_shard_layouts();                            // "plain"
 // divide the key/value heads, or be a multiple of them, which are repeated then.
 std::string why_not_sharded(const ModelConfig& config, Index tp);
 
-// Every tensor of the model in the order of its files and data. Throws Error (usage) with why_not_sharded's
-// clause.
+// Every tensor of the model in the order of its files and data. Throws Error: usage with why_not_sharded's
+// clause, input when one projection holds several latents.
 std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout& layout, Index tp);
 
 }  // namespace relatent

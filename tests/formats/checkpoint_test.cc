@@ -177,21 +177,28 @@ TEST(Checkpoint, ReadMatrixRefusesOtherTensors) {
   const TempFolder folder;
   folder.write("config.json", "{}");
   SafetensorsWriter writer(folder / "model.safetensors", {{"ids", DType::i32, {1}},
-                                                          {"cube", DType::f32, {1, 1, 1}},
+                                                          {"cube", DType::f32, {2, 1, 3}},
+                                                          {"four", DType::f32, {1, 1, 1, 1}},
                                                           {"scalar", DType::f16, {}},
                                                           {"empty", DType::f32, {0, 3}}});
   writer.write("ids", bytes_of("1234"));
-  writer.write("cube", bytes_of("1234"));
+  const std::vector<float> numbers = {1, 2, 3, 4, 5, 6};
+  writer.write("cube", std::as_bytes(std::span(numbers)));
+  writer.write("four", bytes_of("1234"));
   writer.write("scalar", bytes_of("12"));
   writer.write("empty", {});
   writer.finish();
   const Checkpoint checkpoint = Checkpoint::open(folder.path());
   expect_error(ErrorKind::input, {"model.safetensors", "tensor ids", "BF16, F16, F32 or F64", "found I32"},
                [&] { checkpoint.read_matrix("ids"); });
-  expect_error(ErrorKind::input, {"tensor cube", "one or two dimensions", "found [1, 1, 1]"},
-               [&] { checkpoint.read_matrix("cube"); });
+  expect_error(ErrorKind::input, {"tensor four", "one to three dimensions", "found [1, 1, 1, 1]"},
+               [&] { checkpoint.read_matrix("four"); });
   expect_error(ErrorKind::input, {"tensor scalar", "found []"}, [&] { checkpoint.read_matrix("scalar"); });
   EXPECT_EQ(checkpoint.read_matrix("empty").cols(), 3);
+  // Three dimensions: matrices below each other.
+  MatrixF cube(2, 3);
+  cube << 1, 2, 3, 4, 5, 6;
+  EXPECT_TRUE(checkpoint.read_matrix("cube") == cube);
 }
 
 TEST(Checkpoint, SingleFileRefusals) {

@@ -221,6 +221,28 @@ TEST(DType, WideTypes) {
   EXPECT_EQ(decode(DType::f32, values), values);
 }
 
+TEST(DType, RoundedIsWhatIsRead) {
+  EXPECT_EQ(rounded(DType::bf16, 1.0F + 0x1p-9F), 1.0F);
+  EXPECT_EQ(rounded(DType::bf16, 1.0F + 0x1p-8F), 1.0F);  // to even
+  EXPECT_EQ(rounded(DType::bf16, 1.0F + 0x1.8p-8F), 1.0F + 0x1p-7F);
+  EXPECT_EQ(rounded(DType::bf16, 1.0F + 3 * 0x1p-8F), 1.0F + 0x1p-6F);
+  EXPECT_EQ(rounded(DType::f16, 1.0F + 0x1p-11F), 1.0F);
+  EXPECT_EQ(rounded(DType::f16, 1.0F + 0x1.8p-11F), 1.0F + 0x1p-10F);
+  EXPECT_EQ(rounded(DType::f16, 0x1p-26F), 0.0F);
+  EXPECT_EQ(rounded(DType::f16, 65519.0F), 65504.0F);
+  EXPECT_EQ(rounded(DType::f16, -65520.0F), -kInfinity);
+  EXPECT_EQ(rounded(DType::bf16, std::numeric_limits<float>::max()), kInfinity);
+  for (const float value : {0.1F, -3.5F, 0x1p-149F, std::numeric_limits<float>::max(), -kInfinity}) {
+    EXPECT_EQ(rounded(DType::f32, value), value);
+    EXPECT_EQ(rounded(DType::f64, value), value);
+  }
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    EXPECT_TRUE(std::isnan(rounded(dtype, std::numeric_limits<float>::quiet_NaN())));
+    EXPECT_TRUE(std::signbit(rounded(dtype, -0.0F)));
+  }
+  EXPECT_THROW(rounded(DType::i32, 1.0F), std::invalid_argument);
+}
+
 TEST(DType, RefusesWrongSizesAndTypes) {
   std::vector<std::byte> bytes(8);
   std::vector<float> values(3);

@@ -310,6 +310,18 @@ TEST(Engine, IsFoundByName) {
   EXPECT_EQ(make_engine("transformers", "mla")->name(), "transformers");
   ASSERT_NE(make_engine("deepseek", "mla"), nullptr);
   EXPECT_EQ(make_engine("deepseek", "mla")->name(), "deepseek");
+  for (const char* form : {"mlra", "gla"}) {
+    ASSERT_NE(make_engine("mlra", form), nullptr);
+    EXPECT_EQ(make_engine("mlra", form)->name(), "mlra");
+  }
+  ASSERT_NE(make_engine("gla", "gla"), nullptr);
+  EXPECT_EQ(make_engine("gla", "gla")->name(), "gla");
+  for (const char* form : {"mla", "tpla"}) {
+    EXPECT_EQ(make_engine("mlra", form), nullptr);
+    EXPECT_EQ(make_engine("gla", form), nullptr);
+  }
+  EXPECT_EQ(make_engine("gla", "mlra"), nullptr);
+  EXPECT_EQ(make_engine("deepseek", "gla"), nullptr);
   EXPECT_EQ(make_engine("llama.cpp", "mla"), nullptr);
   EXPECT_EQ(make_engine("", "mla"), nullptr);
   EXPECT_EQ(known_engines(), "transformers, deepseek, mlra, gla");

@@ -260,11 +260,32 @@ TEST(AllocatePlain, TakesTheStrideThatKeepsMost) {
   for (Index p = 4; p <= 12; p += 2) {
     EXPECT_EQ(allocate_plain(fast, p).stride, 1) << p;
   }
+  // One pair is the fastest frequency, whatever the stride.
+  keeps(slow, 2, 1, {1, 0, 0, 0, 0, 0});
   // Between strides that keep the same, the smallest.
   EXPECT_EQ(allocate_plain(with_losses({{{1}, {2}, {2}, {2}}}), 4).stride, 1);
   for (const Index p : {-2, 0, 3, 14}) {
     EXPECT_THROW(allocate_plain(slow, p), std::invalid_argument) << p;
   }
+}
+
+TEST(AllocatePlain, AGivenStrideIsTakenAsItIs) {
+  const auto layers = with_losses({{{1, 9}, {2, 1}, {3, 1}, {4, 9}, {5, 1}, {6, 0}}});
+  const auto keeps = [&](Index rope_dim, Index stride, const std::vector<Index>& components) {
+    const PlainList found = allocate_plain(layers, rope_dim, stride);
+    EXPECT_EQ(found.stride, stride);
+    EXPECT_EQ(found.components, components);
+  };
+  keeps(4, 1, {1, 1, 0, 0, 0, 0});
+  keeps(4, 2, {1, 0, 1, 0, 0, 0});
+  keeps(4, 5, {1, 0, 0, 0, 0, 1});
+  keeps(6, 1, {1, 1, 1, 0, 0, 0});
+  keeps(2, 6, {1, 0, 0, 0, 0, 0});
+  // Beyond the end of the list, or no list at all.
+  EXPECT_THROW(allocate_plain(layers, 4, 6), std::invalid_argument);
+  EXPECT_THROW(allocate_plain(layers, 6, 3), std::invalid_argument);
+  EXPECT_THROW(allocate_plain(layers, 4, 0), std::invalid_argument);
+  EXPECT_THROW(allocate_plain(layers, 4, -1), std::invalid_argument);
 }
 
 TEST(AllocatePlain, SumsOverLayers) {

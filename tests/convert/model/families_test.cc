@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "convert/model/config.h"
+#include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
@@ -19,9 +20,12 @@ namespace {
 
 using testing_support::expect_error;
 using testing_support::layer_name;
+using testing_support::mlra_samples;
 using testing_support::TempFolder;
 using testing_support::tiny_experts;
+using testing_support::tiny_gla_model;
 using testing_support::tiny_latent_model;
+using testing_support::tiny_mlra_model;
 using testing_support::tiny_model;
 using testing_support::TinyLatentOptions;
 using testing_support::TinyModel;
@@ -46,8 +50,9 @@ TEST(Families, AreFoundByModelType) {
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
-  for (const Role role : {Role::q_weight, Role::q_bias, Role::k_bias, Role::v_weight, Role::o_weight,
-                          Role::o_bias, Role::q_a_norm, Role::kv_a_bias, Role::kv_b_weight}) {
+  for (const Role role :
+       {Role::q_weight, Role::q_bias, Role::k_bias, Role::v_weight, Role::o_weight, Role::o_bias,
+        Role::q_a_norm, Role::kv_a_bias, Role::kv_b_weight, Role::kv_b_bias}) {
     EXPECT_TRUE(is_attention(role));
   }
   for (const Role role : {Role::embed_tokens, Role::final_norm, Role::lm_head, Role::input_norm,
@@ -119,6 +124,87 @@ TEST(Families, RolesOfTheNames) {
     EXPECT_EQ(at->role, test.role) << test.name;
     EXPECT_EQ(at->layer_idx, test.layer_idx) << test.name;
   }
+}
+
+// Every tensor of a layer, with the latent that it belongs to.
+TEST(Families, PlacesInTheAuthorsLayouts) {
+  struct Place {
+    std::string name;
+    Role role;
+    Index part;
+  };
+  const auto expect_places = [](const TinyModel& model, const std::string& layer,
+                                const std::vector<Place>& expected) {
+    const std::vector<PlacedTensor> placed = place(model);
+    EXPECT_EQ(placed.size(), model.tensors.size());
+    std::size_t in_layer = 0;
+    for (const PlacedTensor& tensor : placed) {
+      in_layer += tensor.name.rfind(layer, 0) == 0 ? 1 : 0;
+    }
+    EXPECT_EQ(in_layer, expected.size());
+    for (const Place& wanted : expected) {
+      const auto at = std::find_if(placed.begin(), placed.end(), [&](const PlacedTensor& tensor) {
+        return tensor.name == layer + wanted.name;
+      });
+      ASSERT_NE(at, placed.end()) << wanted.name;
+      EXPECT_EQ(at->role, wanted.role) << wanted.name;
+      EXPECT_EQ(at->part, wanted.part) << wanted.name;
+      EXPECT_EQ(at->layer_idx, 1) << wanted.name;
+    }
+  };
+  const std::vector<Place> mlra = {{"input_layernorm.weight", Role::input_norm, -1},
+                                   {"post_attention_layernorm.weight", Role::post_attention_norm, -1},
+                                   {"mlp.c_fc1.weight", Role::gate_weight, -1},
+                                   {"mlp.c_fc2.weight", Role::up_weight, -1},
+                                   {"mlp.c_proj.weight", Role::down_weight, -1},
+                                   {"attn.q_a_proj.weight", Role::q_a_weight, -1},
+                                   {"attn.q_a_layernorm.weight", Role::q_a_norm, -1},
+                                   {"attn.q_b_proj.weight", Role::q_weight, -1},
+                                   {"attn.kv_a_proj_with_mqa.weight", Role::kv_a_weight, -1},
+                                   {"attn.c_proj.weight", Role::o_weight, -1}};
+  for (const testing_support::MlraSample& sample : mlra_samples()) {
+    SCOPED_TRACE(sample.model());
+    std::vector<Place> expected = mlra;
+    if (sample.model() == "gla_2") {
+      expected.insert(expected.end(), {{"attn.kv_a_layernorm_1.weight", Role::kv_a_norm, 0},
+                                       {"attn.kv_a_layernorm_2.weight", Role::kv_a_norm, 1},
+                                       {"attn.kv_b_proj_1.weight", Role::kv_b_weight, 0},
+                                       {"attn.kv_b_proj_2.weight", Role::kv_b_weight, 1}});
+    } else {
+      expected.insert(expected.end(), {{"attn.kv_a_layernorms.0.weight", Role::kv_a_norm, 0},
+                                       {"attn.kv_a_layernorms.1.weight", Role::kv_a_norm, 1},
+                                       {"attn.kv_a_layernorms.2.weight", Role::kv_a_norm, 2},
+                                       {"attn.kv_a_layernorms.3.weight", Role::kv_a_norm, 3},
+                                       {"attn.kv_b_proj", Role::kv_b_weight, -1}});
+    }
+    TinyModel model = tiny_mlra_model(sample);
+    expect_places(model, "transformer.h.1.", expected);
+    // A tied head may be stored all the same.
+    model.put("lm_head.weight", MatrixF::Ones(50, 24));
+    EXPECT_NO_THROW(place(model));
+  }
+  const std::string self = "self_attn.";
+  expect_places(tiny_gla_model(), "model.layers.1.",
+                {{"input_layernorm.weight", Role::input_norm, -1},
+                 {"post_attention_layernorm.weight", Role::post_attention_norm, -1},
+                 {"mlp.gate_proj.weight", Role::gate_weight, -1},
+                 {"mlp.up_proj.weight", Role::up_weight, -1},
+                 {"mlp.down_proj.weight", Role::down_weight, -1},
+                 {self + "W_dQ.weight", Role::q_a_weight, -1},
+                 {self + "W_dQ.bias", Role::q_a_bias, -1},
+                 {self + "q_norm.weight", Role::q_a_norm, -1},
+                 {self + "W_uQ_rope.weight", Role::q_weight, -1},
+                 {self + "W_uQ_rope.bias", Role::q_bias, -1},
+                 {self + "W_dKV.weight", Role::kv_a_weight, -1},
+                 {self + "W_dKV.bias", Role::kv_a_bias, -1},
+                 {self + "kv_norm_1.weight", Role::kv_a_norm, 0},
+                 {self + "kv_norm_2.weight", Role::kv_a_norm, 1},
+                 {self + "W_ukv_1.weight", Role::kv_b_weight, 0},
+                 {self + "W_ukv_2.weight", Role::kv_b_weight, 1},
+                 {self + "W_ukv_1.bias", Role::kv_b_bias, 0},
+                 {self + "W_ukv_2.bias", Role::kv_b_bias, 1},
+                 {self + "o_proj.weight", Role::o_weight, -1},
+                 {self + "o_proj.bias", Role::o_bias, -1}});
 }
 
 TEST(Families, Refusals) {
@@ -233,6 +319,34 @@ TEST(Families, Refusals) {
        tiny_latent_model(),
        add(layer_name(0, "self_attn.kv_a_layernorm.weight"), {12}),
        {"kv_a_layernorm.weight", "[11]", "[12]"}},
+      {"a third latent",
+       tiny_mlra_model(mlra_samples()[2]),
+       add("transformer.h.0.attn.kv_a_layernorm_3.weight", {15}),
+       {"no place in a gpt2 with mlra_model model", "kv_a_layernorm_3"}},
+      {"latents by the other name",
+       tiny_mlra_model(mlra_samples()[2]),
+       add("transformer.h.0.attn.kv_b_proj", {4, 10, 40}),
+       {"no place", "transformer.h.0.attn.kv_b_proj"}},
+      {"one latent less",
+       tiny_mlra_model(),
+       drop("transformer.h.1.attn.kv_a_layernorms.3.weight"),
+       {"missing", "kv_a_layernorms.3.weight"}},
+      {"output-major up-projections",
+       tiny_mlra_model(),
+       add("transformer.h.1.attn.kv_b_proj", {4, 40, 10}),
+       {"transformer.h.1.attn.kv_b_proj", "[4, 10, 40] by config.json", "[4, 40, 10]"}},
+      {"a bias of the MLRA authors' latents",
+       tiny_mlra_model(),
+       add("transformer.h.0.attn.kv_a_proj_with_mqa.bias", {46}),
+       {"no place", "kv_a_proj_with_mqa.bias"}},
+      {"no bias of the GLA authors' latents",
+       tiny_gla_model(),
+       drop(layer_name(1, "self_attn.W_ukv_2.bias")),
+       {"llama with qk_rope_dim", "missing", "W_ukv_2.bias"}},
+      {"an output bias that the config denies",
+       tiny_gla_model(),
+       [](TinyModel& model) { model.config["attention_bias"] = false; },
+       {"no place", "o_proj.bias"}},
   };
   for (const Case& test : cases) {
     SCOPED_TRACE(test.name);

@@ -13,6 +13,7 @@
 #include "convert/model/devices.h"
 #include "convert/shard/layout.h"
 #include "convert/shard/manifest.h"
+#include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
@@ -349,6 +350,24 @@ TEST_F(Shard, SameBytesEveryTime) {
   EXPECT_EQ(cut(4).run, run);
   write_text(source() / "tokenizer.json", "{}");
   EXPECT_NE(cut(4).run, run);
+}
+
+// All latents in one projection, and all up-projections in one tensor.
+TEST_F(Shard, RefusesJointLatents) {
+  const auto refused = [&](Index tp, const std::vector<std::string>& parts) {
+    expect_error(ErrorKind::input, parts, [&] { cut(tp); });
+    expect_nothing_left();
+  };
+  for (const Index tp : {1, 2, 4}) {
+    for (const testing_support::MlraSample& sample : testing_support::mlra_samples()) {
+      write(testing_support::tiny_mlra_model(sample));
+      refused(tp, {"config.json", "model_type", "expected", "each latent", "--engine transformers",
+                   "found gpt2 with mlra_model"});
+    }
+    write(testing_support::tiny_gla_model());
+    refused(tp, {"config.json", "model_type", "expected", "each latent", "--engine transformers",
+                 "found llama with qk_rope_dim"});
+  }
 }
 
 TEST_F(Shard, RefusesWhatDoesNotFit) {
