@@ -40,7 +40,7 @@ class Relatent : public testing::Test {
       const auto& attention = std::get<GqaAttention>(layer.attention);
       const MatrixF x = normed(layer.input_norm, stream.hidden());
       const MatrixD columns = testing_support::with_ones(x);
-      Moments moments{columns * columns.transpose() / static_cast<double>(x.rows()), {}};
+      Moments moments{columns * columns.transpose() / static_cast<double>(x.rows()), {}, {}};
       DistanceMass mass{MatrixD::Zero(attention.heads, stream.length())};
       const RotaryTable table(attention.rotary, stream.length());
       for (Index s = 0; s < stream.count(); ++s) {

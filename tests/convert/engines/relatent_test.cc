@@ -55,7 +55,7 @@ void expect_equal(const Linear& found, const Linear& expected) {
 TEST(RelatentEngine, ConfigSaysHowExpertsAreChosen) {
   const LatentSample sample = latent_samples().front();
   Random random(2);
-  const TinyModel body = tiny_body(body_of(sample), random);
+  const testing_support::TinyModel body = tiny_body(body_of(sample), random);
   ModelConfig source = parse_config(body.config, "config.json");
   const auto config_of = [&] {
     return make_relatent_engine()->config(body.config, source, shape_of(sample),
