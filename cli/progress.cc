@@ -33,12 +33,15 @@ void Progress::operator()(Index done, Index total) {
     return;
   }
   const auto now = std::chrono::steady_clock::now();
+  if (before_ < 0) {
+    before_ = done - 1;
+  }
   if (!terminal_ && done < total && now - last_ < log_interval) {
     return;
   }
   last_ = now;
   const double seconds = std::chrono::duration<double>(now - start_).count();
-  const double left = seconds / static_cast<double>(done) * static_cast<double>(total - done);
+  const double left = seconds / static_cast<double>(done - before_) * static_cast<double>(total - done);
   std::fprintf(stderr, "%s%s: %s %td of %td, %.1f s, about %.0f s left%s", terminal_ ? "\r\033[K" : "",
                what_.c_str(), unit_.c_str(), done, total, seconds, left, terminal_ ? "" : "\n");
   std::fflush(stderr);

@@ -27,6 +27,7 @@ class Progress {
   bool quiet_;
   bool terminal_;
   bool open_line_ = false;
+  Index before_ = -1;  // units that an earlier run did
   std::chrono::steady_clock::time_point start_;
   std::chrono::steady_clock::time_point last_;
 };

@@ -182,4 +182,15 @@ LatentAttention RelatentConversion::next() {
   return out;
 }
 
+void RelatentConversion::save(const std::filesystem::path& path) const {
+  if (streams_) {
+    streams_->save(path, next_);
+  }
+}
+
+Index RelatentConversion::resume(const std::filesystem::path& path, Index layers) {
+  next_ = streams_ ? streams_->load(path).value_or(0) : layers;
+  return next_;
+}
+
 }  // namespace relatent
