@@ -18,6 +18,7 @@ struct Options {
   std::string output;
   std::int64_t sequences = 0;
   std::int64_t length = 1024;
+  SaveOptions save;
   bool json = false;
   bool quiet = false;
 };
@@ -29,7 +30,11 @@ int run(const Options& options) {
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   {
     Progress progress("calibrate", options.quiet);
-    calibrate(model, sequences, options.output, std::ref(progress));
+    calibrate(model, sequences, options.output, std::ref(progress), options.save, [&] {
+      if (!options.quiet) {
+        std::fputs("continuing an unfinished run\n", stderr);
+      }
+    });
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;
@@ -64,6 +69,7 @@ void add_calibrate(CLI::App& app, Command& chosen) {
   command->add_option("--sequences", options->sequences, "Number of sequences (default: all that fit)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();
+  add_save_options(*command, options->save);
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
