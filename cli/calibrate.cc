@@ -21,6 +21,7 @@ struct Options {
   std::int64_t sequences = 0;
   std::int64_t length = 1024;
   std::string compute = "auto";
+  SaveOptions save;
   bool json = false;
   bool quiet = false;
 };
@@ -47,7 +48,12 @@ int run(const Options& options) {
   {
     Progress progress("calibrate", options.quiet, "layer",
                       {.tokens = static_cast<double>(sequences.count * sequences.length)});
-    calibrate(model, sequences, options.output, std::ref(progress), compute);
+    const auto resumed = [&] {
+      if (!options.quiet) {
+        std::fputs("continuing an unfinished run\n", stderr);
+      }
+    };
+    calibrate(model, sequences, options.output, std::ref(progress), options.save, resumed, compute);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;
@@ -86,6 +92,7 @@ void add_calibrate(CLI::App& app, Command& chosen) {
           "Projections in float32 or bfloat16; auto: as the weights are stored, where the processor can")
       ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
       ->capture_default_str();
+  add_save_options(*command, options->save);
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

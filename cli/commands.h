@@ -4,6 +4,8 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 
+#include "convert/unfinished.h"
+
 namespace relatent {
 
 // A subcommand's work: returns the exit code. Set by the callback of the subcommand that was chosen.
@@ -15,5 +17,8 @@ void add_convert(CLI::App& app, Command& chosen);
 void add_shard(CLI::App& app, Command& chosen);
 void add_logits(CLI::App& app, Command& chosen);
 void add_verify(CLI::App& app, Command& chosen);
+
+// --resume and --save-every.
+void add_save_options(CLI::App& command, SaveOptions& save);
 
 }  // namespace relatent

@@ -181,7 +181,10 @@ void say_trial(const SizeTrial& trial) {
 }
 
 int run(const Options& options) {
-  const Conversion conversion(resolve(options), options.quiet ? SizeSearch::Watch{} : say_trial);
+  Conversion conversion(resolve(options), options.quiet ? SizeSearch::Watch{} : say_trial, !options.dry_run);
+  if (conversion.resumed() && !options.quiet) {
+    std::fputs("continuing an unfinished run\n", stderr);
+  }
   for (const std::string& warning : conversion.plan().warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
@@ -371,6 +374,7 @@ void add_convert(CLI::App& app, Command& chosen) {
   command->add_option("--max-shard-size", convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
       ->transform(CLI::AsSizeValue(true))
       ->default_str("5GB");
+  add_save_options(*command, convert.save);
   command->add_flag("--dry-run", options->dry_run,
                     "Print what would be written and what it takes; write nothing");
   command->add_flag("--json", options->json, "One JSON object on stdout");

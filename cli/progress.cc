@@ -55,6 +55,9 @@ void Progress::operator()(Index done, Index total) {
     return;
   }
   const std::lock_guard lock(mutex_);
+  if (before_ < 0) {
+    before_ = done - 1;
+  }
   done_ = done;
   total_ = total;
   reached_ = Clock::now();
@@ -74,8 +77,9 @@ void Progress::print(Clock::time_point now) {
   const double reached = since_start(reached_);
   const double seconds = since_start(now);
   std::string line = what_ + ": " + unit_ + " " + std::to_string(done_) + " of " + std::to_string(total_);
+  const double here = static_cast<double>(done_ - before_) / static_cast<double>(total_);
   if (amount_.tokens > 0 && reached > 0) {
-    line += number_text(", %.0f tokens/s", amount_.tokens * part / reached);
+    line += number_text(", %.0f tokens/s", amount_.tokens * here / reached);
   }
   if (amount_.bytes > 0) {
     line += ", " + bytes_text(static_cast<std::uint64_t>(amount_.bytes * part)) + " of " +
@@ -83,7 +87,8 @@ void Progress::print(Clock::time_point now) {
   }
   line += number_text(", %.1f s", seconds);
   if (done_ > 0) {
-    line += number_text(", about %.0f s left", std::max(0.0, reached / part - seconds));
+    line +=
+        number_text(", about %.0f s left", std::max(0.0, reached + reached / here * (1 - part) - seconds));
   }
   std::fprintf(stderr, "%s%s%s", terminal_ ? "\r\033[K" : "", line.c_str(), terminal_ ? "" : "\n");
   std::fflush(stderr);

@@ -47,6 +47,7 @@ class Progress {
   bool open_line_ = false;
   Index done_ = 0;
   Index total_ = 0;
+  Index before_ = -1;          // units that an earlier run did
   Clock::time_point reached_;  // when `done_` units were done
   std::thread refresher_;
 };

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "convert/engines/deepseek.h"
+#include "convert/facts.h"
 #include "convert/forms/mla.h"
 #include "convert/forms/partition.h"
 #include "convert/in_flight.h"
@@ -25,6 +26,17 @@ constexpr Index assumed_length = 1024;
 constexpr Index fold_sequences = 8;
 // Extra latent coordinates for engines that normalise the latent.
 constexpr Index default_norm_coordinates = 16;
+// Seconds of copying, or of converting layers that do not depend on each other, which may be lost.
+constexpr double record_every = 5;
+
+// Entries of the journal.
+constexpr const char* trial_entry = "trial";
+constexpr const char* fold_entry = "fold";
+constexpr const char* carried_entry = "carried";
+constexpr const char* layers_entry = "layers";
+constexpr const char* fold_error_entry = "fold error";
+// The file with the streams, in the work folder.
+constexpr const char* state_name = "streams";
 
 std::string text(Index n) {
   return std::to_string(n);
@@ -430,7 +442,7 @@ std::string_view method_name(Method method) {
   return "";
 }
 
-Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
+Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch, bool claim)
     : options_(std::move(options)),
       source_(Model::open(options_.source)),
       engine_(make_engine(options_.engine, options_.form)) {
@@ -461,7 +473,30 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch)
   if (options_.calibration) {
     calibration_ = CalibrationFile::open(*options_.calibration);
   }
-  make_plan(watch);
+  // As they were given: planning fills in what was not.
+  facts_ = facts_of(options_, source_.checkpoint());
+  if (claim) {
+    claim_output();
+    work_->run([&] { make_plan(watch); });
+  } else {
+    make_plan(watch);
+  }
+}
+
+void Conversion::claim_output() {
+  work_ = std::make_unique<WorkFolder>(options_.output, OutputKind::new_folder, facts_, options_.save.resume);
+}
+
+std::vector<SizeTrial> Conversion::recorded_trials() const {
+  std::vector<SizeTrial> out;
+  for (const auto& [name, value] : work_ ? work_->journal().entries() : Facts()) {
+    SizeTrial trial;
+    std::istringstream fields(value);
+    if (name == trial_entry && fields >> trial.rope_dim >> trial.rank >> trial.key_rank >> trial.nats) {
+      out.push_back(trial);
+    }
+  }
+  return out;
 }
 
 void Conversion::search_sizes(const SizeSearch::Watch& watch) {
@@ -483,7 +518,16 @@ void Conversion::search_sizes(const SizeSearch::Watch& watch) {
   check_calibration();
   SizeSearch search(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fit_sequences(), relatent_options(),
-      watch);
+      [&](const SizeTrial& trial) {
+        if (work_) {
+          work_->record(trial_entry, text(trial.rope_dim) + " " + text(trial.rank) + " " +
+                                         text(trial.key_rank) + " " + exact_text(trial.nats));
+        }
+        if (watch) {
+          watch(trial);
+        }
+      });
+  search.know(recorded_trials());
   SizeTrial chosen;
   if (wants_split) {
     const std::optional<Index> rotary =
@@ -707,34 +751,47 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
   return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
 }
 
-void Conversion::convert_independently(const ConvertLayer& convert, const WriteLayer& write) const {
+void Conversion::convert_independently(const ConvertLayer& convert, Index done, const Begin& begin,
+                                       const WriteLayer& write, const SaveLayers& save) const {
+  begin(done);
   const Index layers = source_.config().num_hidden_layers;
-  const Index at_once = layers_in_flight(plan_.layer_bytes);
-  std::vector<std::optional<LatentAttention>> done(static_cast<std::size_t>(layers));
+  std::vector<std::optional<LatentAttention>> converted(static_cast<std::size_t>(layers));
   for_layers(
-      layers, at_once, [this](Index layer_idx) { return moments(layer_idx); },
+      done, layers, layers_in_flight(plan_.layer_bytes),
+      [this](Index layer_idx) { return moments(layer_idx); },
       [&](Index layer_idx, Moments known) {
-        done[static_cast<std::size_t>(layer_idx)] = convert(layer_idx, std::move(known));
+        converted[static_cast<std::size_t>(layer_idx)] = convert(layer_idx, std::move(known));
       },
       [&](Index layer_idx) {
-        write(layer_idx, *done[static_cast<std::size_t>(layer_idx)]);
-        done[static_cast<std::size_t>(layer_idx)].reset();
+        write(layer_idx, *converted[static_cast<std::size_t>(layer_idx)]);
+        converted[static_cast<std::size_t>(layer_idx)].reset();
+        if (layer_idx + 1 < layers) {
+          save(layer_idx + 1, {});
+        }
       });
 }
 
-double Conversion::convert_in_sequence(const WriteLayer& write) const {
+double Conversion::convert_in_sequence(Index done, const Begin& begin, const WriteLayer& write,
+                                       const SaveLayers& save) const {
   const bool fits = options_.method == Method::relatent;
   RelatentConversion conversion(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fits ? fit_sequences() : Sequences{},
       relatent_options());
+  const Index layers = source_.config().num_hidden_layers;
+  const Index first = conversion.resume(work_->file(state_name), done);
   if (conversion.independent()) {
     convert_independently(
         [&](Index layer_idx, Moments known) { return conversion.convert(layer_idx, std::move(known)); },
-        write);
+        first, begin, write, save);
     return conversion.fold_error();
   }
-  for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
+  begin(first);
+  const WriteState state = [&](const std::filesystem::path& path) { conversion.save(path); };
+  for (Index i = first; i < layers; ++i) {
     write(i, conversion.next());
+    if (i + 1 < layers) {
+      save(i + 1, state);
+    }
   }
   return conversion.fold_error();
 }
@@ -772,40 +829,73 @@ Index Conversion::choose_fold() const {
   return best;
 }
 
-ConvertReport Conversion::run(const LayerProgress& progress) const {
-  const auto start = std::chrono::steady_clock::now();
-  const ModelConfig& config = source_.config();
-  PendingFolder folder(options_.output);
-  ConvertReport report;
-  report.kv_rank = plan_.shape.rank;
-  report.rope_dim = plan_.shape.rope_dim;
-  report.branches = partition_.latents();
-  report.bytes_read = source_.checkpoint().tensor_bytes();
-
-  if (calibration_) {
-    check_calibration();
-  }
-  Index fold = 0;
-  if (options_.method == Method::transmla) {
-    fold = options_.fold ? *options_.fold : choose_fold();
-    report.fold = fold;
-  }
-
+std::unique_ptr<CheckpointWriter> Conversion::open_writer(Done& done) {
   std::vector<TensorSpec> specs;
   specs.reserve(plan_.tensors.size());
   for (const PlannedTensor& tensor : plan_.tensors) {
     specs.push_back(tensor.spec);
   }
-  CheckpointWriter writer(folder.staging(), specs, options_.max_shard_bytes);
+  done = {work_->journal().last_number(carried_entry), work_->journal().last_number(layers_entry)};
+  if (done.carried > 0) {
+    if (auto writer = CheckpointWriter::reopen(work_->output(), specs, options_.max_shard_bytes)) {
+      return writer;
+    }
+    // The shards are not what the journal speaks of.
+    work_->record(carried_entry, Index{0});
+    work_->record(layers_entry, Index{0});
+  }
+  done = {};
+  std::error_code none;
+  std::filesystem::remove(work_->file(state_name), none);
+  flush_folder(work_->file(state_name).parent_path());
+  return std::make_unique<CheckpointWriter>(work_->output(), specs, options_.max_shard_bytes);
+}
+
+void Conversion::carry(CheckpointWriter& writer, Done& done) {
+  SaveClock clock(std::min(record_every, options_.save.every));
+  Index count = 0;
   for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.fate == Fate::converted) {
+      continue;
+    }
+    ++count;
+    if (count <= done.carried) {
+      writer.mark_written(tensor.spec.name);
+      continue;
+    }
     if (tensor.fate == Fate::carried) {
       writer.copy(tensor.spec.name, source_.checkpoint(), tensor.source);
-    } else if (tensor.fate == Fate::recoded) {
+    } else {
       const MatrixF values = source_.checkpoint().read_matrix(tensor.source);
       writer.write_floats(tensor.spec.name, {values.data(), static_cast<std::size_t>(values.size())});
       source_.checkpoint().release(tensor.source);
     }
+    if (clock.due()) {
+      clock.save([&] {
+        writer.flush();
+        work_->record(carried_entry, count);
+      });
+      done.carried = count;
+    }
   }
+}
+
+void Conversion::write_output(const LayerProgress& progress, ConvertReport& report) {
+  const ModelConfig& config = source_.config();
+  const auto carried =
+      static_cast<Index>(std::count_if(plan_.tensors.begin(), plan_.tensors.end(),
+                                       [](const auto& tensor) { return tensor.fate != Fate::converted; }));
+  Done done;
+  const std::unique_ptr<CheckpointWriter> writer = open_writer(done);
+  carry(*writer, done);
+
+  const auto begin = [&](Index first) {
+    for (Index i = 0; i < first; ++i) {
+      for (const TensorSpec& spec : engine_->attention_tensors(config, plan_.shape, i, plan_.dtype)) {
+        writer->mark_written(spec.name);
+      }
+    }
+  };
   std::optional<Rotary> rotary;
   const auto write = [&](Index layer_idx, const LatentAttention& attention) {
     if (!rotary) {
@@ -814,31 +904,104 @@ ConvertReport Conversion::run(const LayerProgress& progress) const {
     if (engine_->traits().normed_query) {
       LatentAttention passed = attention;
       pass_query_through_norm(source_, layer_idx, plan_.dtype, passed);
-      engine_->write_attention(passed, plan_.shape, layer_idx, plan_.dtype, writer);
+      engine_->write_attention(passed, plan_.shape, layer_idx, plan_.dtype, *writer);
     } else {
-      engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, writer);
+      engine_->write_attention(attention, plan_.shape, layer_idx, plan_.dtype, *writer);
     }
     progress(layer_idx + 1, config.num_hidden_layers);
   };
+  SaveClock state_clock(options_.save.every);
+  SaveClock layer_clock(std::min(record_every, options_.save.every));
+  const auto save = [&](Index layers, const WriteState& state) {
+    SaveClock& clock = state ? state_clock : layer_clock;
+    if (!clock.due()) {
+      return;
+    }
+    clock.save([&] {
+      writer->flush();
+      if (done.carried < carried) {
+        work_->record(carried_entry, carried);
+        done.carried = carried;
+      }
+      if (state) {
+        try {
+          state(work_->file(state_name));
+        } catch (const Error& error) {
+          // No room for the streams: the conversion needs them only to go on from here after an interruption.
+          if (error.kind() != ErrorKind::machine) {
+            throw;
+          }
+          return;
+        }
+      }
+      work_->record(layers_entry, layers);
+    });
+  };
+  // One layer at least is converted again: what all layers share is learnt from it.
+  const Index layers_done = std::min(done.layers, config.num_hidden_layers - 1);
   if (options_.method == Method::lossless || options_.method == Method::transmla) {
     convert_independently(
-        [&](Index layer_idx, const Moments& known) { return convert_layer(layer_idx, known, fold); }, write);
+        [&, fold = report.fold.value_or(0)](Index layer_idx, const Moments& known) {
+          return convert_layer(layer_idx, known, fold);
+        },
+        layers_done, begin, write, save);
   } else {
-    report.fold_error = convert_in_sequence(write);
+    report.fold_error = convert_in_sequence(layers_done, begin, write, save);
   }
-  writer.finish();
+  writer->finish();
   for (const std::filesystem::path& file : plan_.side_files) {
-    copy_whole_file(file, folder.staging() / file.filename());
+    copy_whole_file(file, work_->output() / file.filename());
   }
   write_text(
-      folder.staging() / "config.json",
+      work_->output() / "config.json",
       engine_->config(source_.checkpoint().config(), config, plan_.shape, *rotary, plan_.dtype).dump(2) +
           "\n");
   for (const ExtraFile& file : engine_->extra_files()) {
-    write_text(folder.staging() / file.name, std::string(file.text));
+    write_text(work_->output() / file.name, std::string(file.text));
   }
-  folder.commit();
-  report.bytes_written = writer.bytes_written();
+  report.bytes_written = writer->bytes_written();
+}
+
+ConvertReport Conversion::run(const LayerProgress& progress) {
+  const auto start = std::chrono::steady_clock::now();
+  if (!work_) {
+    claim_output();
+  }
+  ConvertReport report;
+  report.kv_rank = plan_.shape.rank;
+  report.rope_dim = plan_.shape.rope_dim;
+  report.branches = partition_.latents();
+  report.bytes_read = source_.checkpoint().tensor_bytes();
+  work_->run([&] {
+    const Journal& journal = work_->journal();
+    if (options_.method == Method::transmla) {
+      report.fold = options_.fold;
+      if (!report.fold && journal.last(fold_entry)) {
+        report.fold = journal.last_number(fold_entry);
+      }
+    }
+    if (work_->complete()) {
+      std::istringstream(journal.last(fold_error_entry).value_or("0")) >> report.fold_error;
+      work_->commit();
+      for (const auto& entry : std::filesystem::directory_iterator(options_.output)) {
+        report.bytes_written += entry.path().extension() == ".safetensors" ? entry.file_size() : 0;
+      }
+      return;
+    }
+    if (calibration_) {
+      check_calibration();
+    }
+    if (options_.method == Method::transmla && !report.fold) {
+      report.fold = choose_fold();
+      work_->record(fold_entry, *report.fold);
+    }
+    write_output(progress, report);
+    if (report.fold_error > 0) {
+      work_->record(fold_error_entry, exact_text(report.fold_error));
+    }
+    work_->commit();
+  });
+  work_.reset();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }

@@ -17,6 +17,8 @@
 #include "convert/model/model.h"
 #include "convert/relatent.h"
 #include "convert/tune.h"
+#include "convert/unfinished.h"
+#include "formats/work_folder.h"
 
 namespace relatent {
 
@@ -53,6 +55,8 @@ struct ConvertOptions {
   std::string engine = "transformers";
   std::optional<DType> dtype;  // none = as the source
   std::uint64_t max_shard_bytes = 5'000'000'000;
+  // How the run is interrupted and continued, which decides nothing of the result.
+  SaveOptions save;
 };
 
 enum class Fate {
@@ -102,19 +106,37 @@ class Conversion {
   // input when the source is not readable, not a GQA model, or holds something that has no place in the
   // target (by name).
   // watch, when given, hears of every pair of sizes that is tried.
-  explicit Conversion(ConvertOptions options, const SizeSearch::Watch& watch = {});
+  // claim: the output's work folder is made (or taken up) before sizes are tried rather than by run(), so
+  // that a name which is taken is refused at once and trials outlive an interruption. Throws Error as
+  // WorkFolder does.
+  explicit Conversion(ConvertOptions options, const SizeSearch::Watch& watch = {}, bool claim = false);
 
   const Model& source() const { return source_; }
   const ConvertPlan& plan() const { return plan_; }
   const ConvertOptions& options() const { return options_; }
+  // This goes on with an unfinished run.
+  bool resumed() const { return work_ && work_->resumed(); }
 
-  // Converts and writes. The output folder appears under its name only when it is complete; on any error
-  // nothing is left. Throws Error: usage when the output exists already, input when the calibration belongs
-  // to another model or a weight is not finite, machine when writing fails.
-  ConvertReport run(const LayerProgress& progress) const;
+  // Converts and writes, once. The output folder appears under its name only when it is complete; on an error
+  // nothing is left, except for what --resume can go on from when the machine is to blame. Throws Error:
+  // usage when the output exists already or an unfinished run is in the way, input when the calibration
+  // belongs to another model or a weight is not finite, machine when writing fails.
+  ConvertReport run(const LayerProgress& progress);
 
  private:
   void make_plan(const SizeSearch::Watch& watch);
+  void claim_output();
+  // Trials that an interrupted search recorded.
+  std::vector<SizeTrial> recorded_trials() const;
+  void write_output(const LayerProgress& progress, ConvertReport& report);
+  // New shards, or those of the run that is continued; how many carried tensors and layers they hold.
+  struct Done {
+    Index carried = 0;
+    Index layers = 0;
+  };
+  std::unique_ptr<CheckpointWriter> open_writer(Done& done);
+  // Copies and recodes what needs no converting, from the done.carried-th on.
+  void carry(CheckpointWriter& writer, Done& done);
   // Fills in rank and rotary size where a budget is all that is given.
   void search_sizes(const SizeSearch::Watch& watch);
   void warn_of_few_tokens();
@@ -127,12 +149,19 @@ class Conversion {
   LatentAttention convert_layer(Index layer_idx, const Moments& known, Index fold) const;
   // The fold that all layers share, because the engine keeps one list of frequencies for all of them.
   Index choose_fold() const;
-  // Calls write(layer index, converted attention) for every layer in order.
+  // Writes a converted layer; save, called after each but the last with the number of layers done, may make
+  // them durable, with what `state` writes to a file that the layers after them depend on.
   using WriteLayer = std::function<void(Index, const LatentAttention&)>;
+  using WriteState = std::function<void(const std::filesystem::path&)>;
+  using SaveLayers = std::function<void(Index, const WriteState& state)>;
+  // Convert every layer in order from the first one that is not done, which they are told before it.
+  using Begin = std::function<void(Index)>;
   using ConvertLayer = std::function<LatentAttention(Index, Moments)>;
-  void convert_independently(const ConvertLayer& convert, const WriteLayer& write) const;
+  void convert_independently(const ConvertLayer& convert, Index done, const Begin& begin,
+                             const WriteLayer& write, const SaveLayers& save) const;
   // Returns the fold error.
-  double convert_in_sequence(const WriteLayer& write) const;
+  double convert_in_sequence(Index done, const Begin& begin, const WriteLayer& write,
+                             const SaveLayers& save) const;
 
   ConvertOptions options_;
   Model source_;
@@ -140,6 +169,8 @@ class Conversion {
   std::optional<CalibrationFile> calibration_;
   Partition partition_;
   ConvertPlan plan_;
+  Facts facts_;
+  std::unique_ptr<WorkFolder> work_;
 };
 
 }  // namespace relatent

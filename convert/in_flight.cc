@@ -18,9 +18,9 @@ Index layers_in_flight(std::uint64_t bytes_per_layer) {
   return std::clamp<Index>(static_cast<Index>(fit), 1, std::max(1, num_threads()));
 }
 
-void for_layers(Index layers, Index at_once, const std::function<Moments(Index)>& moments,
+void for_layers(Index first_layer, Index layers, Index at_once, const std::function<Moments(Index)>& moments,
                 const std::function<void(Index, Moments)>& body, const std::function<void(Index)>& finish) {
-  for (Index first = 0; first < layers; first += at_once) {
+  for (Index first = first_layer; first < layers; first += at_once) {
     std::vector<Moments> known;
     for (Index i = first; i < std::min(layers, first + at_once); ++i) {
       known.push_back(moments(i));

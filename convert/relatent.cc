@@ -45,7 +45,7 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     std::vector<Concentration> layers(static_cast<std::size_t>(count));
     std::vector<double> fold_errors(layers.size());
     for_layers(
-        count, layers_in_flight(closed_form_bytes(source.config())), moments_,
+        0, count, layers_in_flight(closed_form_bytes(source.config())), moments_,
         [&](Index layer_idx, Moments input) {
           const auto at = static_cast<std::size_t>(layer_idx);
           const Known known = know(source.attention(layer_idx), std::move(input));
@@ -235,6 +235,17 @@ LatentAttention RelatentConversion::next() {
   }
   finish(layer, out);
   return out;
+}
+
+void RelatentConversion::save(const std::filesystem::path& path) const {
+  if (streams_) {
+    streams_->save(path, next_);
+  }
+}
+
+Index RelatentConversion::resume(const std::filesystem::path& path, Index layers) {
+  next_ = streams_ ? streams_->load(path).value_or(0) : layers;
+  return next_;
 }
 
 }  // namespace relatent

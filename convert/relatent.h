@@ -3,6 +3,7 @@
 // converted layers before it produce. Without tokens to fit on, the closed forms alone.
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -59,6 +60,13 @@ class RelatentConversion {
   bool independent() const { return !streams_; }
   // Converts any layer when they are independent, on any thread. moments: what is known of its input.
   LatentAttention convert(Index layer_idx, Moments moments) const;
+
+  // Between two layers: keeps what the next one needs of those before it, so that another conversion of the
+  // same source, sequences and options can go on there. Throws Error (machine).
+  void save(const std::filesystem::path& path) const;
+  // Goes on where save() was called, or without streams anywhere up to `layers`; the next layer, 0 when there
+  // is nothing to go on from. Before the first layer only. Throws Error (machine).
+  Index resume(const std::filesystem::path& path, Index layers);
 
   // Of a plain list: every how many-th frequency of the source is kept.
   Index list_stride() const { return list_stride_; }

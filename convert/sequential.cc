@@ -5,6 +5,7 @@
 
 #include "convert/latent/from_mla.h"
 #include "convert/latent/refit.h"
+#include "formats/state_file.h"
 #include "linalg/moments.h"
 #include "linalg/threads.h"
 
@@ -49,6 +50,14 @@ std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& se
 
 TwinStreams::TwinStreams(const Model& source, const Sequences& sequences)
     : source_(source, sequences), converted_(source_) {}
+
+void TwinStreams::save(const std::filesystem::path& path, Index layers) const {
+  write_state(path, layers, {bytes_of(source_.hidden()), bytes_of(converted_.hidden())}).commit();
+}
+
+std::optional<Index> TwinStreams::load(const std::filesystem::path& path) {
+  return read_state(path, {writable_bytes_of(source_.hidden()), writable_bytes_of(converted_.hidden())});
+}
 
 MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool affine) const {
   const Index hidden = converted_.hidden().cols();

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
+#include <optional>
 
 #include "convert/latent/attention_fit.h"
 #include "convert/model/forward.h"
@@ -32,6 +34,12 @@ class TwinStreams {
 
   // Moves both streams past the layer's MLP.
   void finish_layer(const Layer& source);
+
+  // Keeps both streams, which `layers` layers have been run through, in a file (state_file.h), or takes them
+  // from there; how many layers then, nothing when the file is not there or not of these streams. Throw Error
+  // (machine).
+  void save(const std::filesystem::path& path, Index layers) const;
+  std::optional<Index> load(const std::filesystem::path& path);
 
   const Stream& source() const { return source_; }
   const Stream& converted() const { return converted_; }

@@ -58,6 +58,12 @@ std::vector<Index> SizeSearch::rotary_candidates(Index total) const {
 
 SizeTrial SizeSearch::trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
                             const RelatentOptions& options) {
+  for (const SizeTrial& known : known_) {
+    if (known.rope_dim == sizes.rope_dim && known.rank == sizes.rank && known.key_rank == sizes.key_rank) {
+      trials_.push_back(known);
+      return known;
+    }
+  }
   RelatentOptions sized = options;
   sized.rope_dim = sizes.rope_dim;
   sized.rank = sizes.rank;

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "convert/relatent.h"
@@ -28,6 +29,9 @@ class SizeSearch {
   // options: everything but the sizes. Needs at least two sequences (usage otherwise, saying so).
   SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
              const RelatentOptions& options, Watch watch);
+
+  // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
+  void know(std::vector<SizeTrial> trials) { known_ = std::move(trials); }
 
   // The rotary size for a cache of `total` numbers: a quarter of it and its neighbours are tried (of a plain
   // list, half, three quarters and all of the head), with fewer tokens and no key fit, which rank them well
@@ -58,6 +62,7 @@ class SizeSearch {
   Sequences sequences_;
   RelatentOptions options_;
   Watch watch_;
+  std::vector<SizeTrial> known_;
   std::vector<SizeTrial> trials_;
 };
 

@@ -275,9 +275,8 @@ std::string Checkpoint::fingerprint() const {
   return hasher.hexadecimal();
 }
 
-CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
-                                   std::uint64_t max_shard_bytes)
-    : folder_(std::move(folder)) {
+std::vector<std::vector<TensorSpec>> CheckpointWriter::cut(const std::vector<TensorSpec>& specs,
+                                                           std::uint64_t max_shard_bytes) {
   std::vector<std::vector<TensorSpec>> shards(1);
   std::uint64_t filled = 0;
   for (const TensorSpec& spec : specs) {
@@ -295,9 +294,40 @@ CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vect
   }
   for (std::size_t i = 0; i < shards.size(); ++i) {
     file_names_.push_back(shards.size() == 1 ? kSingleName : shard_name(i, shards.size()));
-    writers_.push_back(
-        std::make_unique<SafetensorsWriter>(folder_ / file_names_.back(), std::move(shards[i])));
   }
+  return shards;
+}
+
+CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
+                                   std::uint64_t max_shard_bytes)
+    : folder_(std::move(folder)) {
+  std::vector<std::vector<TensorSpec>> shards = cut(specs, max_shard_bytes);
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    writers_.push_back(std::make_unique<SafetensorsWriter>(folder_ / file_names_[i], std::move(shards[i])));
+  }
+}
+
+std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path folder,
+                                                           const std::vector<TensorSpec>& specs,
+                                                           std::uint64_t max_shard_bytes) {
+  // Not make_unique: the constructor is private.
+  std::unique_ptr<CheckpointWriter> out(new CheckpointWriter(std::move(folder)));
+  std::vector<std::vector<TensorSpec>> shards = out->cut(specs, max_shard_bytes);
+  for (std::size_t i = 0; i < shards.size(); ++i) {
+    out->writers_.push_back(
+        SafetensorsWriter::reopen(out->folder_ / out->file_names_[i], std::move(shards[i])));
+    if (!out->writers_.back()) {
+      return nullptr;
+    }
+  }
+  return out;
+}
+
+void CheckpointWriter::flush() {
+  for (const std::unique_ptr<SafetensorsWriter>& writer : writers_) {
+    writer->flush();
+  }
+  flush_folder(folder_);
 }
 
 SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) {

@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "formats/safetensors.h"
@@ -84,6 +85,15 @@ class CheckpointWriter {
  public:
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
                    std::uint64_t max_shard_bytes);
+  // Goes on with the shards that an earlier process flushed into the folder, whose specs and limit were the
+  // same; no tensor counts as written yet. nullptr when the shards are not there or not those.
+  static std::unique_ptr<CheckpointWriter> reopen(std::filesystem::path folder,
+                                                  const std::vector<TensorSpec>& specs,
+                                                  std::uint64_t max_shard_bytes);
+  // Counts a tensor of reopened shards as written.
+  void mark_written(const std::string& name) { writer_of(name).mark_written(name); }
+  // What was written so far is on the disk when this returns, and outlives this object.
+  void flush();
   void write(const std::string& name, std::span<const std::byte> bytes);
   // The bytes of the source's tensor of that name, or of source_name when given.
   void copy(const std::string& name, const Checkpoint& source, const std::string& source_name = "");
@@ -95,6 +105,10 @@ class CheckpointWriter {
   std::uint64_t bytes_written() const;
 
  private:
+  explicit CheckpointWriter(std::filesystem::path folder) : folder_(std::move(folder)) {}
+  // Decides which tensor goes where and names the shards.
+  std::vector<std::vector<TensorSpec>> cut(const std::vector<TensorSpec>& specs,
+                                           std::uint64_t max_shard_bytes);
   SafetensorsWriter& writer_of(const std::string& name);
 
   std::filesystem::path folder_;

@@ -19,6 +19,9 @@
 namespace relatent {
 namespace {
 
+// What filesystems share between files is made of these.
+constexpr off_t kBlock = 4096;
+
 // A descriptor that closes itself.
 class Descriptor {
  public:
@@ -116,6 +119,21 @@ void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
   }
 }
 
+void require_open(int fd) {
+  if (fd < 0) {
+    throw std::logic_error("PendingFile: used after commit");
+  }
+}
+
+void require_range(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t size) {
+  constexpr auto kLargest = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
+  if (offset > kLargest || size > kLargest - offset) {
+    fail_machine(path, "cannot hold " + std::to_string(size) + " bytes at " + std::to_string(offset), EFBIG);
+  }
+}
+
+}  // namespace
+
 std::filesystem::path parent_of(const std::filesystem::path& path) {
   return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
@@ -131,28 +149,6 @@ void flush_folder(const std::filesystem::path& folder) {
     fail_machine(folder, "cannot flush", errno);
   }
 }
-
-void require_open(int fd) {
-  if (fd < 0) {
-    throw std::logic_error("PendingFile: used after commit");
-  }
-}
-
-void require_range(const std::filesystem::path& path, std::uint64_t offset, std::uint64_t size) {
-  constexpr auto kLargest = static_cast<std::uint64_t>(std::numeric_limits<off_t>::max());
-  if (offset > kLargest || size > kLargest - offset) {
-    fail_machine(path, "cannot hold " + std::to_string(size) + " bytes at " + std::to_string(offset), EFBIG);
-  }
-}
-
-std::filesystem::path without_trailing_slashes(std::string text) {
-  while (text.size() > 1 && text.back() == '/') {
-    text.pop_back();
-  }
-  return text;
-}
-
-}  // namespace
 
 MappedFile MappedFile::open(const std::filesystem::path& path) {
   const OpenFile opened = open_regular(path);
@@ -216,21 +212,32 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) 
   return text;
 }
 
-PendingFile::PendingFile(std::filesystem::path path) : path_(std::move(path)) {
+PendingFile::PendingFile(std::filesystem::path path, int flags) : path_(std::move(path)) {
   const std::filesystem::path partial = partial_path();
-  fd_ = ::open(partial.c_str(), O_RDWR | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0666);
+  fd_ = ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | flags, 0666);
   if (fd_ < 0) {
+    if ((flags & O_CREAT) == 0) {
+      fail_system(partial, "cannot open", errno);
+    }
     fail_machine(partial, "cannot create", errno);
   }
 }
 
+PendingFile::PendingFile(std::filesystem::path path) : PendingFile(std::move(path), O_CREAT | O_TRUNC) {}
+
+PendingFile PendingFile::reopen(std::filesystem::path path) {
+  return {std::move(path), 0};
+}
+
 PendingFile::PendingFile(PendingFile&& other) noexcept
-    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
+    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), kept_(other.kept_) {}
 
 PendingFile::~PendingFile() {
   if (fd_ >= 0) {
     ::close(fd_);
-    ::unlink(partial_path().c_str());
+    if (!kept_) {
+      ::unlink(partial_path().c_str());
+    }
   }
 }
 
@@ -240,7 +247,7 @@ std::filesystem::path PendingFile::partial_path() const {
   return partial;
 }
 
-// The three below change the file, if not the object.
+// Those below change the file, if not the object.
 // NOLINTBEGIN(readability-make-member-function-const)
 void PendingFile::reserve(std::uint64_t size) {
   require_open(fd_);
@@ -285,8 +292,13 @@ void PendingFile::copy_at(std::uint64_t offset, const std::filesystem::path& sou
   std::uint64_t left = size;
   while (left > 0) {
     constexpr std::uint64_t kLargestStep = std::uint64_t{1} << 30U;
-    const ssize_t copied = ::copy_file_range(opened.descriptor.get(), &from, fd_, &to,
-                                             static_cast<std::size_t>(std::min(left, kLargestStep)), 0);
+    std::uint64_t step = std::min(left, kLargestStep);
+    // Filesystems that can share blocks do so for ranges that begin with one in both files.
+    if (from % kBlock == to % kBlock && from % kBlock != 0) {
+      step = std::min(step, static_cast<std::uint64_t>(kBlock - from % kBlock));
+    }
+    const ssize_t copied =
+        ::copy_file_range(opened.descriptor.get(), &from, fd_, &to, static_cast<std::size_t>(step), 0);
     if (copied > 0) {
       left -= static_cast<std::uint64_t>(copied);
       continue;
@@ -312,6 +324,13 @@ void PendingFile::copy_at(std::uint64_t offset, const std::filesystem::path& sou
     from += static_cast<off_t>(step);
     to += static_cast<off_t>(step);
     left -= step;
+  }
+}
+
+void PendingFile::flush() {
+  require_open(fd_);
+  if (::fdatasync(fd_) != 0) {
+    fail_machine(partial_path(), "cannot flush", errno);
   }
 }
 
@@ -343,19 +362,51 @@ void copy_whole_file(const std::filesystem::path& source, const std::filesystem:
   copy.commit();
 }
 
-PendingFolder::PendingFolder(std::filesystem::path path) : path_(std::move(path)) {
-  path_ = without_trailing_slashes(path_.string());
-  if (path_.empty()) {
-    fail_usage("the name of the output folder is empty");
+std::filesystem::path output_name(const std::filesystem::path& path) {
+  std::string text = path.string();
+  while (text.size() > 1 && text.back() == '/') {
+    text.pop_back();
   }
+  if (text.empty()) {
+    fail_usage("the name of the output is empty");
+  }
+  const std::filesystem::path parent = parent_of(text);
   struct stat status {};
-  if (::lstat(path_.c_str(), &status) == 0) {
-    fail_usage(path_.string() + ": exists already (choose another name or delete it)");
-  }
-  const std::filesystem::path parent = parent_of(path_);
   if (::stat(parent.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
-    fail_usage(path_.string() + ": its parent folder " + parent.string() + " does not exist");
+    fail_usage(text + ": its parent folder " + parent.string() + " does not exist");
   }
+  return text;
+}
+
+void require_absent(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) == 0) {
+    fail_usage(path.string() + ": exists already (choose another name or delete it)");
+  }
+}
+
+void rename_new_folder(const std::filesystem::path& staging, const std::filesystem::path& path) {
+  flush_folder(staging);
+  int result = ::renameat2(AT_FDCWD, staging.c_str(), AT_FDCWD, path.c_str(), RENAME_NOREPLACE);
+  if (result != 0 && (errno == EINVAL || errno == ENOSYS)) {
+    // A filesystem without RENAME_NOREPLACE: claim the name with an empty folder of our own, which rename may
+    // replace only as long as it is empty.
+    result = ::mkdir(path.c_str(), 0777);
+    if (result == 0) {
+      result = ::rename(staging.c_str(), path.c_str());
+    }
+  }
+  if (result != 0) {
+    if (errno == EEXIST || errno == ENOTEMPTY) {
+      fail_usage(path.string() + ": appeared while its contents were being written");
+    }
+    fail_machine(path, "cannot rename the finished folder into place", errno);
+  }
+  flush_folder(parent_of(path));
+}
+
+PendingFolder::PendingFolder(const std::filesystem::path& path) : path_(output_name(path)) {
+  require_absent(path_);
   staging_ = path_;
   staging_ += ".partial";
   if (::mkdir(staging_.c_str(), 0777) != 0) {
@@ -377,24 +428,8 @@ void PendingFolder::commit() {
   if (committed_) {
     throw std::logic_error("PendingFolder: committed twice");
   }
-  flush_folder(staging_);
-  int result = ::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, path_.c_str(), RENAME_NOREPLACE);
-  if (result != 0 && (errno == EINVAL || errno == ENOSYS)) {
-    // A filesystem without RENAME_NOREPLACE: claim the name with an empty folder of our own, which rename may
-    // replace only as long as it is empty.
-    result = ::mkdir(path_.c_str(), 0777);
-    if (result == 0) {
-      result = ::rename(staging_.c_str(), path_.c_str());
-    }
-  }
-  if (result != 0) {
-    if (errno == EEXIST || errno == ENOTEMPTY) {
-      fail_usage(path_.string() + ": appeared while its contents were being written");
-    }
-    fail_machine(path_, "cannot rename the finished folder into place", errno);
-  }
+  rename_new_folder(staging_, path_);
   committed_ = true;
-  flush_folder(parent_of(path_));
 }
 
 }  // namespace relatent

@@ -45,6 +45,9 @@ class PendingFile {
  public:
   // Throws Error (machine) when the file cannot be created. An existing file at path is replaced at commit.
   explicit PendingFile(std::filesystem::path path);
+  // Takes up the partial file that an earlier process kept, as it is. Throws Error (input when there is none,
+  // machine when it cannot be opened).
+  static PendingFile reopen(std::filesystem::path path);
   PendingFile(PendingFile&& other) noexcept;
   PendingFile& operator=(PendingFile&&) = delete;
   PendingFile(const PendingFile&) = delete;
@@ -57,15 +60,34 @@ class PendingFile {
   // Copies size bytes of another file into place, inside the kernel where it can.
   void copy_at(std::uint64_t offset, const std::filesystem::path& source, std::uint64_t source_offset,
                std::uint64_t size);
+  // What was written so far is on the disk when this returns, under the name it has now.
+  void flush();
+  // From now on the partial file outlives an object that is not committed.
+  void keep() { kept_ = true; }
   void commit();
   const std::filesystem::path& path() const { return path_; }
   // Where the bytes are until commit.
   std::filesystem::path partial_path() const;
 
  private:
+  PendingFile(std::filesystem::path path, int flags);
+
   std::filesystem::path path_;
   int fd_ = -1;
+  bool kept_ = false;
 };
+
+// The name without the slashes at its end that shells complete folders with. Throws Error (usage) when that
+// is nothing, or when its parent folder does not exist.
+std::filesystem::path output_name(const std::filesystem::path& path);
+// Throws Error (usage) when there is anything at path.
+void require_absent(const std::filesystem::path& path);
+// Renames a finished folder into place and flushes the parent; never replaces anything. Throws Error: usage
+// when something appeared at path in the meantime, machine otherwise.
+void rename_new_folder(const std::filesystem::path& staging, const std::filesystem::path& path);
+// Makes a rename or a new entry of the folder survive a power cut. Throws Error (machine).
+void flush_folder(const std::filesystem::path& folder);
+std::filesystem::path parent_of(const std::filesystem::path& path);  // "." for a bare name
 
 // Writes a small file through PendingFile.
 void write_text(const std::filesystem::path& path, std::string_view text);
@@ -80,7 +102,7 @@ class PendingFolder {
   // Throws Error: usage when path exists already (any kind of file), when its parent folder does not exist,
   // or when NAME.partial is left over from an interrupted run (the sentence says to delete it); machine when
   // it cannot be made.
-  explicit PendingFolder(std::filesystem::path path);
+  explicit PendingFolder(const std::filesystem::path& path);
   PendingFolder(const PendingFolder&) = delete;
   PendingFolder& operator=(const PendingFolder&) = delete;
   ~PendingFolder();

@@ -403,9 +403,9 @@ std::uint64_t TensorSpec::bytes() const {
   return *count;
 }
 
-SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
+SafetensorsWriter::SafetensorsWriter(PendingFile file, std::vector<TensorSpec> specs,
                                      const std::map<std::string, std::string>& metadata)
-    : file_(path) {
+    : file_(std::move(file)) {
   const auto quoted = [](std::string_view text) {
     try {
       return nlohmann::json(text).dump();
@@ -451,8 +451,51 @@ SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vec
   for (Slot& slot : slots_) {
     slot.offset += data_begin;
   }
+  header_ = std::move(header);
+}
+
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
+                                     const std::map<std::string, std::string>& metadata)
+    : SafetensorsWriter(PendingFile(path), std::move(specs), metadata) {
   file_.reserve(file_bytes_);
-  write_safetensors_header(file_, header);
+  write_safetensors_header(file_, header_);
+  dirty_ = true;
+}
+
+std::unique_ptr<SafetensorsWriter> SafetensorsWriter::reopen(const std::filesystem::path& path,
+                                                             std::vector<TensorSpec> specs) {
+  std::filesystem::path partial = path;
+  partial += ".partial";
+  std::error_code missing;
+  if (!std::filesystem::exists(partial, missing)) {
+    std::filesystem::rename(path, partial, missing);
+  }
+  if (!std::filesystem::is_regular_file(partial, missing)) {
+    return nullptr;
+  }
+  // Not make_unique: the constructor is private.
+  std::unique_ptr<SafetensorsWriter> out(
+      new SafetensorsWriter(PendingFile::reopen(path), std::move(specs), {}));
+  out->file_.keep();
+  const MappedFile found = MappedFile::open(partial);
+  std::uint64_t length = 0;
+  if (found.bytes().size() != out->file_bytes_) {
+    return nullptr;
+  }
+  std::memcpy(&length, found.bytes().data(), sizeof(length));
+  if (length != out->header_.size() ||
+      std::memcmp(found.bytes().data() + kSafetensorsPrefix, out->header_.data(), length) != 0) {
+    return nullptr;
+  }
+  return out;
+}
+
+void SafetensorsWriter::flush() {
+  file_.keep();
+  if (dirty_) {
+    file_.flush();
+    dirty_ = false;
+  }
 }
 
 SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name) {
@@ -487,6 +530,7 @@ void SafetensorsWriter::write(const std::string& name, std::span<const std::byte
   }
   file_.write_at(slot.offset, bytes);
   slot.written = true;
+  dirty_ = true;
 }
 
 void SafetensorsWriter::copy(const std::string& name, const SafetensorsFile& source,
@@ -494,6 +538,7 @@ void SafetensorsWriter::copy(const std::string& name, const SafetensorsFile& sou
   Slot& slot = claim(name, tensor.dtype, tensor.shape);
   file_.copy_at(slot.offset, source.path(), tensor.offset, tensor.bytes);
   slot.written = true;
+  dirty_ = true;
 }
 
 void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFile& source,
@@ -510,6 +555,7 @@ void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFil
     source.release(tensor);
   }
   slot.written = true;
+  dirty_ = true;
 }
 
 void SafetensorsWriter::finish() {

@@ -117,6 +117,16 @@ class SafetensorsWriter {
   SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
                     const std::map<std::string, std::string>& metadata = {});
 
+  // Goes on with the file that an earlier process kept at this path, partial or finished, whose specs were
+  // the same; no tensor counts as written yet. nullptr when there is no such file or its size or header
+  // differ.
+  static std::unique_ptr<SafetensorsWriter> reopen(const std::filesystem::path& path,
+                                                   std::vector<TensorSpec> specs);
+
+  // Counts a tensor of a reopened file as written (std::invalid_argument when there is none of that name).
+  void mark_written(const std::string& name) { claim(name).written = true; }
+  // What was written so far is on the disk when this returns, and outlives this object.
+  void flush();
   // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise; also when written
   // twice).
   void write(const std::string& name, std::span<const std::byte> bytes);
@@ -136,6 +146,8 @@ class SafetensorsWriter {
     std::uint64_t offset = 0;
     bool written = false;
   };
+  SafetensorsWriter(PendingFile file, std::vector<TensorSpec> specs,
+                    const std::map<std::string, std::string>& metadata);
   Slot& claim(const std::string& name);
   Slot& claim(const std::string& name, DType dtype, const std::vector<std::int64_t>& shape);
 
@@ -143,6 +155,8 @@ class SafetensorsWriter {
   std::vector<Slot> slots_;
   std::unordered_map<std::string, std::size_t> index_;
   std::uint64_t file_bytes_ = 0;
+  std::string header_;
+  bool dirty_ = false;  // written to since the last flush
 };
 
 }  // namespace relatent

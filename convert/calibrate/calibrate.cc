@@ -2,11 +2,16 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <vector>
 
 #include "convert/model/forward.h"
 #include "formats/error.h"
+#include "formats/hash.h"
+#include "formats/state_file.h"
+#include "formats/work_folder.h"
 #include "linalg/moments.h"
 #include "linalg/threads.h"
 
@@ -55,10 +60,72 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
   return out;
 }
 
-}  // namespace
+// The file with the stream after the layers done, in the work folder, and the entry that says how many.
+constexpr const char* state_name = "stream";
+constexpr const char* layers_entry = "layers";
 
-void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress, DType compute) {
+Facts facts_of(const Model& model, const Sequences& sequences, DType compute) {
+  Facts out = program_facts();
+  out.emplace_back("--sequences", std::to_string(sequences.count));
+  out.emplace_back("--length", std::to_string(sequences.length));
+  out.emplace_back("--compute", torch_name(compute));
+  Hasher tokens;
+  tokens.add(bytes_of(sequences.tokens));
+  out.emplace_back("the checksum of the tokens", tokens.hexadecimal());
+  add_source_facts(model.checkpoint(), out);
+  return out;
+}
+
+std::filesystem::path layer_file(const WorkFolder& work, Index layer_idx) {
+  return work.file("layer-" + std::to_string(layer_idx));
+}
+
+PendingFile write_layer(const std::filesystem::path& path, const LayerMoments& moments) {
+  return write_state(
+      path, moments.tokens,
+      {bytes_of(moments.second_moment), bytes_of(moments.mean), bytes_of(moments.distance_mass)});
+}
+
+std::optional<LayerMoments> read_layer(const std::filesystem::path& path, const ModelConfig& config,
+                                       Index length) {
+  LayerMoments out;
+  out.second_moment.resize(config.hidden_size, config.hidden_size);
+  out.mean.resize(config.hidden_size);
+  out.distance_mass.resize(config.num_attention_heads, length);
+  const std::optional<std::int64_t> tokens =
+      read_state(path, {writable_bytes_of(out.second_moment), writable_bytes_of(out.mean),
+                        writable_bytes_of(out.distance_mass)});
+  if (!tokens) {
+    return std::nullopt;
+  }
+  out.tokens = *tokens;
+  return out;
+}
+
+// The store with the layers of an unfinished run, and the stream behind them; how many layers those are.
+Index begin_store(const Model& model, const Sequences& sequences, const CalibrationHeader& header,
+                  const WorkFolder& work, std::unique_ptr<CalibrationWriter>& writer, Stream& stream) {
+  writer = std::make_unique<CalibrationWriter>(work.output(), header, sequences);
+  const Index layers =
+      work.resumed() ? read_state(work.file(state_name), {writable_bytes_of(stream.hidden())}).value_or(0)
+                     : 0;
+  for (Index i = 0; i < layers; ++i) {
+    const std::optional<LayerMoments> moments =
+        read_layer(layer_file(work, i), model.config(), sequences.length);
+    if (!moments) {
+      // A damaged file: everything is computed again.
+      writer.reset();
+      writer = std::make_unique<CalibrationWriter>(work.output(), header, sequences);
+      stream = Stream(model, sequences);
+      return 0;
+    }
+    writer->add_layer(*moments);
+  }
+  return layers;
+}
+
+void write_store(const Model& model, const Sequences& sequences, const LayerProgress& progress, double every,
+                 DType compute, WorkFolder& work) {
   const ModelConfig& config = model.config();
   CalibrationHeader header;
   header.source_fingerprint = model.checkpoint().fingerprint();
@@ -67,17 +134,66 @@ void calibrate(const Model& model, const Sequences& sequences, const std::filesy
   header.hidden_size = config.hidden_size;
   header.num_hidden_layers = config.num_hidden_layers;
   header.num_attention_heads = config.num_attention_heads;
-  CalibrationWriter writer(output, header, sequences);
+  std::unique_ptr<CalibrationWriter> writer;
   Stream stream(model, sequences);
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+  SaveClock clock(every);
+  // Layers since the last save: without the stream behind them they are of no use to anyone.
+  std::vector<PendingFile> unsaved;
+  bool saves = true;
+  const Index first = begin_store(model, sequences, header, work, writer, stream);
+  for (Index i = first; i < config.num_hidden_layers; ++i) {
     Layer layer = model.layer(i);
     if (compute == DType::bf16) {
       use_bf16_products(layer);
     }
-    writer.add_layer(observe_layer(layer, stream));
+    const LayerMoments moments = observe_layer(layer, stream);
+    writer->add_layer(moments);
     progress(i + 1, config.num_hidden_layers);
+    if (i + 1 == config.num_hidden_layers) {
+      break;
+    }
+    if (!saves) {
+      continue;
+    }
+    try {
+      unsaved.push_back(write_layer(layer_file(work, i), moments));
+      if (clock.due()) {
+        clock.save([&] {
+          for (PendingFile& file : unsaved) {
+            file.commit();
+          }
+          unsaved.clear();
+          write_state(work.file(state_name), i + 1, {bytes_of(stream.hidden())}).commit();
+        });
+        work.record(layers_entry, i + 1);
+      }
+    } catch (const Error& error) {
+      // No room for what only a run that is interrupted needs: the store may still fit.
+      if (error.kind() != ErrorKind::machine) {
+        throw;
+      }
+      unsaved.clear();
+      saves = false;
+    }
   }
-  writer.finish();
+  writer->finish();
+}
+
+}  // namespace
+
+void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
+               const LayerProgress& progress, const SaveOptions& save, const std::function<void()>& resumed,
+               DType compute) {
+  WorkFolder work(output, OutputKind::file, facts_of(model, sequences, compute), save.resume);
+  if (work.resumed() && resumed) {
+    resumed();
+  }
+  work.run([&] {
+    if (!work.complete()) {
+      write_store(model, sequences, progress, save.every, compute, work);
+    }
+    work.commit();
+  });
 }
 
 }  // namespace relatent

@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "convert/model/model.h"
+#include "convert/unfinished.h"
 #include "formats/calibration_store.h"
 #include "formats/npy.h"
 
@@ -16,9 +17,12 @@ using LayerProgress = std::function<void(Index, Index)>;
 // Runs the source over the sequences layer by layer and writes, per layer, E[x xᵀ] and E[x] of the normed
 // attention input, and per query head the distribution of attention mass over distance (mean over queries, so
 // that early queries, which see few keys, count like late ones). Numbers are the same for any thread count.
-// Throws Error as the stores do. compute: f32, or bf16 for projections multiplied in bfloat16 and summed in
-// float32, where has_bf16_products().
+// compute: f32, or bf16 for projections multiplied in bfloat16 and summed in float32, where
+// has_bf16_products(). A file of that name is replaced. Throws Error as the stores and WorkFolder do; on an
+// error nothing is left, except for what --resume can go on from when the machine is to blame. `resumed`,
+// when given, is called when an unfinished run is continued.
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress, DType compute = DType::f32);
+               const LayerProgress& progress, const SaveOptions& save = {},
+               const std::function<void()>& resumed = {}, DType compute = DType::f32);
 
 }  // namespace relatent

@@ -1,0 +1,182 @@
+#include "formats/work_folder.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <new>
+#include <system_error>
+
+#include "formats/error.h"
+#include "formats/files.h"
+
+namespace relatent {
+namespace {
+
+constexpr const char* kJournalName = "journal";
+constexpr std::string_view kComplete = "complete";
+
+[[noreturn]] void fail_machine(const std::filesystem::path& path, const std::string& problem,
+                               int error_number) {
+  throw Error(
+      ErrorKind::machine,
+      to_sentence({.file = path, .problem = problem + ": " + std::generic_category().message(error_number)}));
+}
+
+bool is_there(const std::filesystem::path& path) {
+  struct stat status {};
+  return ::lstat(path.c_str(), &status) == 0;
+}
+
+}  // namespace
+
+WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const Facts& facts, bool resume)
+    : path_(output_name(path)), folder_(path_), kind_(kind) {
+  folder_ += ".partial";
+  // A run that ended between the rename and the removal of its folder is to be tidied up after.
+  const bool may_be_done = resume && is_there(folder_ / kJournalName) && !is_there(output());
+  if (kind_ == OutputKind::new_folder && !may_be_done) {
+    require_absent(path_);
+  }
+  struct stat status {};
+  if (kind_ == OutputKind::file && ::stat(path_.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
+    fail_usage(path_.string() + ": is a folder, and a file is to be written there");
+  }
+  const bool left_over = ::mkdir(folder_.c_str(), 0777) != 0;
+  if (left_over && errno != EEXIST) {
+    fail_machine(folder_, "cannot create the folder", errno);
+  }
+  lock_ = ::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (lock_ < 0) {
+    refuse("is in the way", "delete it and try again");
+  }
+  try {
+    // Filesystems without locks are no reason to stop.
+    if (::flock(lock_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      refuse("another run is writing there", "wait for it, or choose another name");
+    }
+    if (left_over && !resume) {
+      refuse("is left over from an interrupted run", "continue it with --resume, or delete it and try again");
+    }
+    if (is_there(folder_ / kJournalName)) {
+      take_up(facts);
+    } else {
+      if (left_over && !std::filesystem::is_empty(folder_)) {
+        // A run that ended before it had a journal left nothing else than these.
+        for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
+          const std::string name = entry.path().filename().string();
+          if (name != std::string(kJournalName) + ".partial" && name != "output") {
+            refuse("holds " + name + " and no journal, so that it cannot be continued",
+                   "delete it and try again");
+          }
+        }
+      }
+      if (kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 && errno != EEXIST) {
+        fail_machine(output(), "cannot create the folder", errno);
+      }
+      journal_ = std::make_unique<Journal>(Journal::create(folder_ / kJournalName, facts));
+      flush_folder(parent_of(folder_));
+    }
+  } catch (...) {
+    ::close(lock_);
+    if (!left_over && journal_ == nullptr) {
+      std::error_code ignored;
+      std::filesystem::remove_all(folder_, ignored);
+    }
+    throw;
+  }
+}
+
+void WorkFolder::take_up(const Facts& facts) {
+  try {
+    journal_ = std::make_unique<Journal>(Journal::open(folder_ / kJournalName));
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::input) {
+      throw;
+    }
+    fail_usage(std::string(error.what()) + ", so that the run cannot be continued (delete " +
+               folder_.string() + " and try again)");
+  }
+  const std::string differs = difference(journal_->given(), facts);
+  if (!differs.empty()) {
+    refuse("cannot be continued by this command: " + differs,
+           "repeat the command that began it, or delete the folder and try again");
+  }
+  complete_ = journal_->last(kComplete).has_value();
+  if (!complete_ || (is_there(output()) && is_there(path_))) {
+    if (kind_ == OutputKind::new_folder) {
+      require_absent(path_);
+    }
+  }
+  if (!complete_ && kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 &&
+      errno != EEXIST) {
+    fail_machine(output(), "cannot create the folder", errno);
+  }
+  resumed_ = !journal_->entries().empty();
+}
+
+WorkFolder::~WorkFolder() {
+  if (lock_ < 0) {
+    return;
+  }
+  if (!kept_) {
+    std::error_code ignored;
+    std::filesystem::remove_all(folder_, ignored);
+  }
+  ::close(lock_);
+}
+
+void WorkFolder::refuse(const std::string& problem, const std::string& next_step) const {
+  fail_usage(folder_.string() + ": " + problem + " (" + next_step + ")");
+}
+
+void WorkFolder::run(const std::function<void()>& work) {
+  const auto keep = [this](const std::string& sentence) {
+    if (journal_->entries().empty()) {
+      throw Error(ErrorKind::machine, sentence);
+    }
+    kept_ = true;
+    throw Error(ErrorKind::machine,
+                sentence + " (what is done is kept in " + folder_.string() +
+                    "; after making room or mending what is wrong, the same command with --resume "
+                    "continues)");
+  };
+  try {
+    work();
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::machine) {
+      throw;
+    }
+    keep(error.what());
+  } catch (const std::bad_alloc&) {
+    keep("out of memory");
+  } catch (const std::filesystem::filesystem_error& error) {
+    keep(error.what());
+  }
+}
+
+void WorkFolder::commit() {
+  kept_ = true;
+  if (!complete_) {
+    record(kComplete, "");
+    complete_ = true;
+  }
+  if (is_there(output())) {
+    if (kind_ == OutputKind::new_folder) {
+      rename_new_folder(output(), path_);
+    } else {
+      if (::rename(output().c_str(), path_.c_str()) != 0) {
+        fail_machine(path_, "cannot rename the finished file into place", errno);
+      }
+      flush_folder(parent_of(path_));
+    }
+  } else if (!is_there(path_)) {
+    refuse("is finished, but its output is gone", "delete it and try again");
+  }
+  flush_folder(folder_);
+  kept_ = false;  // the destructor removes what is left
+}
+
+}  // namespace relatent
