@@ -42,24 +42,24 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   // MLA keeps its own rotary key.
   if (source.config().gqa) {
     const Index count = source.config().num_hidden_layers;
-    std::vector<Concentration> layers(static_cast<std::size_t>(count));
-    std::vector<double> fold_errors(layers.size());
+    concentrations_.resize(static_cast<std::size_t>(count));
+    std::vector<double> fold_errors(concentrations_.size());
     for_layers(
         0, count, layers_in_flight(closed_form_bytes(source.config())), moments_,
         [&](Index layer_idx, Moments input) {
           const auto at = static_cast<std::size_t>(layer_idx);
-          const Known known = know(source.attention(layer_idx), std::move(input));
-          layers[at] = concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
+          const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
+          concentrations_[at] = concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
           fold_errors[at] = known.fold_error;
         },
         [](Index) {});
     fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
     if (options.plain_list) {
-      PlainList list = allocate_plain(layers, options.rope_dim, options.list_stride);
+      PlainList list = allocate_plain(concentrations_, options.rope_dim, options.list_stride);
       components_ = std::move(list.components);
       list_stride_ = list.stride;
     } else {
-      components_ = allocate_components(layers, options.rope_dim);
+      components_ = allocate_components(concentrations_, options.rope_dim);
     }
   }
   if (sequences.count > 0 && options.uses_tokens()) {
@@ -71,8 +71,10 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
 }
 
-RelatentConversion::Known RelatentConversion::know(const Attention& attention, Moments moments) const {
+RelatentConversion::Known RelatentConversion::know(const Attention& attention, Index layer_idx,
+                                                   Moments moments) const {
   Known out;
+  out.layer_idx = layer_idx;
   out.moments = std::move(moments);
   if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
     if (mla->q_down.out() > 0) {
@@ -104,9 +106,9 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
   return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
 }
 
-RotaryKey RelatentConversion::key_of(const LayerMaps& maps, const Moments& moments) const {
-  const DroppedRotation rotation = dropped(maps, moments);
-  return rotary_key(maps, concentrate(maps, moments, rotation), rotation, components_);
+RotaryKey RelatentConversion::key_of(const Known& known) const {
+  return rotary_key(*known.maps, concentrations_[static_cast<std::size_t>(known.layer_idx)],
+                    dropped(*known.maps, known.moments), components_);
 }
 
 std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
@@ -128,14 +130,10 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
   return out;
 }
 
-AbsorbedAttention RelatentConversion::absorbed_gqa(const LayerMaps& maps, const Moments& moments) const {
-  const RotaryKey key = key_of(maps, moments);
-  return absorb(maps, key, latents_of(maps, moments, key), fitted_partition().parts);
-}
-
 AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const Known& known) const {
   if (known.maps) {
-    return absorbed_gqa(*known.maps, known.moments);
+    const RotaryKey key = key_of(known);
+    return absorb(*known.maps, key, latents_of(*known.maps, known.moments, key), fitted_partition().parts);
   }
   FromMlaOptions options;
   options.partition = fitted_partition();
@@ -150,7 +148,7 @@ LatentAttention RelatentConversion::closed(const Attention& attention, const Kno
   LatentAttention out;
   if (known.maps && fitted_partition().parts == 1) {
     // The same as through the absorbed form, whose queries are as wide as the latent.
-    const RotaryKey key = key_of(*known.maps, known.moments);
+    const RotaryKey key = key_of(known);
     out =
         assemble(*known.maps, known.moments, key, latents_of(*known.maps, known.moments, key), std::nullopt);
   } else {
@@ -212,7 +210,7 @@ LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) co
     throw std::logic_error("RelatentConversion: the layers depend on each other");
   }
   const Attention attention = source_.attention(layer_idx);
-  const Known known = know(attention, std::move(moments));
+  const Known known = know(attention, layer_idx, std::move(moments));
   return options_.order == LatentOrder::shared ? closed(attention, known) : sliced(attention, known);
 }
 
@@ -225,7 +223,8 @@ LatentAttention RelatentConversion::next() {
     return convert(layer_idx, moments_(layer_idx));
   }
   const Layer layer = source_.layer(layer_idx);
-  Known known = know(layer.attention, moments_(layer_idx));
+  Known known = know(layer.attention, layer_idx, moments_(layer_idx));
+  fold_error_ = std::max(fold_error_, known.fold_error);
   LatentAttention out;
   if (options_.order == LatentOrder::shared) {
     out = fitted(layer, std::move(known));

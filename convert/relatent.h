@@ -78,6 +78,7 @@ class RelatentConversion {
  private:
   // What is known of a layer before it is converted.
   struct Known {
+    Index layer_idx = 0;
     Moments moments;
     std::optional<LayerMaps> maps;  // of a GQA source, without biases where the engine has none
     VectorD query_latent;     // [Q + 1], diagonal second moment of a low-rank query's latent; else empty
@@ -87,13 +88,12 @@ class RelatentConversion {
     // Second moment of what the queries act on.
     MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
   };
-  Known know(const Attention& attention, Moments moments) const;
+  Known know(const Attention& attention, Index layer_idx, Moments moments) const;
   // The closed forms, from either kind of source.
   AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
-  AbsorbedAttention absorbed_gqa(const LayerMaps& maps, const Moments& moments) const;
   std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
                                       const RotaryKey& key) const;
-  RotaryKey key_of(const LayerMaps& maps, const Moments& moments) const;
+  RotaryKey key_of(const Known& known) const;
   // What the closed forms make; slices are cut from a single latent.
   Partition fitted_partition() const {
     return options_.order == LatentOrder::shared ? options_.partition : Partition{};
@@ -112,7 +112,8 @@ class RelatentConversion {
   const Model& source_;
   std::function<Moments(Index)> moments_;
   RelatentOptions options_;
-  std::vector<Index> components_;  // rotary components kept per frequency
+  std::vector<Concentration> concentrations_;  // of every layer of a grouped-query source
+  std::vector<Index> components_;              // rotary components kept per frequency
   Index list_stride_ = 1;
   std::unique_ptr<TwinStreams> streams_;
   Index next_ = 0;

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "linalg/layouts.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -13,9 +14,6 @@ namespace {
 
 // Tiles of the sum are the pieces of work: each is summed over the rows in their order by one thread.
 constexpr Index tile = 256;
-
-// Rows as they lie in memory, so that widening them goes along.
-using RowsD = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 }  // namespace
 

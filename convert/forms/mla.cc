@@ -2,6 +2,8 @@
 
 #include <Eigen/Dense>
 
+#include "linalg/layouts.h"
+
 namespace relatent {
 namespace {
 
@@ -61,7 +63,7 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
     out.branches.push_back(std::move(branch));
   }
 
-  out.o.weight = maps.o.cast<float>();
+  out.o.weight = narrowed(maps.o);
   const VectorD o_bias = maps.o_bias + maps.o * shift;
   if (!o_bias.isZero(0)) {
     out.o.bias = o_bias.transpose().cast<float>();

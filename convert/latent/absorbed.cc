@@ -7,6 +7,7 @@
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/partition.h"
 #include "linalg/decompose.h"
+#include "linalg/layouts.h"
 
 namespace relatent {
 namespace {
@@ -234,7 +235,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
   }
   out.q = linear_of(q);
   out.q_mean_square = query_moment.diagonal().head(query_moment.size() - 1).mean();
-  out.o.weight = a.o.cast<float>();
+  out.o.weight = narrowed(a.o);
   if (!a.o_bias.isZero(0)) {
     out.o.bias = a.o_bias.transpose().cast<float>();
   }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linalg/decompose.h"
+#include "linalg/layouts.h"
 #include "linalg/moments.h"
 
 namespace relatent {
@@ -15,8 +16,9 @@ constexpr double fold_ridge = 1e-6;
 }  // namespace
 
 MatrixD map_of(const Linear& linear) {
-  MatrixD out = MatrixD::Zero(linear.weight.rows(), linear.weight.cols() + 1);
-  out.leftCols(linear.weight.cols()) = linear.weight.cast<double>();
+  MatrixD out(linear.weight.rows(), linear.weight.cols() + 1);
+  copy_tiled(linear.weight, out.leftCols(linear.weight.cols()));
+  out.rightCols<1>().setZero();
   if (linear.bias.size() > 0) {
     out.rightCols<1>() = linear.bias.transpose().cast<double>();
   }
@@ -25,7 +27,8 @@ MatrixD map_of(const Linear& linear) {
 
 Linear linear_of(const MatrixD& map) {
   Linear out;
-  out.weight = map.leftCols(map.cols() - 1).cast<float>();
+  out.weight.resize(map.rows(), map.cols() - 1);
+  copy_tiled(map.leftCols(map.cols() - 1), out.weight);
   if (!map.rightCols<1>().isZero(0)) {
     out.bias = map.rightCols<1>().transpose().cast<float>();
   }
@@ -40,7 +43,7 @@ LayerMaps maps_of(const GqaAttention& attention) {
   out.q = map_of(attention.q);
   out.k = map_of(attention.k);
   out.v = map_of(attention.v);
-  out.o = attention.o.weight.cast<double>();
+  out.o = widened(attention.o.weight);
   out.has_q_bias = attention.q.bias.size() > 0;
   out.has_o_bias = attention.o.bias.size() > 0;
   out.o_bias = VectorD::Zero(out.o.rows());
@@ -58,6 +61,9 @@ double fold_biases(const Moments& moments, LayerMaps& maps) {
   const VectorD mean = second.topRightCorner(hidden, 1);
   const VectorD w = ridge_solve(second.topLeftCorner(hidden, hidden), mean, fold_ridge);
   for (MatrixD* map : {&maps.q, &maps.k, &maps.v}) {
+    if (map->rows() == 0) {
+      continue;
+    }
     const VectorD bias = map->rightCols<1>();
     map->leftCols(hidden) += bias * w.transpose();
     map->rightCols<1>().setZero();

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "linalg/decompose.h"
+#include "linalg/layouts.h"
 
 namespace relatent {
 namespace {
@@ -59,7 +60,10 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   const Index half = maps.pairs();
   const Index groups = maps.kv_heads;
   const Index d = maps.head_dim;
-  const MatrixD half_moment = moments.input().after(maps.k);
+  RowsD half_moment(maps.k.rows(), maps.k.cols());
+  copy_tiled(moments.input().after(maps.k), half_moment);
+  RowsD keys(maps.k.rows(), maps.k.cols());
+  copy_tiled(maps.k, keys);
   const VectorD query_energy = moments.input().energies(maps.q);
 
   Concentration out;
@@ -73,13 +77,13 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
     weight = largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest)) : VectorD(VectorD::Ones(groups));
     const VectorD root = weight.cwiseSqrt();
     // Pair f of every group: real parts, then imaginary parts.
-    MatrixD left(2 * groups, maps.k.cols());
-    MatrixD right(2 * groups, maps.k.cols());
+    RowsD left(2 * groups, maps.k.cols());
+    RowsD right(2 * groups, maps.k.cols());
     for (Index g = 0; g < groups; ++g) {
       left.row(g) = half_moment.row(g * d + f);
       left.row(groups + g) = half_moment.row(g * d + f + half);
-      right.row(g) = maps.k.row(g * d + f);
-      right.row(groups + g) = maps.k.row(g * d + f + half);
+      right.row(g) = keys.row(g * d + f);
+      right.row(groups + g) = keys.row(g * d + f + half);
     }
     MatrixD pairs = left * right.transpose();
     pairs = (0.5 * (pairs + pairs.transpose())).eval();

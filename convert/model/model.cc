@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "formats/error.h"
+#include "linalg/layouts.h"
 
 namespace relatent {
 namespace {
@@ -39,7 +40,7 @@ MatrixF Model::matrix(Role role, Index layer_idx, Index part) const {
   const std::string& name = name_of(role, layer_idx, part);
   MatrixF out = checkpoint_.read_matrix(name);
   checkpoint_.release(name);
-  if (!out.allFinite()) {
+  if (!all_finite(out)) {
     fail_input({checkpoint_.file_of(name).path(), name, "holds a value that is not finite", "finite weights",
                 "NaN or infinity", ""});
   }
@@ -58,7 +59,7 @@ RmsNorm Model::norm(Role role, Index layer_idx) const {
   return {vector_or_empty(role, layer_idx), static_cast<float>(config_.rms_norm_eps)};
 }
 
-GqaAttention Model::gqa(Index layer_idx) const {
+GqaAttention Model::scores(Index layer_idx) const {
   GqaAttention out;
   out.heads = config_.num_attention_heads;
   out.kv_heads = config_.gqa->num_key_value_heads;
@@ -67,9 +68,14 @@ GqaAttention Model::gqa(Index layer_idx) const {
   out.scale = 1.0F / std::sqrt(static_cast<float>(out.head_dim));
   out.q = linear(Role::q_weight, Role::q_bias, layer_idx);
   out.k = linear(Role::k_weight, Role::k_bias, layer_idx);
+  out.rotary = config_.rotary;
+  return out;
+}
+
+GqaAttention Model::gqa(Index layer_idx) const {
+  GqaAttention out = scores(layer_idx);
   out.v = linear(Role::v_weight, Role::v_bias, layer_idx);
   out.o = linear(Role::o_weight, Role::o_bias, layer_idx);
-  out.rotary = config_.rotary;
   return out;
 }
 

@@ -42,6 +42,8 @@ class Model {
   // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
   Layer layer(Index layer_idx) const;
   Attention attention(Index layer_idx) const;
+  // Grouped-query attention without values and output, of which it reads nothing.
+  GqaAttention scores(Index layer_idx) const;
   RmsNorm input_norm(Index layer_idx) const { return norm(Role::input_norm, layer_idx); }
   RmsNorm final_norm() const { return norm(Role::final_norm, -1); }
   // Rows of the embedding for these ids: [ids, hidden].

@@ -1,0 +1,54 @@
+// Copies between row-major and column-major matrices in tiles: taken column by column, a large row-major
+// matrix misses the cache at every element.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// float64 as it lies in a row-major matrix.
+using RowsD = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+// target = source, of the same shape, element by element.
+template <typename Source, typename Target>
+void copy_tiled(const Source& source, Target&& target) {
+  constexpr Index tile = 64;
+  using Scalar = typename std::decay_t<Target>::Scalar;
+  for (Index row = 0; row < source.rows(); row += tile) {
+    const Index rows = std::min(tile, source.rows() - row);
+    for (Index col = 0; col < source.cols(); col += tile) {
+      const Index cols = std::min(tile, source.cols() - col);
+      target.block(row, col, rows, cols) = source.block(row, col, rows, cols).template cast<Scalar>();
+    }
+  }
+}
+
+inline MatrixD widened(const MatrixF& m) {
+  MatrixD out(m.rows(), m.cols());
+  copy_tiled(m, out);
+  return out;
+}
+
+inline MatrixF narrowed(const MatrixD& m) {
+  MatrixF out(m.rows(), m.cols());
+  copy_tiled(m, out);
+  return out;
+}
+
+// Whether no value is NaN or infinite.
+inline bool all_finite(const MatrixF& m) {
+  // Exponent bits all set; as whole numbers, which the compiler handles many at a time.
+  unsigned bad = 0;
+  for (Index i = 0; i < m.size(); ++i) {
+    unsigned bits = 0;
+    std::memcpy(&bits, m.data() + i, sizeof bits);
+    bad |= static_cast<unsigned>((bits & 0x7f800000U) == 0x7f800000U);
+  }
+  return bad == 0;
+}
+
+}  // namespace relatent
