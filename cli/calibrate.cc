@@ -30,11 +30,9 @@ int run(const Options& options) {
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   {
     Progress progress("calibrate", options.quiet);
-    calibrate(model, sequences, options.output, std::ref(progress), options.save, [&] {
-      if (!options.quiet) {
-        std::fputs("continuing an unfinished run\n", stderr);
-      }
-    });
+    SaveOptions save = options.save;
+    save.taken_up = say_taken_up(options.quiet);
+    calibrate(model, sequences, options.output, std::ref(progress), save);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;

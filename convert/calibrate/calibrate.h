@@ -18,10 +18,8 @@ using LayerProgress = std::function<void(Index, Index)>;
 // attention input, and per query head the distribution of attention mass over distance (mean over queries, so
 // that early queries, which see few keys, count like late ones). Numbers are the same for any thread count.
 // A file of that name is replaced. Throws Error as the stores and WorkFolder do; on an error nothing is left,
-// except for what --resume can go on from when the machine is to blame. `resumed`, when given, is called when
-// an unfinished run is continued.
+// except for what --resume can go on from when the machine is to blame.
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress, const SaveOptions& save = {},
-               const std::function<void()>& resumed = {});
+               const LayerProgress& progress, const SaveOptions& save = {});
 
 }  // namespace relatent
