@@ -48,12 +48,9 @@ int run(const Options& options) {
   {
     Progress progress("calibrate", options.quiet, "layer",
                       {.tokens = static_cast<double>(sequences.count * sequences.length)});
-    const auto resumed = [&] {
-      if (!options.quiet) {
-        std::fputs("continuing an unfinished run\n", stderr);
-      }
-    };
-    calibrate(model, sequences, options.output, std::ref(progress), options.save, resumed, compute);
+    SaveOptions save = options.save;
+    save.taken_up = say_taken_up(options.quiet);
+    calibrate(model, sequences, options.output, std::ref(progress), save, compute);
   }
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;

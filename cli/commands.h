@@ -20,5 +20,7 @@ void add_verify(CLI::App& app, Command& chosen);
 
 // --resume and --save-every.
 void add_save_options(CLI::App& command, SaveOptions& save);
+// What tells people that an unfinished run is continued; nothing when they want quiet.
+std::function<void()> say_taken_up(bool quiet);
 
 }  // namespace relatent

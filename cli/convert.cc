@@ -181,10 +181,10 @@ void say_trial(const SizeTrial& trial) {
 }
 
 int run(const Options& options) {
-  Conversion conversion(resolve(options), options.quiet ? SizeSearch::Watch{} : say_trial, !options.dry_run);
-  if (conversion.resumed() && !options.quiet) {
-    std::fputs("continuing an unfinished run\n", stderr);
-  }
+  ConvertOptions resolved = resolve(options);
+  resolved.save.taken_up = say_taken_up(options.quiet);
+  Conversion conversion(std::move(resolved), options.quiet ? SizeSearch::Watch{} : say_trial,
+                        !options.dry_run);
   for (const std::string& warning : conversion.plan().warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }

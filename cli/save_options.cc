@@ -1,3 +1,5 @@
+#include <cstdio>
+
 #include "cli/commands.h"
 
 namespace relatent {
@@ -10,6 +12,13 @@ void add_save_options(CLI::App& command, SaveOptions& save) {
                   "Seconds of work that an interruption may cost; 0 = save after every layer")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+}
+
+std::function<void()> say_taken_up(bool quiet) {
+  if (quiet) {
+    return {};
+  }
+  return [] { std::fputs("continuing an unfinished run\n", stderr); };
 }
 
 }  // namespace relatent

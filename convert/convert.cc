@@ -485,6 +485,9 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch, b
 
 void Conversion::claim_output() {
   work_ = std::make_unique<WorkFolder>(options_.output, OutputKind::new_folder, facts_, options_.save.resume);
+  if (work_->resumed() && options_.save.taken_up) {
+    options_.save.taken_up();
+  }
 }
 
 std::vector<SizeTrial> Conversion::recorded_trials() const {

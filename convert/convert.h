@@ -114,8 +114,6 @@ class Conversion {
   const Model& source() const { return source_; }
   const ConvertPlan& plan() const { return plan_; }
   const ConvertOptions& options() const { return options_; }
-  // This goes on with an unfinished run.
-  bool resumed() const { return work_ && work_->resumed(); }
 
   // Converts and writes, once. The output folder appears under its name only when it is complete; on an error
   // nothing is left, except for what --resume can go on from when the machine is to blame. Throws Error:

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <functional>
 #include <string>
 
 #include "formats/checkpoint.h"
@@ -21,6 +22,8 @@ struct SaveOptions {
   // Seconds of work that may be lost, about; 0 = save after every layer. Saving never takes more than a tenth
   // of the time.
   double every = 30;
+  // Called when an unfinished run is taken up, before anything is computed.
+  std::function<void()> taken_up = {};
 };
 
 // The program's version.

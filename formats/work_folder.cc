@@ -52,22 +52,27 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
   if (lock_ < 0) {
     refuse("is in the way", "delete it and try again");
   }
+  bool locked = false;
   try {
     // Filesystems without locks are no reason to stop.
     if (::flock(lock_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
       refuse("another run is writing there", "wait for it, or choose another name");
     }
-    if (left_over && !resume) {
+    locked = true;
+    // As a run leaves it that ended between making the folder and the journal, or while it tidied up.
+    const bool bare = std::filesystem::is_empty(folder_);
+    if (left_over && !resume && !bare) {
       refuse("is left over from an interrupted run", "continue it with --resume, or delete it and try again");
     }
     if (is_there(folder_ / kJournalName)) {
       take_up(facts);
     } else {
-      if (left_over && !std::filesystem::is_empty(folder_)) {
+      if (left_over) {
         // A run that ended before it had a journal left nothing else than these.
         for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
           const std::string name = entry.path().filename().string();
-          if (name != std::string(kJournalName) + ".partial" && name != "output") {
+          if (name != std::string(kJournalName) + ".partial" &&
+              (name != "output" || !std::filesystem::is_empty(entry.path()))) {
             refuse("holds " + name + " and no journal, so that it cannot be continued",
                    "delete it and try again");
           }
@@ -81,7 +86,7 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
     }
   } catch (...) {
     ::close(lock_);
-    if (!left_over && journal_ == nullptr) {
+    if (!left_over && locked) {
       std::error_code ignored;
       std::filesystem::remove_all(folder_, ignored);
     }
@@ -122,7 +127,15 @@ WorkFolder::~WorkFolder() {
     return;
   }
   if (!kept_) {
+    // The journal goes last: with it, a run that ends in the middle of this can be tidied up after.
     std::error_code ignored;
+    std::filesystem::directory_iterator entry(folder_, ignored);
+    for (; !ignored && entry != std::filesystem::directory_iterator(); entry.increment(ignored)) {
+      if (entry->path().filename() != kJournalName) {
+        std::error_code stays;
+        std::filesystem::remove_all(entry->path(), stays);
+      }
+    }
     std::filesystem::remove_all(folder_, ignored);
   }
   ::close(lock_);

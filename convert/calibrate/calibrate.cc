@@ -182,11 +182,10 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
 }  // namespace
 
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress, const SaveOptions& save, const std::function<void()>& resumed,
-               DType compute) {
+               const LayerProgress& progress, const SaveOptions& save, DType compute) {
   WorkFolder work(output, OutputKind::file, facts_of(model, sequences, compute), save.resume);
-  if (work.resumed() && resumed) {
-    resumed();
+  if (work.resumed() && save.taken_up) {
+    save.taken_up();
   }
   work.run([&] {
     if (!work.complete()) {

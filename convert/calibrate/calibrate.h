@@ -19,10 +19,8 @@ using LayerProgress = std::function<void(Index, Index)>;
 // that early queries, which see few keys, count like late ones). Numbers are the same for any thread count.
 // compute: f32, or bf16 for projections multiplied in bfloat16 and summed in float32, where
 // has_bf16_products(). A file of that name is replaced. Throws Error as the stores and WorkFolder do; on an
-// error nothing is left, except for what --resume can go on from when the machine is to blame. `resumed`,
-// when given, is called when an unfinished run is continued.
+// error nothing is left, except for what --resume can go on from when the machine is to blame.
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
-               const LayerProgress& progress, const SaveOptions& save = {},
-               const std::function<void()>& resumed = {}, DType compute = DType::f32);
+               const LayerProgress& progress, const SaveOptions& save = {}, DType compute = DType::f32);
 
 }  // namespace relatent

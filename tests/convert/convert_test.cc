@@ -261,7 +261,7 @@ TEST_F(Convert, PlanIsWhatIsWritten) {
     options.dtype = dtype;
     std::vector<std::pair<Index, Index>> progress;
     fs::remove_all(output());
-    const Conversion conversion(options);
+    Conversion conversion(options);
     const ConvertPlan& plan = conversion.plan();
     EXPECT_FALSE(fs::exists(output()));
     EXPECT_EQ(plan.dtype, dtype.value_or(DType::bf16));
@@ -810,6 +810,99 @@ TEST_F(Convert, ExistingOutputIsNeverTouched) {
   expect_error(ErrorKind::usage, {output().string()}, [&] { Conversion(options).run(ignore); });
   EXPECT_EQ(contents(output()).size(), 1U);
   EXPECT_FALSE(fs::exists(output().string() + ".partial"));
+}
+
+// Stops when so many layers are converted, as a machine does.
+LayerProgress failing_at(Index layers) {
+  return [layers](Index done, Index) {
+    if (done == layers) {
+      throw Error(ErrorKind::machine, "disk full");
+    }
+  };
+}
+
+TEST_F(Convert, GoesOnAfterAnInterruption) {
+  struct Sample {
+    Method method;
+    const char* form;
+    bool search;
+  };
+  for (const Sample& sample :
+       {Sample{Method::lossless, "mla", false}, Sample{Method::transmla, "mla", false},
+        Sample{Method::weights_only, "mla", false}, Sample{Method::relatent, "mla", false},
+        Sample{Method::relatent, "gla", true}}) {
+    SCOPED_TRACE(std::string(method_name(sample.method)) + " " + sample.form);
+    ConvertOptions options = write({.layers = 4, .q_bias = true});
+    if (sample.method != Method::lossless && !sample.search) {
+      options.rank = 10;
+      options.rope_dim = 8;
+    }
+    options.form = sample.form;
+    if (sample.search) {
+      options.branches = 2;
+      options.per_device = 12;
+    }
+    options.method = sample.method;
+    if (sample.method == Method::relatent || sample.method == Method::transmla) {
+      options.calibration = calibrated();
+    }
+    options.dtype = DType::bf16;
+    options.max_shard_bytes = 20000;
+    const ThreadCount one(1);
+    run(options);
+    const auto expected = contents(output());
+    fs::remove_all(output());
+
+    options.save.every = 0;
+    for (Index layers = 1; layers <= 4; ++layers) {
+      options.save.resume = false;
+      expect_error(ErrorKind::machine, {"disk full", "--resume"},
+                   [&] { Conversion(options, {}, layers % 2 == 0).run(failing_at(layers)); });
+      EXPECT_FALSE(fs::exists(output()));
+      expect_error(ErrorKind::usage, {"--resume", "output.partial"},
+                   [&] { Conversion(options).run(ignore); });
+      options.save.resume = true;
+      ConvertOptions other = options;
+      other.max_shard_bytes = 40000;
+      expect_error(ErrorKind::usage, {"--max-shard-size was 20000 and is 40000 now"},
+                   [&] { Conversion(other).run(ignore); });
+      std::vector<Index> converted;
+      std::vector<SizeTrial> tried;
+      bool resumed = false;
+      options.save.taken_up = [&] { resumed = true; };
+      Conversion conversion(
+          options, [&](const SizeTrial& trial) { tried.push_back(trial); }, true);
+      EXPECT_TRUE(resumed);
+      options.save.taken_up = {};
+      const ConvertReport report = conversion.run([&](Index done, Index) { converted.push_back(done); });
+      // What was saved is not done again: the layer at which it stopped was not, and none after it.
+      EXPECT_EQ(converted.front(), layers);
+      EXPECT_EQ(converted.back(), 4);
+      if (sample.search && layers % 2 == 0) {
+        EXPECT_TRUE(tried.empty());
+        EXPECT_FALSE(conversion.plan().trials.empty());
+      }
+      EXPECT_TRUE(contents(output()) == expected);
+      EXPECT_FALSE(fs::exists(output().string() + ".partial"));
+      EXPECT_GT(report.bytes_written, 0U);
+      fs::remove_all(output());
+    }
+  }
+}
+
+TEST_F(Convert, StartsAnewWhereShardsAreNotWhatTheJournalSays) {
+  ConvertOptions options = small(write({.layers = 3}), Method::weights_only);
+  run(options);
+  const auto expected = contents(output());
+  fs::remove_all(output());
+  options.save.every = 0;
+  EXPECT_THROW(Conversion(options).run(failing_at(2)), Error);
+  fs::remove(output().string() + ".partial/output/model.safetensors.partial");
+  options.save.resume = true;
+  // Twice, so that the second run does not believe what the first journal said either.
+  EXPECT_THROW(Conversion(options).run(failing_at(1)), Error);
+  Conversion(options).run(ignore);
+  EXPECT_TRUE(contents(output()) == expected);
 }
 
 TEST_F(Convert, CalibrationOfAnotherModelIsRefused) {

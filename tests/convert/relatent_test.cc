@@ -10,6 +10,7 @@
 
 #include "convert/model/forward.h"
 #include "tests/support/samples.h"
+#include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"
 
 namespace relatent {
@@ -94,6 +95,28 @@ TEST_F(Relatent, WithEverythingKeptLosesNothing) {
     layers.push_back(blind.next());
   }
   EXPECT_LE(compared(layers, others_).rel_logit_error, kFloatNoise);
+}
+
+TEST_F(Relatent, GoesOnWhereAnotherStopped) {
+  const testing_support::TempFolder folder;
+  for (const Sequences& sequences : {none_, few_}) {
+    const std::vector<LatentAttention> whole = converted(sizes(96, 32), sequences);
+    RelatentConversion first = conversion(sizes(96, 32), sequences);
+    EXPECT_EQ(first.has_streams(), sequences.count > 0);
+    first.next();
+    first.next();
+    first.save(folder / "streams");
+    RelatentConversion second = conversion(sizes(96, 32), sequences);
+    EXPECT_EQ(second.resume(folder / "nothing", 2), sequences.count > 0 ? 0 : 2);
+    EXPECT_EQ(second.resume(folder / "streams", 2), 2);
+    for (std::size_t i = 2; i < 4; ++i) {
+      const LatentAttention layer = second.next();
+      EXPECT_TRUE(layer.q.weight == whole[i].q.weight);
+      EXPECT_TRUE(layer.o.weight == whole[i].o.weight);
+      EXPECT_TRUE(layer.branches[0].down.weight == whole[i].branches[0].down.weight);
+      EXPECT_EQ(layer.rotary.inv_freq, whole[0].rotary.inv_freq);
+    }
+  }
 }
 
 // The values alone need no more than half of the latent. The fits find nothing to do, on any tokens.

@@ -46,6 +46,19 @@ class Tune : public testing::Test {
   std::vector<SizeTrial> heard_;
 };
 
+TEST_F(Tune, KnownTrialsAreNotRepeated) {
+  SizeSearch first = search(quick(), tokens(6));
+  const SizeTrial chosen = first.rotary_for(128);
+  heard_.clear();
+  SizeSearch second = search(quick(), tokens(6));
+  second.know({first.trials()[0], first.trials()[2]});
+  EXPECT_EQ(second.rotary_for(128).rope_dim, chosen.rope_dim);
+  ASSERT_EQ(heard_.size(), 1U);
+  EXPECT_EQ(heard_[0].nats, first.trials()[1].nats);
+  ASSERT_EQ(second.trials().size(), 3U);
+  EXPECT_EQ(second.trials()[2].nats, first.trials()[2].nats);
+}
+
 TEST_F(Tune, RotaryIsTheBestOfThoseTried) {
   SizeSearch running = search(quick(), tokens(6));
   const SizeTrial chosen = running.rotary_for(128);

@@ -315,6 +315,54 @@ TEST(CheckpointWriter, NamesShardsAndWritesTheIndex) {
 )");
 }
 
+TEST(CheckpointWriter, GoesOnWhereAnotherStopped) {
+  const TempFolder folder;
+  const Source source = random_source(6);
+  write_checkpoint(folder / "a", source, 70);
+  for (const bool finishing : {false, true}) {
+    fs::remove_all(folder / "b");
+    fs::create_directory(folder / "b");
+    {
+      CheckpointWriter writer(folder / "b", source.specs, 70);
+      writer.write_floats(source.specs[0].name, source.values[0]);
+      writer.write_floats(source.specs[2].name, source.values[2]);
+      writer.flush();
+    }
+    if (finishing) {
+      // Stopped between the first shard and the next.
+      const fs::path shard = folder / "b/model-00001-of-00003.safetensors";
+      fs::rename(shard.string() + ".partial", shard);
+    }
+    const auto writer = CheckpointWriter::reopen(folder / "b", source.specs, 70);
+    ASSERT_NE(writer, nullptr);
+    for (std::size_t i = 0; i < source.specs.size(); ++i) {
+      if (i == 0 || i == 2) {
+        writer->mark_written(source.specs[i].name);
+      } else {
+        writer->write_floats(source.specs[i].name, source.values[i]);
+      }
+    }
+    EXPECT_THROW(writer->mark_written(source.specs[0].name), std::invalid_argument);
+    writer->finish();
+    for (const auto& entry : fs::directory_iterator(folder / "b")) {
+      EXPECT_EQ(read_bytes(entry.path()), read_bytes(folder / "a" / entry.path().filename().string()));
+    }
+    EXPECT_TRUE(fs::exists(folder / "b/model.safetensors.index.json"));
+  }
+}
+
+TEST(CheckpointWriter, DoesNotGoOnWithOtherShards) {
+  const TempFolder folder;
+  const Source source = random_source(6);
+  fs::create_directory(folder / "b");
+  EXPECT_EQ(CheckpointWriter::reopen(folder / "b", source.specs, 70), nullptr);
+  CheckpointWriter(folder / "b", source.specs, 70).flush();
+  EXPECT_EQ(CheckpointWriter::reopen(folder / "b", source.specs, 120), nullptr);
+  const fs::path shard = folder / "b/model-00002-of-00003.safetensors.partial";
+  fs::resize_file(shard, fs::file_size(shard) - 1);
+  EXPECT_EQ(CheckpointWriter::reopen(folder / "b", source.specs, 70), nullptr);
+}
+
 TEST(CheckpointWriter, CopiesTensorsUndecoded) {
   const TempFolder folder;
   const Source source = random_source(4);

@@ -226,6 +226,41 @@ TEST(WriteText, WritesAndReplaces) {
   EXPECT_EQ(entries(folder.path()), 2U);
 }
 
+TEST(PendingFile, MayOutliveItsObject) {
+  const TempFolder folder;
+  const fs::path path = folder / "out";
+  expect_error(ErrorKind::input, {"out.partial", "cannot open"}, [&] { PendingFile::reopen(path); });
+  {
+    PendingFile file(path);
+    file.write_at(0, bytes_of("abcdef"));
+    file.flush();
+    file.keep();
+  }
+  EXPECT_FALSE(fs::exists(path));
+  {
+    PendingFile file = PendingFile::reopen(path);
+    file.write_at(3, bytes_of("xyz"));
+    file.commit();
+    EXPECT_THROW(file.flush(), std::logic_error);
+  }
+  EXPECT_EQ(read_bytes(path), "abcxyz");
+  EXPECT_EQ(entries(folder.path()), 1U);
+}
+
+TEST(PendingFile, CopiesWhereverBlocksLie) {
+  const TempFolder folder;
+  const std::string bytes = random_bytes(50'000, 9);
+  folder.write("a", bytes);
+  for (const std::uint64_t to : {0U, 100U, 4096U, 4196U, 8192U + 5000U}) {
+    for (const std::uint64_t from : {0U, 100U, 4096U, 5000U}) {
+      PendingFile file(folder / "b");
+      file.copy_at(to, folder / "a", from, 40'000);
+      file.commit();
+      EXPECT_EQ(read_bytes(folder / "b").substr(to), bytes.substr(from, 40'000)) << to << " " << from;
+    }
+  }
+}
+
 TEST(CopyWholeFile, CopiesAndReplaces) {
   const TempFolder folder;
   const std::string bytes = random_bytes(100'003, 4);

@@ -97,6 +97,52 @@ TEST(Calibrate, BytesDoNotDependOnTheThreads) {
   EXPECT_TRUE(run(3) == one);
 }
 
+TEST(Calibrate, GoesOnAfterAnInterruption) {
+  const TempFolder folder;
+  tiny_model({.layers = 4}).write(folder / "model");
+  const Model model = Model::open(folder / "model");
+  const Sequences sequences = random_sequences(3, 5, 20, 50);
+  calibrate(model, sequences, folder / "whole.h5", ignore);
+  const std::string expected = read_bytes(folder / "whole.h5");
+  const std::filesystem::path out = folder / "moments.h5";
+  const std::filesystem::path work = folder / "moments.h5.partial";
+  for (Index layers = 2; layers <= 4; ++layers) {
+    for (const bool damage : {false, true}) {
+      const auto stop = [&] {
+        calibrate(model, sequences, out,
+                  [&](Index done, Index) {
+                    if (done == layers) {
+                      throw Error(ErrorKind::machine, "disk full");
+                    }
+                  },
+                  {.resume = false, .every = 0});
+      };
+      expect_error(ErrorKind::machine, {"disk full", "moments.h5.partial", "--resume"}, stop);
+      EXPECT_FALSE(std::filesystem::exists(out));
+      expect_error(ErrorKind::usage, {"moments.h5.partial", "--resume"}, stop);
+      const Sequences other = random_sequences(4, 5, 20, 50);
+      expect_error(ErrorKind::usage, {"checksum of the tokens"},
+                   [&] { calibrate(model, other, out, ignore, {.resume = true}); });
+      if (damage) {
+        std::filesystem::resize_file(work / "layer-0", 100);
+      }
+      Index first = 0;
+      bool resumed = false;
+      calibrate(model, sequences, out, [&](Index done, Index) { first = first == 0 ? done : first; },
+                {.resume = true, .taken_up = [&] { resumed = true; }});
+      EXPECT_TRUE(resumed);
+      EXPECT_EQ(first, damage ? 1 : layers);
+      EXPECT_TRUE(read_bytes(out) == expected);
+      EXPECT_FALSE(std::filesystem::exists(work));
+      std::filesystem::remove(out);
+    }
+  }
+  // Nothing to go on from, and a file that is replaced.
+  folder.write("moments.h5", "old");
+  calibrate(model, sequences, out, ignore, {.resume = true});
+  EXPECT_TRUE(read_bytes(out) == expected);
+}
+
 TEST(Calibrate, TakesALatentModel) {
   const TempFolder folder;
   testing_support::tiny_latent_model().write(folder / "model");
