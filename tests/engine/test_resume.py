@@ -56,7 +56,9 @@ def makes(source: Path, calibration: Path) -> dict[str, Make]:
     return {
         "calibrate": calibrate(source),
         "weights-only": convert(
-            source, "--method", "weights-only", "--rope-dim", 32, "--rank", 96, "--max-shard-size", 2000000
+            source,
+            *("--method", "weights-only", "--rope-dim", 32, "--rank", 96),
+            *("--max-shard-size", 2_000_000),
         ),
         "mla": fitted(source, calibration, "--method", "relatent", "--rope-dim", 32, "--rank", 96),
         "tpla": fitted(source, calibration, "--to", "tpla", "--branches", 2, "--per-device", 48),
