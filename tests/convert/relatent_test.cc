@@ -102,7 +102,7 @@ TEST_F(Relatent, GoesOnWhereAnotherStopped) {
   for (const Sequences& sequences : {none_, few_}) {
     const std::vector<LatentAttention> whole = converted(sizes(96, 32), sequences);
     RelatentConversion first = conversion(sizes(96, 32), sequences);
-    EXPECT_EQ(first.has_streams(), sequences.count > 0);
+    EXPECT_EQ(first.independent(), sequences.count == 0);
     first.next();
     first.next();
     first.save(folder / "streams");
