@@ -465,6 +465,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   writing.add_number(file, "hidden_size", header.hidden_size);
   writing.add_number(file, "num_hidden_layers", header.num_hidden_layers);
   writing.add_number(file, "num_attention_heads", header.num_attention_heads);
+  writing.add_text(file, "compute", header.compute);
 
   const Handle tokens = writing.add_dataset(file, "tokens", tokens_shape(sequences.count, sequences.length),
                                             {"sequence", "position"}, "token id");
@@ -587,6 +588,7 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   header.hidden_size = reading.number(file, "hidden_size", 1);
   header.num_hidden_layers = reading.number(file, "num_hidden_layers", 1);
   header.num_attention_heads = reading.number(file, "num_attention_heads", 1);
+  header.compute = reading.text(file, "compute");
 
   const std::vector<std::int64_t> tokens =
       reading.dimensions(reading.dataset(file, "tokens", "/tokens"), "dataset /tokens");

@@ -3,7 +3,8 @@
 //   /                    attributes: format "relatent-calibration", format_version 1, creator (program and
 //   version),
 //                        source_fingerprint, source_config (the JSON text), model_type, hidden_size,
-//                        num_hidden_layers, num_attention_heads
+//                        num_hidden_layers, num_attention_heads, compute (what projections were
+//                        multiplied in: "float32" or "bfloat16")
 //   /tokens              int32 [sequences, length]; attributes: dimensions ["sequence", "position"], unit
 //   "token id" /layers/00000/second_moment     float64 [hidden, hidden], E[x xᵀ] of the normed attention
 //   input x;
@@ -45,6 +46,7 @@ struct CalibrationHeader {
   std::int64_t hidden_size = 0;
   std::int64_t num_hidden_layers = 0;
   std::int64_t num_attention_heads = 0;
+  std::string compute = "float32";
 };
 
 // Writes a store layer by layer; the file appears under its name only by finish(). Bytes are a function of

@@ -134,6 +134,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   header.hidden_size = config.hidden_size;
   header.num_hidden_layers = config.num_hidden_layers;
   header.num_attention_heads = config.num_attention_heads;
+  header.compute = torch_name(compute);
   std::unique_ptr<CalibrationWriter> writer;
   Stream stream(model, sequences);
   SaveClock clock(every);

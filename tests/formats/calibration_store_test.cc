@@ -44,7 +44,8 @@ CalibrationHeader header_of(std::int64_t hidden, std::int64_t layers) {
           .model_type = "llama",
           .hidden_size = hidden,
           .num_hidden_layers = layers,
-          .num_attention_heads = kHeads};
+          .num_attention_heads = kHeads,
+          .compute = "bfloat16"};
 }
 
 Sequences some_sequences() {
@@ -102,6 +103,7 @@ TEST(CalibrationStore, RoundTrips) {
     EXPECT_EQ(file.header().hidden_size, hidden);
     EXPECT_EQ(file.header().num_hidden_layers, layers);
     EXPECT_EQ(file.header().num_attention_heads, kHeads);
+    EXPECT_EQ(file.header().compute, "bfloat16");
     const Sequences sequences = file.sequences();
     EXPECT_EQ(sequences.count, 3);
     EXPECT_EQ(sequences.length, kLength);
@@ -142,8 +144,9 @@ TEST(CalibrationStore, LayoutIsAsDocumented) {
   write_store(folder / "c.h5", 5, 2);
   const hid_t file = H5Fopen((folder / "c.h5").c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
   ASSERT_GE(file, 0);
-  for (const char* name : {"format", "format_version", "creator", "source_fingerprint", "source_config",
-                           "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"}) {
+  for (const char* name :
+       {"format", "format_version", "creator", "source_fingerprint", "source_config", "model_type",
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "compute"}) {
     EXPECT_GT(H5Aexists(file, name), 0) << name;
   }
   for (const char* name :

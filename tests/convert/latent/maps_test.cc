@@ -139,5 +139,23 @@ TEST(Maps, BiasesFoldIntoWeights) {
   }
 }
 
+TEST(MomentRef, ADiagonalGivesWhatItsMatrixGives) {
+  std::srand(5);
+  const MatrixD map = MatrixD::Random(9, 14);
+  const VectorD diagonal = VectorD::Random(14).cwiseAbs();
+  const MatrixD matrix = diagonal.asDiagonal();
+  const MomentRef one(diagonal);
+  const MomentRef other(matrix);
+  EXPECT_EQ(one.size(), other.size());
+  EXPECT_LE(relative_error(one.after(map), other.after(map)), 16 * kEpsilon);
+  EXPECT_LE(relative_error(one.energies(map), other.energies(map)), 16 * kEpsilon);
+  EXPECT_TRUE(one.last_column() == other.last_column());
+  EXPECT_TRUE(one.diagonal() == other.diagonal());
+  EXPECT_TRUE(one.matrix() == other.matrix());
+  const MatrixD second = second_moment(map, one);
+  EXPECT_LE(relative_error(second, second_moment(map, other)), 16 * kEpsilon);
+  EXPECT_TRUE(second == second.transpose());
+}
+
 }  // namespace
 }  // namespace relatent
