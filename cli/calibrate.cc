@@ -1,6 +1,7 @@
 #include "convert/calibrate/calibrate.h"
 
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -55,9 +56,14 @@ int run(const Options& options) {
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::int64_t tokens = sequences.count * sequences.length;
   if (options.json) {
-    const nlohmann::ordered_json out = {{"tokens", tokens},           {"sequences", sequences.count},
-                                        {"length", sequences.length}, {"compute", torch_name(compute)},
-                                        {"seconds", seconds},         {"peak_rss_bytes", peak_rss_bytes()}};
+    nlohmann::ordered_json out = {{"tokens", tokens},
+                                  {"sequences", sequences.count},
+                                  {"length", sequences.length},
+                                  {"compute", torch_name(compute)},
+                                  {"seconds", seconds},
+                                  {"bytes_read", model.checkpoint().tensor_bytes()},
+                                  {"bytes_written", std::filesystem::file_size(options.output)}};
+    add_cost(out);
     std::puts(out.dump().c_str());
   }
   if (!options.quiet) {

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 
 #include "convert/unfinished.h"
 
@@ -20,6 +21,8 @@ void add_verify(CLI::App& app, Command& chosen);
 
 // --resume and --save-every.
 void add_save_options(CLI::App& command, SaveOptions& save);
+// What a run cost, at its end: peak_rss_bytes and stages, longest first (linalg/stages.h).
+void add_cost(nlohmann::ordered_json& out);
 // What tells people that an unfinished run is continued; nothing when they want quiet.
 std::function<void()> say_taken_up(bool quiet);
 

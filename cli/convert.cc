@@ -203,13 +203,9 @@ int run(const Options& options) {
     report = conversion.run(std::ref(progress));
   }
   if (options.json) {
-    Json out = {{"kv_rank", report.kv_rank},
-                {"rope_dim", report.rope_dim},
-                {"branches", report.branches},
-                {"seconds", report.seconds},
-                {"peak_rss_bytes", peak_rss_bytes()},
-                {"bytes_read", report.bytes_read},
-                {"bytes_written", report.bytes_written}};
+    Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
+                {"branches", report.branches},     {"seconds", report.seconds},
+                {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
     out["bias_fold_error"] = report.fold_error;
     out["warnings"] = conversion.plan().warnings;
     out["trials"] = Json::array();
@@ -222,6 +218,7 @@ int run(const Options& options) {
     if (report.fold) {
       out["fold"] = *report.fold;
     }
+    add_cost(out);
     std::puts(out.dump().c_str());
   }
   if (report.fold_error > 0) {

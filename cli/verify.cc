@@ -88,6 +88,7 @@ int run(const Options& options) {
     if (devices) {
       out["devices"] = to_json(*devices);
     }
+    add_cost(out);
     std::puts(out.dump().c_str());
   }
   if (!options.json || !options.quiet) {

@@ -7,6 +7,7 @@
 #include "convert/latent/refit.h"
 #include "formats/state_file.h"
 #include "linalg/moments.h"
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -69,6 +70,7 @@ MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool 
 
 AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine,
                                               bool query_affine) {
+  const Stage stage("sample");
   const RotaryTable table(rotary_of(source.attention), source_.length());
   const Index hidden = source_.hidden().cols();
   const Index length = source_.length();
@@ -153,6 +155,7 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
 }
 
 void TwinStreams::follow_source(const Layer& source) {
+  const Stage stage("sample");
   const RotaryTable table(rotary_of(source.attention), source_.length());
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
     auto hidden = source_.sequence(static_cast<Index>(i));
@@ -163,6 +166,7 @@ void TwinStreams::follow_source(const Layer& source) {
 
 void TwinStreams::finish_attention(const Layer& source, LatentAttention& converted, bool refit,
                                    double ridge) {
+  const Stage stage("refit");
   const RotaryTable table(converted.rotary, source_.length());
   const Index length = source_.length();
   const Index hidden = source_.hidden().cols();

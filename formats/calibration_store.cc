@@ -15,6 +15,7 @@
 
 #include "formats/error.h"
 #include "formats/files.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -478,6 +479,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
 CalibrationWriter::~CalibrationWriter() = default;
 
 void CalibrationWriter::add_layer(const LayerMoments& moments) {
+  const Stage stage("write");
   const CalibrationHeader& header = impl_->header;
   if (!impl_->file.valid() || impl_->next_layer == header.num_hidden_layers) {
     throw std::logic_error("calibration store: a layer more than the header says");

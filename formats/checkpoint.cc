@@ -11,6 +11,7 @@
 #include "formats/error.h"
 #include "formats/hash.h"
 #include "formats/json_text.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -324,6 +325,7 @@ std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path
 }
 
 void CheckpointWriter::flush() {
+  const Stage stage("flush");
   for (const std::unique_ptr<SafetensorsWriter>& writer : writers_) {
     writer->flush();
   }
@@ -344,11 +346,13 @@ void CheckpointWriter::write(const std::string& name, std::span<const std::byte>
 
 void CheckpointWriter::copy(const std::string& name, const Checkpoint& source,
                             const std::string& source_name) {
+  const Stage stage("copy");
   const std::string& from = source_name.empty() ? name : source_name;
   writer_of(name).copy(name, source.file_of(from), source.info(from));
 }
 
 void CheckpointWriter::write_floats(const std::string& name, std::span<const float> values) {
+  const Stage stage("write");
   SafetensorsWriter& writer = writer_of(name);
   const TensorSpec& spec = specs_.at(name);
   const std::filesystem::path file = folder_ / file_names_[shard_of_.at(name)];
@@ -380,6 +384,7 @@ void CheckpointWriter::write_floats(const std::string& name, std::span<const flo
 }
 
 void CheckpointWriter::finish() {
+  const Stage stage("flush");
   for (const std::unique_ptr<SafetensorsWriter>& writer : writers_) {
     writer->finish();
   }

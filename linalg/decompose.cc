@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "linalg/stages.h"
+
 namespace relatent {
 namespace {
 
@@ -103,6 +105,7 @@ Eigenpairs<Matrix> leading_eigenpairs(const Matrix& a, std::optional<Index> want
 }  // namespace
 
 Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, std::optional<Index> k) {
+  const Stage stage("eigenproblems");
   return leading_eigenpairs(
       a, k, "dsyevr",
       [](char range, lapack_int n, MatrixD& work, lapack_int first, lapack_int last, lapack_int& found,
@@ -113,6 +116,7 @@ Eigenpairs<MatrixD> symmetric_eigenpairs(const MatrixD& a, std::optional<Index> 
 }
 
 Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, std::optional<Index> k) {
+  const Stage stage("eigenproblems");
   return leading_eigenpairs(
       a, k, "zheevr",
       [](char range, lapack_int n, MatrixC& work, lapack_int first, lapack_int last, lapack_int& found,
@@ -141,6 +145,7 @@ SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
 }
 
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
+  const Stage stage("solves");
   check_input(a, "dposv");
   if (b.rows() != a.rows()) {
     throw std::invalid_argument("ridge_solve: " + std::to_string(a.rows()) + " equations but " +
@@ -163,6 +168,7 @@ MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
 }
 
 ThinQr thin_qr(const MatrixD& a) {
+  const Stage stage("solves");
   const Index n = a.rows();
   const Index m = a.cols();
   if (n < m) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "linalg/layouts.h"
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -18,6 +19,7 @@ constexpr Index tile = 256;
 }  // namespace
 
 void add_second_moment(const MatrixF& x, MatrixD& sum) {
+  const Stage stage("moments");
   const Index size = x.cols();
   if (sum.rows() != size || sum.cols() != size) {
     throw std::invalid_argument("add_second_moment: the sum is not square of the size of a row");

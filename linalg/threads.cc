@@ -4,8 +4,11 @@
 #include <atomic>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
+
+#include "linalg/stages.h"
 
 // OpenBLAS keeps a thread pool of its own; one thread per call keeps results independent of our thread count.
 // Another BLAS may not have the switch, hence the weak declaration.
@@ -86,7 +89,13 @@ void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& bo
   std::vector<std::thread> threads;
   threads.reserve(workers - 1);
   for (std::size_t i = 1; i < workers; ++i) {
-    threads.emplace_back(work);
+    threads.emplace_back([&work, name = Stage::current()] {
+      std::optional<Stage> stage;
+      if (name != nullptr) {
+        stage.emplace(name);
+      }
+      work();
+    });
   }
   work();
   for (std::thread& thread : threads) {

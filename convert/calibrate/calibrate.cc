@@ -13,6 +13,7 @@
 #include "formats/state_file.h"
 #include "formats/work_folder.h"
 #include "linalg/moments.h"
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -23,6 +24,7 @@ namespace {
 constexpr Index batch_tokens = 8192;
 
 LayerMoments observe_layer(const Layer& layer, Stream& stream) {
+  const Stage stage("observe");
   const RotaryTable table(rotary_of(layer.attention), stream.length());
   const Index heads = std::visit([](const auto& kind) { return kind.heads; }, layer.attention);
   const Index hidden = stream.hidden().cols();

@@ -3,6 +3,7 @@
 #include <Eigen/Dense>
 
 #include "linalg/layouts.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -16,6 +17,7 @@ double mean_square(const MatrixD& map, const Moments& moments) {
 
 LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
                          const std::vector<JointLatent>& latents, const std::optional<LowRankQuery>& query) {
+  const Stage stage("assemble");
   const Index d = maps.head_dim;
   const Index n = key.nope_dim();
   const Index p = key.rope_dim();

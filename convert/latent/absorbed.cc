@@ -8,6 +8,7 @@
 #include "convert/latent/partition.h"
 #include "linalg/decompose.h"
 #include "linalg/layouts.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -108,6 +109,7 @@ MatrixD AbsorbedAttention::key_latent_of(const LatentGroup& group, const LatentP
 
 AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std::vector<JointLatent>& latents,
                          Index parts) {
+  const Stage stage("assemble");
   const Index d = maps.head_dim;
   const Index p = key.rope_dim();
   Index r = 0;
@@ -158,6 +160,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
 }
 
 void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, MomentRef query_moment) {
+  const Stage stage("limit query rank");
   for (const LatentGroup& group : attention.groups) {
     if (content_rows(group) <= attention.nope_dim) {
       continue;
@@ -176,6 +179,7 @@ void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, Mo
 
 LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_moment,
                                     MomentRef query_moment) {
+  const Stage stage("assemble");
   const Index n = a.nope_dim;
   const Index p = a.rope_dim();
   const Index w = a.v_dim();

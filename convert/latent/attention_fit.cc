@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linalg/decompose.h"
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -712,6 +713,7 @@ void keep_weights(AttentionSample& sample, std::size_t bytes) {
 }
 
 void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample) {
+  const Stage stage("value spread");
   const Index heads = source_heads(sample);
   const Index d = o.cols() / heads;
   std::vector<MatrixF> roots;
@@ -753,6 +755,7 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
 
 ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
                        AbsorbedAttention& attention) {
+  const Stage stage("fit queries");
   const Turns turns(attention.rotary, sample);
   const double ridge = options.query_ridge * scarcity(sample) * mean_square(sample.query_moment);
   const Side inputs = regularised(sample.query_moment, ridge);
@@ -794,6 +797,7 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
 }
 
 void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention) {
+  const Stage stage("fit keys");
   const Turns turns(attention.rotary, sample);
   const double ridge = options.key_ridge * scarcity(sample) * mean_square(sample.input_moment);
   const Side inputs = regularised(sample.input_moment, ridge);

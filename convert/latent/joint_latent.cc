@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "linalg/decompose.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -77,6 +78,7 @@ void normalise(Metric& metric, const MatrixD& covariance, const MatrixD& whole, 
 
 JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
                          const JointLatentOptions& options) {
+  const Stage stage("latent");
   const Index d = maps.head_dim;
   const Index hidden = maps.q.cols() - 1;
   const Index first_head = options.first_head;

@@ -6,6 +6,7 @@
 #include "linalg/decompose.h"
 #include "linalg/layouts.h"
 #include "linalg/moments.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -36,6 +37,7 @@ Linear linear_of(const MatrixD& map) {
 }
 
 LayerMaps maps_of(const GqaAttention& attention) {
+  const Stage stage("widen");
   LayerMaps out;
   out.heads = attention.heads;
   out.kv_heads = attention.kv_heads;

@@ -7,6 +7,7 @@
 
 #include "linalg/decompose.h"
 #include "linalg/layouts.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -57,6 +58,7 @@ DroppedRotation unit_rotation(const LayerMaps& maps, const Moments& moments) {
 }
 
 Concentration concentrate(const LayerMaps& maps, const Moments& moments, const DroppedRotation& dropped) {
+  const Stage stage("rotary components");
   const Index half = maps.pairs();
   const Index groups = maps.kv_heads;
   const Index d = maps.head_dim;
@@ -167,6 +169,7 @@ PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_di
 
 RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
                      const DroppedRotation& dropped, const std::vector<Index>& components) {
+  const Stage stage("rotary components");
   const Index d = maps.head_dim;
   const Index half = maps.pairs();
   Index pairs = 0;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "linalg/stages.h"
+
 namespace relatent {
 namespace {
 
@@ -69,6 +71,7 @@ void Linear::pack() {
 }
 
 MatrixF Linear::operator()(const MatrixF& x) const {
+  const Stage stage("products");
   MatrixF y;
   if (packed) {
     y = (*packed)(x);
@@ -114,6 +117,7 @@ GqaProjections project(const GqaAttention& attention, const MatrixF& x, const Ro
 }
 
 MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections, DistanceMass* mass) {
+  const Stage stage("attention");
   const Index d = attention.head_dim;
   const auto& [q, k, v] = projections;
   MatrixF out = MatrixF::Zero(q.rows(), attention.heads * d);
@@ -154,6 +158,7 @@ VectorF inverse_rms(const MatrixF& rows, float eps, const ConstBlock& x) {
 
 MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
                   DistanceMass* mass) {
+  const Stage stage("attention");
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
   const Index w = attention.v_dim;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -91,6 +92,7 @@ void use_bf16_products(Layer& layer) {
 }
 
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
+  const Stage stage("MLP");
   const MatrixF x = normed(layer.post_attention_norm, hidden);
   hidden += layer.mlp.down(layer.mlp.inner(x));
   if (layer.experts) {
@@ -123,6 +125,7 @@ MatrixF logits_of(const Model& model, const Stream& stream, Index sequence) {
 
 LogitComparison compare_logits(const Model& source, const Stream& source_stream, const Model& converted,
                                const Stream& converted_stream, const Sequences& sequences) {
+  const Stage stage("logits");
   const MatrixF source_states = final_states(source, source_stream);
   const MatrixF converted_states = final_states(converted, converted_stream);
   const Index rows = source_states.rows();

@@ -5,6 +5,7 @@
 
 #include "formats/error.h"
 #include "linalg/layouts.h"
+#include "linalg/stages.h"
 
 namespace relatent {
 namespace {
@@ -37,6 +38,7 @@ Model Model::open(const std::filesystem::path& folder) {
 }
 
 MatrixF Model::matrix(Role role, Index layer_idx, Index part) const {
+  const Stage stage("read weights");
   const std::string& name = name_of(role, layer_idx, part);
   MatrixF out = checkpoint_.read_matrix(name);
   checkpoint_.release(name);
@@ -218,6 +220,7 @@ Layer Model::layer(Index layer_idx) const {
 }
 
 MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
+  const Stage stage("read weights");
   const std::string& name = name_of(Role::embed_tokens, -1);
   const TensorInfo& info = checkpoint_.info(name);
   const std::span<const std::byte> bytes = checkpoint_.bytes(name);
@@ -231,6 +234,7 @@ MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
 }
 
 MatrixF Model::head_rows(Index first, Index count) const {
+  const Stage stage("read weights");
   const std::string& name = name_of(config_.tie_word_embeddings ? Role::embed_tokens : Role::lm_head, -1);
   const TensorInfo& info = checkpoint_.info(name);
   const std::size_t row_bytes = static_cast<std::size_t>(config_.hidden_size) * size_of(info.dtype);

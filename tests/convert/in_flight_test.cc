@@ -5,22 +5,23 @@
 #include <atomic>
 #include <vector>
 
-#include "linalg/threads.h"
+#include "tests/support/thread_count.h"
 
 namespace relatent {
 namespace {
 
+using testing_support::ThreadCount;
+
 TEST(InFlight, AsManyAsThreadsAndMemoryAllow) {
-  set_num_threads(3);
+  const ThreadCount threads(3);
   EXPECT_EQ(layers_in_flight(1), 3);
   EXPECT_EQ(layers_in_flight(0), 3);
   EXPECT_EQ(layers_in_flight(std::uint64_t{1} << 30U), 2);
   EXPECT_EQ(layers_in_flight(std::uint64_t{1} << 40U), 1);
-  set_num_threads(0);
 }
 
 TEST(InFlight, FinishesInOrderWhatItWasGiven) {
-  set_num_threads(3);
+  const ThreadCount threads(3);
   std::vector<Index> asked;
   std::vector<Index> finished;
   std::vector<double> seen(7, 0);
@@ -42,7 +43,6 @@ TEST(InFlight, FinishesInOrderWhatItWasGiven) {
         --open;
         finished.push_back(layer_idx);
       });
-  set_num_threads(0);
   EXPECT_EQ(asked, (std::vector<Index>{2, 3, 4, 5, 6}));
   EXPECT_EQ(finished, asked);
   EXPECT_EQ(seen, (std::vector<double>{0, 0, 2, 3, 4, 5, 6}));

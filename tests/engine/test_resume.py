@@ -213,10 +213,15 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, llama: Path, calibration:
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
         command = [str(support.binary()), *map(str, make(out)), "--save-every", "0"]
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and not (partial(out) / "streams").exists():
-                time.sleep(0.005)
-            process.send_signal(number)
+        for _ in range(10):
+            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+                while process.poll() is None and not (partial(out) / "streams").exists():
+                    time.sleep(0.005)
+                process.send_signal(number)
+            if process.returncode != 0:
+                break
+            # On a busy machine the run can be over before the signal is sent.
+            shutil.rmtree(out)
         assert process.returncode == -number
         support.relatent(*make(out), "--resume")
     assert contents(tmp_path / "SIGINT") == contents(tmp_path / "SIGTERM")
