@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <map>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -413,17 +414,30 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   }
 }
 
-// Peak of one layer in flight: its maps and moments in float64 with the temporaries of the algebra.
-std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, std::uint64_t output_values) {
-  const auto hidden = static_cast<std::uint64_t>(config.hidden_size) + 1;
-  const Index head_dim = config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim;
-  const auto heads = static_cast<std::uint64_t>(config.num_attention_heads * head_dim);
-  const auto keys = static_cast<std::uint64_t>(config.gqa ? config.gqa->num_key_value_heads * head_dim
-                                                          : config.latent->kv_lora_rank);
-  const std::uint64_t maps = (2 * heads + 2 * keys) * hidden;
-  const std::uint64_t moments = shape.nope_dim > 0 ? 3 * hidden * hidden : hidden * hidden;
-  const std::uint64_t algebra = shape.nope_dim > 0 ? 6 * keys * hidden + 32 * keys * keys : 2 * keys * keys;
-  return 12 * maps + 8 * (moments + algebra) + 12 * output_values;
+// Peak of one layer in flight, about. moments: there is a calibration. absorbed: queries are formed that are
+// as wide as what they read.
+std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, bool moments, bool absorbed,
+                           std::uint64_t output_values) {
+  const auto inputs = static_cast<std::uint64_t>(config.hidden_size) + 1;
+  const auto count = static_cast<std::uint64_t>(config.num_attention_heads);
+  const auto head_dim =
+      static_cast<std::uint64_t>(config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim);
+  const auto heads = count * head_dim;
+  const auto keys = config.gqa ? static_cast<std::uint64_t>(config.gqa->num_key_value_heads) * head_dim
+                               : static_cast<std::uint64_t>(config.latent->kv_lora_rank);
+  const bool joint = shape.nope_dim > 0;
+  // Maps as the source has them and as they are written, and the tensor that is being encoded.
+  std::uint64_t out = 8 * (heads + keys) * inputs + 6 * output_values;
+  // Keys and values once by themselves and twice together, and what is formed between them, in float64.
+  out += joint ? 48 * keys * inputs + 200 * keys * keys : 16 * keys * (inputs + keys);
+  if (moments) {
+    out += (joint ? 24 : 8) * inputs * inputs;
+  }
+  if (absorbed) {
+    const auto width = static_cast<std::uint64_t>(shape.rope_dim + shape.rank);
+    out += 8 * (count * width + heads) * inputs;
+  }
+  return out;
 }
 
 }  // namespace
@@ -707,10 +721,13 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   for (const std::filesystem::path& file : plan_.side_files) {
     plan_.output_bytes += std::filesystem::file_size(file);
   }
-  plan_.layer_bytes = layer_memory(config, shape, attention_values);
+  const bool fits = options_.method == Method::relatent && relatent_options().uses_tokens();
+  plan_.layer_bytes =
+      layer_memory(config, shape, calibration_.has_value(),
+                   fits || partition_.parts > 1 || config.latent.has_value(), attention_values);
   const Index in_flight = std::min(layers_in_flight(plan_.layer_bytes), config.num_hidden_layers);
   plan_.memory_bytes = std::max(largest_recoded, static_cast<std::uint64_t>(in_flight) * plan_.layer_bytes);
-  if (options_.method == Method::relatent && relatent_options().uses_tokens()) {
+  if (fits) {
     plan_.memory_bytes += TwinStreams::memory(config, fit_sequences(), options_.relatent.fit.stride,
                                               shape.rope_dim + shape.rank);
   }
@@ -754,28 +771,29 @@ LatentAttention Conversion::convert_layer(Index layer_idx, const Moments& known,
   return assemble_mla(maps, known, key.key, transmla_latent(maps, known, key, options, shape.rank), query);
 }
 
-void Conversion::convert_independently(const ConvertLayer& convert, Index done, const Begin& begin,
-                                       const WriteLayer& write, const SaveLayers& save) const {
-  begin(done);
+void Conversion::convert_independently(const ConvertLayer& convert, Index done, const Target& target) const {
+  target.begin(done);
   const Index layers = source_.config().num_hidden_layers;
   std::vector<std::optional<LatentAttention>> converted(static_cast<std::size_t>(layers));
-  for_layers(
-      done, layers, layers_in_flight(plan_.layer_bytes),
-      [this](Index layer_idx) { return moments(layer_idx); },
-      [&](Index layer_idx, Moments known) {
-        converted[static_cast<std::size_t>(layer_idx)] = convert(layer_idx, std::move(known));
-      },
-      [&](Index layer_idx) {
-        write(layer_idx, *converted[static_cast<std::size_t>(layer_idx)]);
-        converted[static_cast<std::size_t>(layer_idx)].reset();
-        if (layer_idx + 1 < layers) {
-          save(layer_idx + 1, {});
-        }
-      });
+  for_layers(done, layers, layers_in_flight(plan_.layer_bytes),
+             {.moments = [this](Index layer_idx) { return moments(layer_idx); },
+              .body =
+                  [&](Index layer_idx, Moments known) {
+                    converted[static_cast<std::size_t>(layer_idx)] = convert(layer_idx, std::move(known));
+                  },
+              .finish =
+                  [&](Index layer_idx) {
+                    std::optional<LatentAttention>& layer = converted[static_cast<std::size_t>(layer_idx)];
+                    target.write(layer_idx, *layer);
+                    layer.reset();
+                    if (layer_idx + 1 < layers) {
+                      target.save(layer_idx + 1, {});
+                    }
+                  },
+              .beside = target.carry});
 }
 
-double Conversion::convert_in_sequence(Index done, const Begin& begin, const WriteLayer& write,
-                                       const SaveLayers& save) const {
+double Conversion::convert_in_sequence(Index done, const Target& target) const {
   const bool fits = options_.method == Method::relatent;
   RelatentConversion conversion(
       source_, [this](Index layer_idx) { return moments(layer_idx); }, fits ? fit_sequences() : Sequences{},
@@ -785,15 +803,16 @@ double Conversion::convert_in_sequence(Index done, const Begin& begin, const Wri
   if (conversion.independent()) {
     convert_independently(
         [&](Index layer_idx, Moments known) { return conversion.convert(layer_idx, std::move(known)); },
-        first, begin, write, save);
+        first, target);
     return conversion.fold_error();
   }
-  begin(first);
+  target.carry();
+  target.begin(first);
   const WriteState state = [&](const std::filesystem::path& path) { conversion.save(path); };
   for (Index i = first; i < layers; ++i) {
-    write(i, conversion.next());
+    target.write(i, conversion.next());
     if (i + 1 < layers) {
-      save(i + 1, state);
+      target.save(i + 1, state);
     }
   }
   return conversion.fold_error();
@@ -839,7 +858,7 @@ std::unique_ptr<CheckpointWriter> Conversion::open_writer(Done& done) {
     specs.push_back(tensor.spec);
   }
   done = {work_->journal().last_number(carried_entry), work_->journal().last_number(layers_entry)};
-  if (done.carried > 0) {
+  if (done.carried > 0 || done.layers > 0) {
     if (auto writer = CheckpointWriter::reopen(work_->output(), specs, options_.max_shard_bytes)) {
       return writer;
     }
@@ -854,15 +873,14 @@ std::unique_ptr<CheckpointWriter> Conversion::open_writer(Done& done) {
   return std::make_unique<CheckpointWriter>(work_->output(), specs, options_.max_shard_bytes);
 }
 
-void Conversion::carry(CheckpointWriter& writer, Done& done) {
-  SaveClock clock(std::min(record_every, options_.save.every));
+void Conversion::carry(CheckpointWriter& writer, Index done, const std::function<void(Index)>& saved) const {
   Index count = 0;
   for (const PlannedTensor& tensor : plan_.tensors) {
     if (tensor.fate == Fate::converted) {
       continue;
     }
     ++count;
-    if (count <= done.carried) {
+    if (count <= done) {
       writer.mark_written(tensor.spec.name);
       continue;
     }
@@ -873,26 +891,37 @@ void Conversion::carry(CheckpointWriter& writer, Done& done) {
       writer.write_floats(tensor.spec.name, {values.data(), static_cast<std::size_t>(values.size())});
       source_.checkpoint().release(tensor.source);
     }
-    if (clock.due()) {
-      clock.save([&] {
-        writer.flush();
-        work_->record(carried_entry, count);
-      });
-      done.carried = count;
-    }
+    saved(count);
   }
 }
 
 void Conversion::write_output(const LayerProgress& progress, ConvertReport& report) {
   const ModelConfig& config = source_.config();
-  const auto carried =
-      static_cast<Index>(std::count_if(plan_.tensors.begin(), plan_.tensors.end(),
-                                       [](const auto& tensor) { return tensor.fate != Fate::converted; }));
   Done done;
   const std::unique_ptr<CheckpointWriter> writer = open_writer(done);
-  carry(*writer, done);
 
-  const auto begin = [&](Index first) {
+  // Tensors are carried beside the conversion, and one record must be durable before the next is begun.
+  std::mutex saving;
+  const auto save = [&](SaveClock& clock, const std::function<bool()>& state, const char* entry,
+                        Index value) {
+    const std::lock_guard lock(saving);
+    clock.save([&] {
+      writer->flush();
+      if (!state || state()) {
+        work_->record(entry, value);
+      }
+    });
+  };
+  Target target;
+  SaveClock carried_clock(std::min(record_every, options_.save.every));
+  target.carry = [&] {
+    carry(*writer, done.carried, [&](Index count) {
+      if (carried_clock.due()) {
+        save(carried_clock, {}, carried_entry, count);
+      }
+    });
+  };
+  target.begin = [&](Index first) {
     for (Index i = 0; i < first; ++i) {
       for (const TensorSpec& spec : engine_->attention_tensors(config, plan_.shape, i, plan_.dtype)) {
         writer->mark_written(spec.name);
@@ -900,7 +929,7 @@ void Conversion::write_output(const LayerProgress& progress, ConvertReport& repo
     }
   };
   std::optional<Rotary> rotary;
-  const auto write = [&](Index layer_idx, const LatentAttention& attention) {
+  target.write = [&](Index layer_idx, const LatentAttention& attention) {
     if (!rotary) {
       rotary = attention.rotary;
     }
@@ -915,30 +944,24 @@ void Conversion::write_output(const LayerProgress& progress, ConvertReport& repo
   };
   SaveClock state_clock(options_.save.every);
   SaveClock layer_clock(std::min(record_every, options_.save.every));
-  const auto save = [&](Index layers, const WriteState& state) {
+  target.save = [&](Index layers, const WriteState& state) {
     SaveClock& clock = state ? state_clock : layer_clock;
     if (!clock.due()) {
       return;
     }
-    clock.save([&] {
-      writer->flush();
-      if (done.carried < carried) {
-        work_->record(carried_entry, carried);
-        done.carried = carried;
-      }
-      if (state) {
-        try {
-          state(work_->file(state_name));
-        } catch (const Error& error) {
-          // No room for the streams: the conversion needs them only to go on from here after an interruption.
-          if (error.kind() != ErrorKind::machine) {
-            throw;
-          }
-          return;
+    const auto write_state = [&] {
+      try {
+        state(work_->file(state_name));
+        return true;
+      } catch (const Error& error) {
+        // No room for the streams: the conversion needs them only to go on from here after an interruption.
+        if (error.kind() != ErrorKind::machine) {
+          throw;
         }
+        return false;
       }
-      work_->record(layers_entry, layers);
-    });
+    };
+    save(clock, state ? std::function<bool()>(write_state) : nullptr, layers_entry, layers);
   };
   // One layer at least is converted again: what all layers share is learnt from it.
   const Index layers_done = std::min(done.layers, config.num_hidden_layers - 1);
@@ -947,9 +970,9 @@ void Conversion::write_output(const LayerProgress& progress, ConvertReport& repo
         [&, fold = report.fold.value_or(0)](Index layer_idx, const Moments& known) {
           return convert_layer(layer_idx, known, fold);
         },
-        layers_done, begin, write, save);
+        layers_done, target);
   } else {
-    report.fold_error = convert_in_sequence(layers_done, begin, write, save);
+    report.fold_error = convert_in_sequence(layers_done, target);
   }
   writer->finish();
   for (const std::filesystem::path& file : plan_.side_files) {

@@ -133,8 +133,9 @@ class Conversion {
     Index layers = 0;
   };
   std::unique_ptr<CheckpointWriter> open_writer(Done& done);
-  // Copies and recodes what needs no converting, from the done.carried-th on.
-  void carry(CheckpointWriter& writer, Done& done);
+  // Copies and recodes what needs no converting, from the done-th tensor on. saved, called now and then with
+  // the number of tensors done, may make them durable.
+  void carry(CheckpointWriter& writer, Index done, const std::function<void(Index)>& saved) const;
   // Fills in rank and rotary size where a budget is all that is given.
   void search_sizes(const SizeSearch::Watch& watch);
   void warn_of_few_tokens();
@@ -147,19 +148,24 @@ class Conversion {
   LatentAttention convert_layer(Index layer_idx, const Moments& known, Index fold) const;
   // The fold that all layers share, because the engine keeps one list of frequencies for all of them.
   Index choose_fold() const;
-  // Writes a converted layer; save, called after each but the last with the number of layers done, may make
-  // them durable, with what `state` writes to a file that the layers after them depend on.
-  using WriteLayer = std::function<void(Index, const LatentAttention&)>;
+  // Where converted layers go, in order. Nothing of it is called by two threads at once but carry, which runs
+  // beside the rest.
   using WriteState = std::function<void(const std::filesystem::path&)>;
-  using SaveLayers = std::function<void(Index, const WriteState& state)>;
-  // Convert every layer in order from the first one that is not done, which they are told before it.
-  using Begin = std::function<void(Index)>;
+  struct Target {
+    // The first layer that is not done, before it.
+    std::function<void(Index)> begin;
+    std::function<void(Index, const LatentAttention&)> write;
+    // After each layer but the last with the number of layers done; may make them durable, with what `state`
+    // writes to a file that the layers after them depend on.
+    std::function<void(Index, const WriteState& state)> save;
+    // What is not converted.
+    std::function<void()> carry;
+  };
+  // Convert every layer from the first one that is not done.
   using ConvertLayer = std::function<LatentAttention(Index, Moments)>;
-  void convert_independently(const ConvertLayer& convert, Index done, const Begin& begin,
-                             const WriteLayer& write, const SaveLayers& save) const;
+  void convert_independently(const ConvertLayer& convert, Index done, const Target& target) const;
   // Returns the fold error.
-  double convert_in_sequence(Index done, const Begin& begin, const WriteLayer& write,
-                             const SaveLayers& save) const;
+  double convert_in_sequence(Index done, const Target& target) const;
 
   ConvertOptions options_;
   Model source_;

@@ -1,6 +1,8 @@
 #include "convert/in_flight.h"
 
 #include <algorithm>
+#include <condition_variable>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -9,7 +11,77 @@
 namespace relatent {
 namespace {
 
-constexpr std::uint64_t memory_in_flight = std::uint64_t{2} << 30U;
+constexpr std::uint64_t memory_in_flight = std::uint64_t{3} << 30U;
+
+// Layers on their way through body and finish; the state that workers share.
+class Flight {
+ public:
+  Flight(Index first_layer, Index layers, Index at_once, const LayerWork& work)
+      : layers_(layers),
+        at_once_(at_once),
+        work_(work),
+        next_(std::min(first_layer, layers)),
+        finished_(first_layer),
+        ready_(static_cast<std::size_t>(std::max<Index>(0, layers)), false) {}
+
+  // One worker's share. After an exception in any of them the others return.
+  void take_part(bool first) {
+    try {
+      if (first && work_.beside) {
+        work_.beside();
+      }
+      std::unique_lock lock(guard_);
+      while (true) {
+        changed_.wait(lock, [&] { return stopped_ || next_ == layers_ || next_ < finished_ + at_once_; });
+        if (stopped_ || next_ == layers_) {
+          return;
+        }
+        const Index layer_idx = next_++;
+        Moments known = work_.moments(layer_idx);
+        lock.unlock();
+        work_.body(layer_idx, std::move(known));
+        lock.lock();
+        ready_[static_cast<std::size_t>(layer_idx)] = true;
+        finish(lock);
+      }
+    } catch (...) {
+      {
+        const std::lock_guard lock(guard_);
+        stopped_ = true;
+      }
+      changed_.notify_all();
+      throw;
+    }
+  }
+
+ private:
+  // Finishes what is ready, in order, unless somebody else is at it, who will then see to this layer too.
+  void finish(std::unique_lock<std::mutex>& lock) {
+    if (finishing_) {
+      return;
+    }
+    finishing_ = true;
+    while (finished_ < layers_ && ready_[static_cast<std::size_t>(finished_)] && !stopped_) {
+      lock.unlock();
+      work_.finish(finished_);
+      lock.lock();
+      ++finished_;
+      changed_.notify_all();
+    }
+    finishing_ = false;
+  }
+
+  Index layers_;
+  Index at_once_;
+  const LayerWork& work_;
+  std::mutex guard_;  // guards what follows
+  std::condition_variable changed_;
+  Index next_;
+  Index finished_;  // changed by who is finishing alone
+  std::vector<bool> ready_;
+  bool finishing_ = false;
+  bool stopped_ = false;
+};
 
 }  // namespace
 
@@ -18,19 +90,10 @@ Index layers_in_flight(std::uint64_t bytes_per_layer) {
   return std::clamp<Index>(static_cast<Index>(fit), 1, std::max(1, num_threads()));
 }
 
-void for_layers(Index first_layer, Index layers, Index at_once, const std::function<Moments(Index)>& moments,
-                const std::function<void(Index, Moments)>& body, const std::function<void(Index)>& finish) {
-  for (Index first = first_layer; first < layers; first += at_once) {
-    std::vector<Moments> known;
-    for (Index i = first; i < std::min(layers, first + at_once); ++i) {
-      known.push_back(moments(i));
-    }
-    parallel_for(known.size(),
-                 [&](std::size_t i) { body(first + static_cast<Index>(i), std::move(known[i])); });
-    for (std::size_t i = 0; i < known.size(); ++i) {
-      finish(first + static_cast<Index>(i));
-    }
-  }
+void for_layers(Index first_layer, Index layers, Index at_once, const LayerWork& work) {
+  Flight flight(first_layer, layers, at_once, work);
+  parallel_for(static_cast<std::size_t>(at_once + (work.beside ? 1 : 0)),
+               [&](std::size_t worker) { flight.take_part(worker == 0); });
 }
 
 }  // namespace relatent

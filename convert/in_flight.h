@@ -9,13 +9,23 @@
 
 namespace relatent {
 
-// At least one, at most one for each thread, and no more than keep the work below about 2 GiB.
+// At least one, at most one for each thread, and no more than keep the work below about 3 GiB.
 Index layers_in_flight(std::uint64_t bytes_per_layer);
 
-// For every layer from first_layer on moments(layer_idx), one after the other (the store they come from is
-// not for several threads), body(layer_idx, moments) on several threads, and finish(layer_idx), one after the
-// other and in order.
-void for_layers(Index first_layer, Index layers, Index at_once, const std::function<Moments(Index)>& moments,
-                const std::function<void(Index, Moments)>& body, const std::function<void(Index)>& finish);
+// What is done for every layer.
+struct LayerWork {
+  // One at a time: the store that moments come from is not for several threads.
+  std::function<Moments(Index)> moments;
+  // Of several layers at once.
+  std::function<void(Index, Moments)> body;
+  // One at a time and in the order of the layers, beside the body of later ones.
+  std::function<void(Index)> finish;
+  // Once, beside all of that; on the only thread, before it. May be empty.
+  std::function<void()> beside = {};
+};
+
+// Does the work for the layers from first_layer on. Between the moments and the end of finish there are never
+// more than at_once. The first exception ends it all.
+void for_layers(Index first_layer, Index layers, Index at_once, const LayerWork& work);
 
 }  // namespace relatent

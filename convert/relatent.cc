@@ -44,15 +44,17 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     const Index count = source.config().num_hidden_layers;
     concentrations_.resize(static_cast<std::size_t>(count));
     std::vector<double> fold_errors(concentrations_.size());
-    for_layers(
-        0, count, layers_in_flight(closed_form_bytes(source.config())), moments_,
-        [&](Index layer_idx, Moments input) {
-          const auto at = static_cast<std::size_t>(layer_idx);
-          const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
-          concentrations_[at] = concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
-          fold_errors[at] = known.fold_error;
-        },
-        [](Index) {});
+    for_layers(0, count, layers_in_flight(closed_form_bytes(source.config())),
+               {.moments = moments_,
+                .body =
+                    [&](Index layer_idx, Moments input) {
+                      const auto at = static_cast<std::size_t>(layer_idx);
+                      const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
+                      concentrations_[at] =
+                          concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
+                      fold_errors[at] = known.fold_error;
+                    },
+                .finish = [](Index) {}});
     fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
     if (options.plain_list) {
       PlainList list = allocate_plain(concentrations_, options.rope_dim, options.list_stride);
@@ -71,24 +73,30 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
 }
 
-RelatentConversion::Known RelatentConversion::know(const Attention& attention, Index layer_idx,
+RelatentConversion::Known RelatentConversion::know(const LatentAttention& attention, Index layer_idx,
                                                    Moments moments) const {
   Known out;
   out.layer_idx = layer_idx;
   out.moments = std::move(moments);
-  if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
-    if (mla->q_down.out() > 0) {
-      // Nothing is known of a query latent but that it is normalised.
-      out.query_latent = VectorD::Ones(mla->q_down.out() + 1);
-    }
-    out.query_bias = affine() && options_.query_bias && mla->q_down.out() == 0;
-    return out;
+  if (attention.q_down.out() > 0) {
+    // Nothing is known of a query latent but that it is normalised.
+    out.query_latent = VectorD::Ones(attention.q_down.out() + 1);
   }
-  const auto& gqa = std::get<GqaAttention>(attention);
-  LayerMaps& maps = out.maps.emplace(maps_of(gqa));
-  out.query_bias = affine() && (options_.query_bias || maps.has_q_bias);
+  out.query_bias = affine() && options_.query_bias && attention.q_down.out() == 0;
+  return out;
+}
+
+RelatentConversion::Known RelatentConversion::know(GqaAttention attention, Index layer_idx,
+                                                   Moments moments) const {
+  Known out;
+  out.layer_idx = layer_idx;
+  out.moments = std::move(moments);
+  const bool biased =
+      attention.q.bias.size() > 0 || attention.k.bias.size() > 0 || attention.v.bias.size() > 0;
+  LayerMaps& maps = out.maps.emplace(maps_of(std::move(attention)));
+  out.query_bias = affine() && (options_.query_bias || maps.has_q_bias());
   if (!affine()) {
-    if (maps.has_q_bias || gqa.k.bias.size() > 0 || gqa.v.bias.size() > 0) {
+    if (biased) {
       out.fold_error = fold_biases(out.moments, maps);
     }
     // x̃ ends in 0 from here on.
@@ -209,8 +217,10 @@ LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) co
   if (!independent()) {
     throw std::logic_error("RelatentConversion: the layers depend on each other");
   }
-  const Attention attention = source_.attention(layer_idx);
-  const Known known = know(attention, layer_idx, std::move(moments));
+  Attention attention = source_.attention(layer_idx);
+  // What is known of grouped-query attention includes all of it.
+  const Known known =
+      std::visit([&](auto& kind) { return know(std::move(kind), layer_idx, std::move(moments)); }, attention);
   return options_.order == LatentOrder::shared ? closed(attention, known) : sliced(attention, known);
 }
 
@@ -223,7 +233,8 @@ LatentAttention RelatentConversion::next() {
     return convert(layer_idx, moments_(layer_idx));
   }
   const Layer layer = source_.layer(layer_idx);
-  Known known = know(layer.attention, layer_idx, moments_(layer_idx));
+  Known known = std::visit([&](const auto& kind) { return know(kind, layer_idx, moments_(layer_idx)); },
+                           layer.attention);
   fold_error_ = std::max(fold_error_, known.fold_error);
   LatentAttention out;
   if (options_.order == LatentOrder::shared) {

@@ -88,7 +88,8 @@ class RelatentConversion {
     // Second moment of what the queries act on.
     MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
   };
-  Known know(const Attention& attention, Index layer_idx, Moments moments) const;
+  Known know(const LatentAttention& attention, Index layer_idx, Moments moments) const;
+  Known know(GqaAttention attention, Index layer_idx, Moments moments) const;
   // The closed forms, from either kind of source.
   AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
   std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,

@@ -492,9 +492,9 @@ std::unique_ptr<SafetensorsWriter> SafetensorsWriter::reopen(const std::filesyst
 
 void SafetensorsWriter::flush() {
   file_.keep();
-  if (dirty_) {
+  // Before flushing: what another thread writes in the meantime waits for the next time.
+  if (dirty_.exchange(false)) {
     file_.flush();
-    dirty_ = false;
   }
 }
 

@@ -3,6 +3,7 @@
 // Layout: u64 little-endian header length, JSON header, data. https://github.com/huggingface/safetensors
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -108,7 +109,8 @@ struct TensorSpec {
 };
 
 // Writes one safetensors file whose tensors are all known beforehand; the header goes first (padded with
-// spaces to eight bytes), tensors may arrive in any order. The file appears under its name only by finish().
+// spaces to eight bytes), tensors may arrive in any order, different ones from several threads at once. The
+// file appears under its name only by finish().
 class SafetensorsWriter {
  public:
   // Data is laid out in the order of specs. metadata {"format": "pt"} is always written, as loaders demand,
@@ -156,7 +158,7 @@ class SafetensorsWriter {
   std::unordered_map<std::string, std::size_t> index_;
   std::uint64_t file_bytes_ = 0;
   std::string header_;
-  bool dirty_ = false;  // written to since the last flush
+  std::atomic<bool> dirty_ = false;  // written to since the last flush
 };
 
 }  // namespace relatent

@@ -29,19 +29,28 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
   out.scale = static_cast<float>(maps.scale);
   out.rotary = key.rotary;
 
-  MatrixD q(maps.heads * (n + p), query ? query->lift.cols() : maps.q.cols());
+  // Row by row of heads, so that no other copy of the whole query is ever made.
+  const Index inputs = (query ? query->lift.cols() : maps.k.cols() - 1);
+  out.q.weight.resize(maps.heads * (n + p), inputs);
+  VectorD q_bias = VectorD::Zero(query ? 0 : out.q.weight.rows());
+  MatrixD q(n + p, query ? inputs : inputs + 1);
   for (Index h = 0; h < maps.heads; ++h) {
-    const MatrixD head = query ? MatrixD(query->lift.middleRows(h * d, d)) : MatrixD(maps.query_of(h));
-    q.middleRows(h * (n + p), n) = key.content_query[static_cast<std::size_t>(h)] * head;
-    q.middleRows(h * (n + p) + n, p) = key.query[static_cast<std::size_t>(h)] * head;
+    const MatrixD head = query ? MatrixD(query->lift.middleRows(h * d, d)) : maps.query_of(h);
+    q.topRows(n).noalias() = key.content_query[static_cast<std::size_t>(h)] * head;
+    q.bottomRows(p).noalias() = key.query[static_cast<std::size_t>(h)] * head;
+    copy_tiled(q.leftCols(inputs), out.q.weight.middleRows(h * (n + p), n + p));
+    if (!query) {
+      q_bias.segment(h * (n + p), n + p) = q.rightCols<1>();
+    }
+  }
+  if (!q_bias.isZero(0)) {
+    out.q.bias = q_bias.transpose().cast<float>();
   }
   if (query) {
     out.q_down = linear_of(query->down);
     out.q_mean_square = mean_square(query->down, moments);
-    out.q.weight = q.cast<float>();
   } else {
-    out.q = linear_of(q);
-    out.q_mean_square = moments.input().diagonal().head(maps.q.cols() - 1).mean();
+    out.q_mean_square = moments.input().diagonal().head(inputs).mean();
   }
   out.rotary_key = linear_of(key.read * maps.k);
 
@@ -65,8 +74,11 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
     out.branches.push_back(std::move(branch));
   }
 
-  out.o.weight = narrowed(maps.o);
-  const VectorD o_bias = maps.o_bias + maps.o * shift;
+  out.o.weight = maps.o;
+  VectorD o_bias = maps.o_bias;
+  if (!shift.isZero(0)) {
+    o_bias += widened(maps.o) * shift;
+  }
   if (!o_bias.isZero(0)) {
     out.o.bias = o_bias.transpose().cast<float>();
   }

@@ -122,7 +122,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
   out.rotary = key.rotary;
   out.key.resize(p + r, maps.k.cols());
   out.key.topRows(p) = key.read * maps.k;
-  out.o = maps.o;
+  out.o = widened(maps.o);
   VectorD shift(maps.heads * d);
   Index first = 0;
   for (const JointLatent& latent : latents) {
@@ -139,7 +139,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
       const auto at = static_cast<std::size_t>(h);
       const MatrixD head = maps.query_of(h);
       const MatrixD content = key.content_query[at] * head;
-      MatrixD query(group.query_rows(), maps.q.cols());
+      MatrixD query(group.query_rows(), maps.k.cols());
       query.topRows(p) = maps.scale * key.query[at] * head;
       for (const LatentPart& part : group.parts) {
         MatrixD up(d, group.width(part));
@@ -155,7 +155,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
     }
     out.groups.push_back(std::move(group));
   }
-  out.o_bias = maps.o_bias + maps.o * shift;
+  out.o_bias = maps.o_bias + out.o * shift;
   return out;
 }
 

@@ -80,7 +80,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
                          const JointLatentOptions& options) {
   const Stage stage("latent");
   const Index d = maps.head_dim;
-  const Index hidden = maps.q.cols() - 1;
+  const Index hidden = maps.k.cols() - 1;
   const Index first_head = options.first_head;
   const Index head_count = options.head_count > 0 ? options.head_count : maps.heads;
   const Index first_key = maps.group_of(first_head) * d;
@@ -111,7 +111,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
         if (!options.output_metric) {
           squared.setIdentity();
         } else if (value) {
-          const auto o = maps.o.middleCols(h * d, d);
+          const MatrixD o = maps.output_of(h);
           squared += o.transpose() * o;
         } else if (key.nope_dim() > 0) {
           squared +=

@@ -2,6 +2,7 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <utility>
 
 #include "linalg/decompose.h"
 #include "linalg/layouts.h"
@@ -36,17 +37,26 @@ Linear linear_of(const MatrixD& map) {
   return out;
 }
 
-LayerMaps maps_of(const GqaAttention& attention) {
+MatrixD LayerMaps::query_of(Index head) const {
+  return map_of(q.rows(head * head_dim, head_dim));
+}
+
+MatrixD LayerMaps::output_of(Index head) const {
+  MatrixD out(o.rows(), head_dim);
+  copy_tiled(o.middleCols(head * head_dim, head_dim), out);
+  return out;
+}
+
+LayerMaps maps_of(GqaAttention attention) {
   const Stage stage("widen");
   LayerMaps out;
   out.heads = attention.heads;
   out.kv_heads = attention.kv_heads;
   out.head_dim = attention.head_dim;
-  out.q = map_of(attention.q);
+  out.q = std::move(attention.q);
   out.k = map_of(attention.k);
   out.v = map_of(attention.v);
-  out.o = widened(attention.o.weight);
-  out.has_q_bias = attention.q.bias.size() > 0;
+  out.o = std::move(attention.o.weight);
   out.has_o_bias = attention.o.bias.size() > 0;
   out.o_bias = VectorD::Zero(out.o.rows());
   if (out.has_o_bias) {
@@ -62,7 +72,11 @@ double fold_biases(const Moments& moments, LayerMaps& maps) {
   const Index hidden = second.rows() - 1;
   const VectorD mean = second.topRightCorner(hidden, 1);
   const VectorD w = ridge_solve(second.topLeftCorner(hidden, hidden), mean, fold_ridge);
-  for (MatrixD* map : {&maps.q, &maps.k, &maps.v}) {
+  if (maps.has_q_bias()) {
+    maps.q.weight += maps.q.bias.transpose() * w.transpose().cast<float>();
+    maps.q.bias.resize(0);
+  }
+  for (MatrixD* map : {&maps.k, &maps.v}) {
     if (map->rows() == 0) {
       continue;
     }

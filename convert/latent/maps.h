@@ -18,12 +18,12 @@ struct LayerMaps {
   Index heads = 0;
   Index kv_heads = 0;
   Index head_dim = 0;
-  MatrixD q;       // [H d, D + 1]
+  // The two that are large stay as the source has them; the algebra widens them head by head.
+  Linear q;        // [H d, D]
+  MatrixF o;       // [D, H d]
   MatrixD k;       // [K d, D + 1]
   MatrixD v;       // [K d, D + 1]
-  MatrixD o;       // [D, H d]
   VectorD o_bias;  // [D], zero where the source has none
-  bool has_q_bias = false;
   bool has_o_bias = false;
   double scale = 0;
   Rotary rotary;
@@ -31,7 +31,9 @@ struct LayerMaps {
   Index group_of(Index head) const { return head / (heads / kv_heads); }
   Index pairs() const { return head_dim / 2; }
   Index key_dim() const { return kv_heads * head_dim; }
-  auto query_of(Index head) const { return q.middleRows(head * head_dim, head_dim); }
+  bool has_q_bias() const { return q.bias.size() > 0; }
+  MatrixD query_of(Index head) const;   // [d, D + 1]
+  MatrixD output_of(Index head) const;  // [D, d]
 };
 
 // The map of a projection, [out, in + 1].
@@ -39,7 +41,7 @@ MatrixD map_of(const Linear& linear);
 // The way back; a bias of zeros is no bias.
 Linear linear_of(const MatrixD& map);
 
-LayerMaps maps_of(const GqaAttention& attention);
+LayerMaps maps_of(GqaAttention attention);
 
 // For engines without biases: 1 ≈ wᵀ x with the w of least squares, w = E[x xᵀ]⁻¹ E[x], so that a bias b of
 // q, k or v becomes b wᵀ in its weight. Returns the mean square of what that misses, 1 - E[x]ᵀ w, of a bias.

@@ -66,7 +66,10 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   copy_tiled(moments.input().after(maps.k), half_moment);
   RowsD keys(maps.k.rows(), maps.k.cols());
   copy_tiled(maps.k, keys);
-  const VectorD query_energy = moments.input().energies(maps.q);
+  VectorD query_energy(maps.heads * d);
+  for (Index h = 0; h < maps.heads; ++h) {
+    query_energy.segment(h * d, d) = moments.input().energies(maps.query_of(h));
+  }
 
   Concentration out;
   for (Index f = 0; f < half; ++f) {

@@ -114,8 +114,9 @@ JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const
 }
 
 LowRankQuery transmla_query(const LayerMaps& maps, const Moments& moments, Index q_rank) {
-  const MatrixD basis = symmetric_eigenpairs(second_moment(maps.q, moments), q_rank).vectors;
-  return {basis.transpose() * maps.q, basis};
+  const MatrixD q = map_of(maps.q);
+  const MatrixD basis = symmetric_eigenpairs(second_moment(q, moments), q_rank).vectors;
+  return {basis.transpose() * q, basis};
 }
 
 }  // namespace relatent

@@ -45,7 +45,7 @@ Pieces random_pieces(Random& random, const LayerMaps& maps, Index content) {
   out.latent.key_up = random.matrix_d(content > 0 ? maps.key_dim() : 0, rank);
   out.latent.value_up = random.matrix_d(maps.key_dim(), rank);
   out.latent.value_shift = random.matrix_d(maps.key_dim(), 1);
-  out.query = {random.matrix_d(q_rank, maps.q.cols()), random.matrix_d(maps.heads * maps.head_dim, q_rank)};
+  out.query = {random.matrix_d(q_rank, maps.k.cols()), random.matrix_d(maps.heads * maps.head_dim, q_rank)};
   return out;
 }
 
@@ -55,8 +55,8 @@ MatrixD output_by_definition(const LayerSample& sample, const Pieces& pieces, bo
   const Index d = maps.head_dim;
   const Index content = pieces.key.nope_dim();
   const MatrixD columns = with_ones(sample.x);
-  const MatrixD q =
-      low_rank ? MatrixD(pieces.query.lift * (pieces.query.down * columns)) : MatrixD(maps.q * columns);
+  const MatrixD q = low_rank ? MatrixD(pieces.query.lift * (pieces.query.down * columns))
+                             : MatrixD(map_of(maps.q) * columns);
   const MatrixD rotary_key = pieces.key.read * (maps.k * columns);
   const MatrixD c = pieces.latent.down * columns;
   const MatrixD r = pieces.latent.key_up * c;
@@ -78,7 +78,7 @@ MatrixD output_by_definition(const LayerSample& sample, const Pieces& pieces, bo
         },
         [&](Index n) -> VectorD { return v.col(n).segment(g, d); });
   }
-  MatrixD out = mixed * maps.o.transpose();
+  MatrixD out = mixed * maps.o.cast<double>().transpose();
   out.rowwise() += maps.o_bias.transpose();
   return out;
 }

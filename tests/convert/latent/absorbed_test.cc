@@ -126,7 +126,7 @@ TEST(Absorb, ShiftOfValuesGoesIntoTheOutputBias) {
   for (Index h = 0; h < 6; ++h) {
     by_head.segment(h * 8, 8) = constant.segment(h / 3 * 8, 8);
   }
-  const MatrixD expected = before.rowwise() + (sample.maps.o * by_head).transpose();
+  const MatrixD expected = before.rowwise() + (sample.maps.o.cast<double>() * by_head).transpose();
   EXPECT_LE(relative_error(output_by_the_book(absorb(sample.maps, key, latent), columns), expected), 1e-12);
 }
 

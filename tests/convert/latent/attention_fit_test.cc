@@ -277,7 +277,7 @@ TEST(MeasureValueSpread, IsTheVarianceOfWhatValuesAdd) {
     // Every fourth sequence is asked.
     const std::vector<Index> sequences = sequences_of(sample, 4);
     for (Index h = 0; h < 4; ++h) {
-      const MatrixD o = fit.layer.maps.o.middleCols(h * 4, 4);
+      const MatrixD o = fit.layer.maps.output_of(h);
       double expected = 0;
       for (const Index s : sequences) {
         for (Index i = 0; i < sample.per_sequence(); ++i) {

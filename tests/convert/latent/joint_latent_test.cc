@@ -108,7 +108,7 @@ Errors errors_of(const LayerSample& sample, const RotaryKey& key, const JointLat
     const Index g = maps.group_of(h) * d;
     const MatrixD query =
         second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), sample.moments);
-    const MatrixD o = maps.o.middleCols(h * d, d);
+    const MatrixD o = maps.output_of(h);
     lost.key += (query * lost_r.block(g, g, d, d)).trace();
     all.key += (query * all_r.block(g, g, d, d)).trace();
     lost.value += (o * lost_v.block(g, g, d, d) * o.transpose()).trace();
@@ -142,7 +142,7 @@ TEST(JointLatent, LosesTheLeastWeighedError) {
       return second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), sample.moments);
     });
     metric.bottomRightCorner(keys, keys) = by_group(maps, [&](Index h) {
-      const MatrixD o = maps.o.middleCols(h * maps.head_dim, maps.head_dim);
+      const MatrixD o = maps.output_of(h);
       return MatrixD(o.transpose() * o);
     });
     for (const Index at : {Index{0}, keys}) {
@@ -205,7 +205,7 @@ TEST(JointLatent, ConstantsInValuesAreCarriedBesideTheLatent) {
     by_head.segment(h * 8, 8) = constant.segment(h / 3 * 8, 8);
   }
   MatrixD expected = before.cast<double>();
-  expected.rowwise() += (shifted.o * by_head).transpose();
+  expected.rowwise() += (shifted.o.cast<double>() * by_head).transpose();
   EXPECT_LE(relative_error(after, expected), kFloatNoise);
   // The differences between positions too, which the constant dwarfs a hundredfold.
   const auto spread = [](const MatrixD& m) { return MatrixD(m.rowwise() - m.colwise().mean()); };
@@ -281,7 +281,7 @@ TEST(JointLatent, BeyondTheKeysLosesTheLeastOfTheValues) {
   for (const Index key_rank : {0, 2, 5}) {
     const MatrixD v = centred(maps.v, sample.moments);
     const MatrixD metric = by_group(maps, [&](Index h) {
-      const MatrixD o = maps.o.middleCols(h * 8, 8);
+      const MatrixD o = maps.output_of(h);
       return MatrixD(o.transpose() * o);
     });
     for (const Index own : {1, 6, 16}) {
@@ -336,7 +336,7 @@ LayerMaps heads_of(const LayerMaps& maps, const RotaryKey& key, Index first, Ind
   out.heads = count;
   out.kv_heads = maps.group_of(first + count - 1) + 1 - key_first;
   out.head_dim = d;
-  out.q = maps.q.middleRows(first * d, count * d);
+  out.q = maps.q.rows(first * d, count * d);
   // The leftover of some keys may lie in all of them.
   out.k = key.residual.middleRows(key_first * d, out.kv_heads * d) * maps.k;
   out.v = maps.v.middleRows(key_first * d, out.kv_heads * d);

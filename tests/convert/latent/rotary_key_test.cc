@@ -136,7 +136,7 @@ TEST(UnitRotation, ScoresWithoutPositions) {
 VectorD weights_by_the_book(const LayerSample& sample, const MatrixC& gamma, Index f) {
   const LayerMaps& maps = sample.maps;
   VectorD out = VectorD::Zero(maps.kv_heads);
-  const MatrixD q = maps.q * with_ones(sample.x);
+  const MatrixD q = map_of(maps.q) * with_ones(sample.x);
   for (Index h = 0; h < maps.heads; ++h) {
     double energy = 0;
     for (Index n = 0; n < q.cols(); ++n) {
@@ -425,7 +425,7 @@ TEST(RotaryKey, KeepsMoreOfATrainedLayerThanARealMix) {
         const Index i = g * maps.head_dim + f;
         energy(g) = moment(i, i) + moment(i + maps.pairs(), i + maps.pairs());
       }
-      const MatrixD q = second_moment(maps.q, sample.moments);
+      const MatrixD q = second_moment(map_of(maps.q), sample.moments);
       for (Index h = 0; h < maps.heads; ++h) {
         const Index i = h * maps.head_dim + f;
         out += (q(i, i) + q(i + maps.pairs(), i + maps.pairs())) * (1 - std::norm(gamma(h, f))) *

@@ -138,7 +138,7 @@ MatrixD mix_by_definition(const LayerSample& sample, const RotaryKey& key) {
   const LayerMaps& maps = sample.maps;
   const Index d = maps.head_dim;
   const MatrixD columns = testing_support::with_ones(sample.x);
-  const MatrixD q = maps.q * columns;
+  const MatrixD q = map_of(maps.q) * columns;
   const MatrixD k = maps.k * columns;
   const MatrixD v = maps.v * columns;
   const MatrixD left = key.residual * k;
@@ -267,17 +267,17 @@ TEST(Transmla, FullRankQueryIsExact) {
   for (const bool bias : {false, true}) {
     const LayerSample sample = layer_sample(9, {.q_bias = bias});
     const LowRankQuery full = transmla_query(sample.maps, sample.moments, 48);
-    EXPECT_LE(relative_error(full.lift * full.down, sample.maps.q), 1e-12);
+    EXPECT_LE(relative_error(full.lift * full.down, map_of(sample.maps.q)), 1e-12);
     // The queries are maps of 24 numbers and a constant, so no more directions than that have any energy.
     const LowRankQuery enough = transmla_query(sample.maps, sample.moments, 25);
-    EXPECT_LE(relative_error(enough.lift * enough.down, sample.maps.q), 1e-7);
+    EXPECT_LE(relative_error(enough.lift * enough.down, map_of(sample.maps.q)), 1e-7);
     double before = INFINITY;
     for (const Index rank : {4, 8, 16, 24}) {
       const LowRankQuery query = transmla_query(sample.maps, sample.moments, rank);
       EXPECT_EQ(query.down.rows(), rank);
       EXPECT_EQ(query.lift.cols(), rank);
       EXPECT_LE((query.lift.transpose() * query.lift - MatrixD::Identity(rank, rank)).norm(), 1e-12);
-      const double error = energy(sample.maps.q - query.lift * query.down, sample);
+      const double error = energy(map_of(sample.maps.q) - query.lift * query.down, sample);
       EXPECT_LT(error, before) << rank;
       before = error;
     }
