@@ -76,6 +76,7 @@ Json plan_json(const Conversion& conversion) {
     out["side_files"].push_back(file.filename().string());
   }
   out["disk_bytes"] = plan.output_bytes;
+  out["resume_bytes"] = plan.resume_bytes;
   out["memory_bytes_estimate"] = plan.memory_bytes;
   return out;
 }
@@ -102,8 +103,11 @@ void print_plan(const Conversion& conversion) {
               plan.source_cache_numbers,
               100.0 * static_cast<double>(plan.converted_cache_numbers) /
                   static_cast<double>(plan.source_cache_numbers));
-  std::printf("needs %s of disk and about %s of memory\n", bytes_text(plan.output_bytes).c_str(),
-              bytes_text(plan.memory_bytes).c_str());
+  const std::string resume = plan.resume_bytes == 0
+                                 ? ""
+                                 : ", " + bytes_text(plan.resume_bytes) + " more while it runs for --resume,";
+  std::printf("needs %s of disk%s and about %s of memory\n", bytes_text(plan.output_bytes).c_str(),
+              resume.c_str(), bytes_text(plan.memory_bytes).c_str());
 }
 
 double to_number(const std::string& option, const std::string& value) {

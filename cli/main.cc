@@ -6,6 +6,7 @@
 #include "cli/commands.h"
 #include "formats/error.h"
 #include "linalg/decompose.h"
+#include "linalg/heap.h"
 #include "linalg/threads.h"
 
 namespace {
@@ -64,5 +65,6 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  relatent::keep_freed_memory();
   return guarded([&] { return run(argc, argv); });
 }

@@ -18,6 +18,7 @@
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"
 #include "formats/error.h"
+#include "linalg/heap.h"
 
 namespace relatent {
 namespace {
@@ -730,6 +731,7 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   if (fits) {
     plan_.memory_bytes += TwinStreams::memory(config, fit_sequences(), options_.relatent.fit.stride,
                                               shape.rope_dim + shape.rank);
+    plan_.resume_bytes = TwinStreams::saved_bytes(config, fit_sequences());
   }
 }
 
@@ -811,6 +813,7 @@ double Conversion::convert_in_sequence(Index done, const Target& target) const {
   const WriteState state = [&](const std::filesystem::path& path) { conversion.save(path); };
   for (Index i = first; i < layers; ++i) {
     target.write(i, conversion.next());
+    return_freed_memory();
     if (i + 1 < layers) {
       target.save(i + 1, state);
     }

@@ -83,6 +83,7 @@ struct ConvertPlan {
   Index source_cache_numbers = 0;                 // per token and layer
   Index converted_cache_numbers = 0;
   std::uint64_t output_bytes = 0;  // of tensors and side files
+  std::uint64_t resume_bytes = 0;  // of disk beside it, while the conversion runs
   std::uint64_t layer_bytes = 0;   // of one layer in flight
   std::uint64_t memory_bytes = 0;  // estimate of the peak beyond mapped file pages
 };

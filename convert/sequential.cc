@@ -49,6 +49,11 @@ std::uint64_t TwinStreams::memory(const ModelConfig& config, const Sequences& se
   return static_cast<std::uint64_t>(numbers) * sizeof(float) + (weights <= kept_weight_bytes ? weights : 0);
 }
 
+std::uint64_t TwinStreams::saved_bytes(const ModelConfig& config, const Sequences& sequences) {
+  return 4 * sizeof(float) * static_cast<std::uint64_t>(sequences.count * sequences.length) *
+         static_cast<std::uint64_t>(config.hidden_size);
+}
+
 TwinStreams::TwinStreams(const Model& source, const Sequences& sequences)
     : source_(source, sequences), converted_(source_) {}
 

@@ -18,6 +18,9 @@ class TwinStreams {
   static std::uint64_t memory(const ModelConfig& config, const Sequences& sequences, Index stride,
                               Index width);
 
+  // Bytes on the disk that save takes, with those of the state before it, which it replaces.
+  static std::uint64_t saved_bytes(const ModelConfig& config, const Sequences& sequences);
+
   TwinStreams(const Model& source, const Sequences& sequences);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to

@@ -1,21 +1,20 @@
 // What one calibration pass leaves behind, in HDF5: readable with h5py and h5dump without this program.
 //
-//   /                    attributes: format "relatent-calibration", format_version 1, creator (program and
-//   version),
-//                        source_fingerprint, source_config (the JSON text), model_type, hidden_size,
-//                        num_hidden_layers, num_attention_heads, compute (what projections were
-//                        multiplied in: "float32" or "bfloat16")
-//   /tokens              int32 [sequences, length]; attributes: dimensions ["sequence", "position"], unit
-//   "token id" /layers/00000/second_moment     float64 [hidden, hidden], E[x xᵀ] of the normed attention
-//   input x;
-//                                   attributes: dimensions ["hidden", "hidden"], unit "square of the normed
-//                                   input"
-//   /layers/00000/mean              float64 [hidden], E[x]; dimensions ["hidden"], unit "normed input"
-//   /layers/00000/distance_mass     float64 [heads, length]: mean attention mass that a query of the head
-//   puts on keys
-//                                   Δ positions back; each row sums to 1; dimensions ["head", "distance"],
-//                                   unit "probability"
-//   /layers/00000        attribute: tokens (how many the means are over)
+//   /           attributes: format "relatent-calibration", format_version 1, creator (program and version),
+//               source_fingerprint, source_config (the JSON text), model_type, hidden_size,
+//               num_hidden_layers, num_attention_heads, compute (what projections were multiplied in:
+//               "float32" or "bfloat16")
+//   /tokens     int32 [sequences, length]; attributes: dimensions ["sequence", "position"], unit "token id"
+//   /layers/00000
+//               attribute: tokens (how many the means are over)
+//   /layers/00000/second_moment
+//               float64 [hidden, hidden], E[x xᵀ] of the normed attention input x; attributes: dimensions
+//               ["hidden", "hidden"], unit "square of the normed input"
+//   /layers/00000/mean
+//               float64 [hidden], E[x]; dimensions ["hidden"], unit "normed input"
+//   /layers/00000/distance_mass
+//               float64 [heads, length]: mean attention mass that a query of the head puts on keys Δ
+//               positions back; each row sums to 1; dimensions ["head", "distance"], unit "probability"
 //
 // Text attributes are fixed-length UTF-8 (bytes in h5py, lists as arrays of them), numbers int64; all
 // metadata carries the checksums of the HDF5 1.8 format. Datasets are contiguous and little-endian.

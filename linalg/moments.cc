@@ -15,6 +15,18 @@ namespace {
 
 // Tiles of the sum are the pieces of work: each is summed over the rows in their order by one thread.
 constexpr Index tile = 256;
+// Rows that are widened at a time, so that what is multiplied has not left the cache yet.
+constexpr Index panel = 512;
+
+// sum += left-hand columns of yᵀ times right-hand columns of x.
+void add_tile(const MatrixF& y, Index row, const MatrixF& x, Index col, Eigen::Ref<MatrixD> sum) {
+  for (Index first = 0; first < x.rows(); first += panel) {
+    const Index count = std::min(panel, x.rows() - first);
+    const RowsD left = y.block(first, row, count, sum.rows()).cast<double>();
+    const RowsD right = x.block(first, col, count, sum.cols()).cast<double>();
+    sum.noalias() += left.transpose() * right;
+  }
+}
 
 }  // namespace
 
@@ -34,13 +46,14 @@ void add_second_moment(const MatrixF& x, MatrixD& sum) {
     const auto [row, col] = lower[t];
     const Index rows = std::min(tile, size - row);
     const Index cols = std::min(tile, size - col);
-    const RowsD left = x.middleCols(row, rows).cast<double>();
-    if (row == col) {
-      sum.block(row, col, rows, cols).selfadjointView<Eigen::Lower>().rankUpdate(left.transpose());
+    if (row != col) {
+      add_tile(x, row, x, col, sum.block(row, col, rows, cols));
       return;
     }
-    const RowsD right = x.middleCols(col, cols).cast<double>();
-    sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
+    for (Index first = 0; first < x.rows(); first += panel) {
+      const RowsD part = x.block(first, row, std::min(panel, x.rows() - first), rows).cast<double>();
+      sum.block(row, row, rows, rows).selfadjointView<Eigen::Lower>().rankUpdate(part.transpose());
+    }
   });
 }
 
@@ -56,11 +69,8 @@ void add_cross_moment(const MatrixF& y, const MatrixF& x, MatrixD& sum) {
   }
   parallel_for(tiles.size(), [&](std::size_t t) {
     const auto [row, col] = tiles[t];
-    const Index rows = std::min(tile, y.cols() - row);
-    const Index cols = std::min(tile, x.cols() - col);
-    const RowsD left = y.middleCols(row, rows).cast<double>();
-    const RowsD right = x.middleCols(col, cols).cast<double>();
-    sum.block(row, col, rows, cols).noalias() += left.transpose() * right;
+    add_tile(y, row, x, col,
+             sum.block(row, col, std::min(tile, y.cols() - row), std::min(tile, x.cols() - col)));
   });
 }
 

@@ -32,7 +32,11 @@ dnnl::matmul::primitive_desc product(Index rows, Index in, Index out, const memo
   const memory::desc x(memory::dims{rows, in}, memory::data_type::bf16, memory::format_tag::ab);
   const memory::desc weight(memory::dims{in, out}, memory::data_type::bf16, memory::format_tag::any);
   const memory::desc y(memory::dims{rows, out}, memory::data_type::f32, memory::format_tag::ab);
+#if DNNL_VERSION_MAJOR >= 3
+  return {cpu(), x, blocked != nullptr ? *blocked : weight, y};
+#else
   return {dnnl::matmul::desc(x, blocked != nullptr ? *blocked : weight, y), cpu()};
+#endif
 }
 
 memory floats(memory::dims size, memory::format_tag order, const float* values) {
@@ -55,8 +59,9 @@ struct PackedWeight::Blocked {
 
 bool has_bf16_products() {
   static const bool known = [] {
-    const dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa();
-    return isa == dnnl::cpu_isa::avx512_core_bf16 || isa == dnnl::cpu_isa::avx512_core_amx;
+    // Bits, and a processor that can do more has all of those that one which can do less has.
+    const auto wanted = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
+    return (static_cast<unsigned>(dnnl::get_effective_cpu_isa()) & wanted) == wanted;
   }();
   return known;
 }

@@ -12,6 +12,7 @@
 #include "formats/hash.h"
 #include "formats/state_file.h"
 #include "formats/work_folder.h"
+#include "linalg/heap.h"
 #include "linalg/moments.h"
 #include "linalg/stages.h"
 #include "linalg/threads.h"
@@ -23,18 +24,18 @@ namespace {
 // are formed in the same order for any thread count.
 constexpr Index batch_tokens = 8192;
 
-LayerMoments observe_layer(const Layer& layer, Stream& stream) {
+// Moves the stream past the layer, but where nothing follows it. Overwrites out.
+void observe_layer(const Layer& layer, Stream& stream, bool last, LayerMoments& out) {
   const Stage stage("observe");
   const RotaryTable table(rotary_of(layer.attention), stream.length());
   const Index heads = std::visit([](const auto& kind) { return kind.heads; }, layer.attention);
   const Index hidden = stream.hidden().cols();
   const Index length = stream.length();
   const Index batch = std::max<Index>(1, batch_tokens / length);
-  LayerMoments out;
   out.tokens = stream.count() * length;
-  out.second_moment = MatrixD::Zero(hidden, hidden);
-  out.mean = VectorD::Zero(hidden);
-  out.distance_mass = MatrixD::Zero(heads, length);
+  out.second_moment.setZero(hidden, hidden);
+  out.mean.setZero(hidden);
+  out.distance_mass.setZero(heads, length);
   MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
@@ -45,8 +46,10 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
       inputs.middleRows(s * length, length) = x;
       const MatrixF mixed =
           std::visit([&](const auto& kind) { return mix_heads(kind, x, table, &mass[i]); }, layer.attention);
-      stream.sequence(first + s) += output_projection(layer.attention)(mixed);
-      add_mlp(layer, stream.sequence(first + s));
+      if (!last) {
+        stream.sequence(first + s) += output_projection(layer.attention)(mixed);
+        add_mlp(layer, stream.sequence(first + s));
+      }
     });
     add_second_moment(inputs.topRows(count * length), out.second_moment);
     out.mean += inputs.topRows(count * length).cast<double>().colwise().sum().transpose();
@@ -59,7 +62,6 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream) {
   mirror_lower(out.second_moment);
   out.mean /= tokens;
   out.distance_mass /= tokens;
-  return out;
 }
 
 // The file with the stream after the layers done, in the work folder, and the entry that says how many.
@@ -144,12 +146,16 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   std::vector<PendingFile> unsaved;
   bool saves = true;
   const Index first = begin_store(model, sequences, header, work, writer, stream);
+  LayerMoments moments;
   for (Index i = first; i < config.num_hidden_layers; ++i) {
-    Layer layer = model.layer(i);
-    if (compute == DType::bf16) {
-      use_bf16_products(layer);
+    {
+      Layer layer = model.layer(i);
+      if (compute == DType::bf16) {
+        use_bf16_products(layer);
+      }
+      observe_layer(layer, stream, i + 1 == config.num_hidden_layers, moments);
     }
-    const LayerMoments moments = observe_layer(layer, stream);
+    return_freed_memory();
     writer->add_layer(moments);
     progress(i + 1, config.num_hidden_layers);
     if (i + 1 == config.num_hidden_layers) {

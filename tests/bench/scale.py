@@ -550,6 +550,8 @@ def main() -> None:
     )
     if options.vocab:
         print(f"A trial: the vocabulary is cut to {options.vocab}.\n")
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scale-", dir=options.work) as folder:
         bench = Bench(options, Path(folder))
         for name in parts:
