@@ -12,10 +12,13 @@
 #include "formats/hash.h"
 #include "formats/json_text.h"
 #include "linalg/stages.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
+// Values of one piece of work.
+constexpr std::size_t kDecodedAtOnce = std::size_t{1} << 20U;
 constexpr std::size_t kLargestConfig = std::size_t{16} << 20U;
 constexpr const char* kSingleName = "model.safetensors";
 
@@ -221,7 +224,14 @@ MatrixF Checkpoint::read_matrix(const std::string& name) const {
     rows *= tensor.shape[i];
   }
   MatrixF matrix(rows, tensor.shape.back());
-  decode_floats(tensor.dtype, bytes(name), {matrix.data(), static_cast<std::size_t>(matrix.size())});
+  const std::span<const std::byte> stored = bytes(name);
+  const std::size_t size = size_of(tensor.dtype);
+  const auto count = static_cast<std::size_t>(matrix.size());
+  parallel_for((count + kDecodedAtOnce - 1) / kDecodedAtOnce, [&](std::size_t i) {
+    const std::size_t first = i * kDecodedAtOnce;
+    const std::size_t here = std::min(kDecodedAtOnce, count - first);
+    decode_floats(tensor.dtype, stored.subspan(first * size, here * size), {matrix.data() + first, here});
+  });
   return matrix;
 }
 

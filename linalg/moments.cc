@@ -75,7 +75,17 @@ void add_cross_moment(const MatrixF& y, const MatrixF& x, MatrixD& sum) {
 }
 
 void mirror_lower(MatrixD& m) {
-  m.triangularView<Eigen::StrictlyUpper>() = m.transpose();
+  const Index size = m.rows();
+  parallel_for(static_cast<std::size_t>((size + tile - 1) / tile), [&](std::size_t t) {
+    const Index row = static_cast<Index>(t) * tile;
+    const Index rows = std::min(tile, size - row);
+    m.block(row, row, rows, rows).triangularView<Eigen::StrictlyUpper>() =
+        m.block(row, row, rows, rows).transpose();
+    for (Index col = row + rows; col < size; col += tile) {
+      const Index cols = std::min(tile, size - col);
+      m.block(row, col, rows, cols) = m.block(col, row, cols, rows).transpose();
+    }
+  });
 }
 
 }  // namespace relatent

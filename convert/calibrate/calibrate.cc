@@ -40,10 +40,12 @@ void observe_layer(const Layer& layer, Stream& stream, bool last, LayerMoments& 
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
     std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(heads, length)});
+    MatrixD sums(count, hidden);
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const auto s = static_cast<Index>(i);
       const MatrixF x = normed(layer.input_norm, stream.sequence(first + s));
       inputs.middleRows(s * length, length) = x;
+      sums.row(s) = x.cast<double>().colwise().sum();
       const MatrixF mixed =
           std::visit([&](const auto& kind) { return mix_heads(kind, x, table, &mass[i]); }, layer.attention);
       if (!last) {
@@ -52,7 +54,7 @@ void observe_layer(const Layer& layer, Stream& stream, bool last, LayerMoments& 
       }
     });
     add_second_moment(inputs.topRows(count * length), out.second_moment);
-    out.mean += inputs.topRows(count * length).cast<double>().colwise().sum().transpose();
+    out.mean += sums.colwise().sum().transpose();
     for (const DistanceMass& m : mass) {
       out.distance_mass += m.sum;
     }

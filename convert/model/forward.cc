@@ -86,9 +86,8 @@ void use_bf16_products(Layer& layer) {
       linears.push_back(&latent.q_down);
     }
   }
-  for (Linear* linear : linears) {
-    linear->pack();
-  }
+  const Stage stage("pack");
+  parallel_for(linears.size(), [&](std::size_t i) { linears[i]->pack(); });
 }
 
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {

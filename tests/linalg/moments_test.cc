@@ -18,11 +18,16 @@ using testing_support::ThreadCount;
 // A few dozen products per entry.
 constexpr double kNoise = 64 * std::numeric_limits<double>::epsilon();
 
-// 600 columns are more than two tiles.
+// 600 columns are more than two tiles, 1100 rows more than two panels.
 TEST(ActivationMoments, SecondMomentFillsTheLowerTriangle) {
-  for (const Index size : {1, 5, 256, 257, 600}) {
+  struct Case {
+    Index rows;
+    Index size;
+  };
+  for (const auto [rows, size] :
+       {Case{9, 1}, Case{9, 5}, Case{9, 256}, Case{9, 257}, Case{9, 600}, Case{1100, 40}, Case{1100, 300}}) {
     Random random(1);
-    const MatrixF x = random.matrix(9, size);
+    const MatrixF x = random.matrix(rows, size);
     const auto sum = [&](int threads) {
       const ThreadCount count(threads);
       MatrixD out = MatrixD::Constant(size, size, 3);
@@ -46,13 +51,14 @@ TEST(ActivationMoments, SecondMomentFillsTheLowerTriangle) {
 
 TEST(ActivationMoments, CrossMomentIsTheSumOfOuterProducts) {
   struct Case {
+    Index rows;
     Index left;
     Index right;
   };
-  for (const Case& size : {Case{3, 5}, Case{300, 7}, Case{7, 520}}) {
+  for (const Case& size : {Case{9, 3, 5}, Case{9, 300, 7}, Case{9, 7, 520}, Case{1100, 300, 40}}) {
     Random random(2);
-    const MatrixF y = random.matrix(9, size.left);
-    const MatrixF x = random.matrix(9, size.right);
+    const MatrixF y = random.matrix(size.rows, size.left);
+    const MatrixF x = random.matrix(size.rows, size.right);
     const auto sum = [&](int threads) {
       const ThreadCount count(threads);
       MatrixD out = MatrixD::Constant(size.left, size.right, 3);
