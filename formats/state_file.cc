@@ -91,7 +91,7 @@ std::optional<std::int64_t> read_state(const std::filesystem::path& path,
   }
   rest = rest.subspan(header_bytes);
   for (const auto& block : blocks) {
-    std::memcpy(block.data(), rest.data(), block.size());
+    std::copy_n(rest.begin(), block.size(), block.begin());
     rest = rest.subspan(block.size());
   }
   return number;

@@ -3,7 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <span>
 #include <type_traits>
 
 #include "linalg/matrix.h"
@@ -47,6 +50,17 @@ inline bool all_finite(const MatrixF& m) {
     unsigned bits = 0;
     std::memcpy(&bits, m.data() + i, sizeof bits);
     bad |= static_cast<unsigned>((bits & 0x7f800000U) == 0x7f800000U);
+  }
+  return bad == 0;
+}
+
+// The same of numbers in bfloat16.
+inline bool all_finite_bf16(std::span<const std::byte> bytes) {
+  unsigned bad = 0;
+  for (std::size_t i = 0; i + 1 < bytes.size(); i += 2) {
+    std::uint16_t bits = 0;
+    std::memcpy(&bits, bytes.data() + i, sizeof bits);
+    bad |= static_cast<unsigned>((bits & 0x7f80U) == 0x7f80U);
   }
   return bad == 0;
 }

@@ -39,10 +39,10 @@ dnnl::matmul::primitive_desc product(Index rows, Index in, Index out, const memo
 #endif
 }
 
-memory floats(memory::dims size, memory::format_tag order, const float* values) {
+memory given(memory::dims size, memory::data_type type, memory::format_tag order, const void* values) {
   // The library takes no pointer to const, and only reads through this one.
-  return {memory::desc(std::move(size), memory::data_type::f32, order), cpu(),
-          const_cast<float*>(values)};  // NOLINT(cppcoreguidelines-pro-type-const-cast)
+  return {memory::desc(std::move(size), type, order), cpu(),
+          const_cast<void*>(values)};  // NOLINT(cppcoreguidelines-pro-type-const-cast)
 }
 
 void stay_on_this_thread() {
@@ -66,14 +66,27 @@ bool has_bf16_products() {
   return known;
 }
 
-PackedWeight::PackedWeight(const MatrixF& weight)
-    : out_(weight.rows()), in_(weight.cols()), blocked_(std::make_unique<Blocked>()) {
+PackedWeight::PackedWeight(const MatrixF& weight) : out_(weight.rows()), in_(weight.cols()) {
+  block(weight.data(), false);
+}
+
+PackedWeight::PackedWeight(std::span<const std::byte> bf16, Index out, Index in) : out_(out), in_(in) {
+  if (out < 0 || in < 0 || bf16.size() != 2 * static_cast<std::size_t>(out * in)) {
+    throw std::invalid_argument("PackedWeight: " + std::to_string(bf16.size()) + " bytes for " +
+                                std::to_string(out) + " x " + std::to_string(in));
+  }
+  block(bf16.data(), true);
+}
+
+void PackedWeight::block(const void* values, bool is_bf16) {
   if (!has_bf16_products()) {
     throw std::logic_error("PackedWeight: this processor has no bfloat16 products");
   }
+  blocked_ = std::make_unique<Blocked>();
   stay_on_this_thread();
   // Row-major [out, in] is column-major [in, out].
-  memory source = floats({in_, out_}, memory::format_tag::ba, weight.data());
+  memory source = given({in_, out_}, is_bf16 ? memory::data_type::bf16 : memory::data_type::f32,
+                        memory::format_tag::ba, values);
   blocked_->weight = memory(product(usual_rows, in_, out_, nullptr).weights_desc(), cpu());
   dnnl::stream stream(cpu());
   dnnl::reorder(source, blocked_->weight).execute(stream, source, blocked_->weight);
@@ -92,7 +105,7 @@ MatrixF PackedWeight::operator()(const MatrixF& x) const {
   }
   const memory::desc layout = blocked_->weight.get_desc();
   const dnnl::matmul::primitive_desc description = product(x.rows(), in_, out_, &layout);
-  memory source = floats({x.rows(), in_}, memory::format_tag::ab, x.data());
+  memory source = given({x.rows(), in_}, memory::data_type::f32, memory::format_tag::ab, x.data());
   memory rounded(description.src_desc(), cpu());
   memory target(description.dst_desc(), cpu(), y.data());
   dnnl::stream stream(cpu());
@@ -113,6 +126,14 @@ bool has_bf16_products() {
 }
 
 PackedWeight::PackedWeight(const MatrixF& weight) : out_(weight.rows()), in_(weight.cols()) {
+  block(weight.data(), false);
+}
+
+PackedWeight::PackedWeight(std::span<const std::byte> bf16, Index out, Index in) : out_(out), in_(in) {
+  block(bf16.data(), true);
+}
+
+void PackedWeight::block(const void* /*values*/, bool /*is_bf16*/) {
   throw std::logic_error("PackedWeight: built without oneDNN");
 }
 

@@ -1,7 +1,9 @@
 // Products with a weight in bfloat16, summed in float32, on processors that have instructions for it.
 #pragma once
 
+#include <cstddef>
 #include <memory>
+#include <span>
 
 #include "linalg/matrix.h"
 
@@ -16,6 +18,9 @@ class PackedWeight {
  public:
   // weight [out, in]. Throws std::logic_error where there are no such products.
   explicit PackedWeight(const MatrixF& weight);
+  // The same of a weight as it is stored: out * in bfloat16 numbers (std::invalid_argument otherwise), row by
+  // row.
+  PackedWeight(std::span<const std::byte> bf16, Index out, Index in);
   PackedWeight(const PackedWeight&) = delete;
   PackedWeight& operator=(const PackedWeight&) = delete;
   ~PackedWeight();
@@ -27,6 +32,8 @@ class PackedWeight {
 
  private:
   struct Blocked;
+  // From [out, in] numbers of the library's type, which is f32 or bf16.
+  void block(const void* values, bool is_bf16);
   Index out_;
   Index in_;
   std::unique_ptr<Blocked> blocked_;

@@ -151,10 +151,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   LayerMoments moments;
   for (Index i = first; i < config.num_hidden_layers; ++i) {
     {
-      Layer layer = model.layer(i);
-      if (compute == DType::bf16) {
-        use_bf16_products(layer);
-      }
+      const Layer layer = compute == DType::bf16 ? model.packed_layer(i) : model.layer(i);
       observe_layer(layer, stream, i + 1 == config.num_hidden_layers, moments);
     }
     return_freed_memory();

@@ -75,21 +75,6 @@ MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::Ou
   return x;
 }
 
-void use_bf16_products(Layer& layer) {
-  std::vector<Linear*> linears = {&layer.mlp.gate, &layer.mlp.up, &layer.mlp.down};
-  if (auto* gqa = std::get_if<GqaAttention>(&layer.attention)) {
-    linears.insert(linears.end(), {&gqa->q, &gqa->k, &gqa->v, &gqa->o});
-  } else {
-    auto& latent = std::get<LatentAttention>(layer.attention);
-    linears.insert(linears.end(), {&latent.q, &latent.o});
-    if (latent.q_down.out() > 0) {
-      linears.push_back(&latent.q_down);
-    }
-  }
-  const Stage stage("pack");
-  parallel_for(linears.size(), [&](std::size_t i) { linears[i]->pack(); });
-}
-
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
   const Stage stage("MLP");
   const MatrixF x = normed(layer.post_attention_norm, hidden);

@@ -32,10 +32,6 @@ class Stream {
 // x = norm(h) for the rows of one sequence.
 MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden);
 
-// Has the layer's projections, an expert's apart, multiply in bfloat16 (linalg/packed.h); they can only be
-// applied afterwards. Needs has_bf16_products().
-void use_bf16_products(Layer& layer);
-
 // h += down(silu(gate(norm h)) * up(norm h)), and what the experts of norm h add, where there are some.
 void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden);
 

@@ -1,11 +1,13 @@
 #include "convert/model/model.h"
 
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 
 #include "formats/error.h"
 #include "linalg/layouts.h"
 #include "linalg/stages.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
@@ -43,10 +45,14 @@ MatrixF Model::matrix(Role role, Index layer_idx, Index part) const {
   MatrixF out = checkpoint_.read_matrix(name);
   checkpoint_.release(name);
   if (!all_finite(out)) {
-    fail_input({checkpoint_.file_of(name).path(), name, "holds a value that is not finite", "finite weights",
-                "NaN or infinity", ""});
+    fail_not_finite(name);
   }
   return out;
+}
+
+void Model::fail_not_finite(const std::string& name) const {
+  fail_input({checkpoint_.file_of(name).path(), name, "holds a value that is not finite", "finite weights",
+              "NaN or infinity", ""});
 }
 
 RowVectorF Model::vector_or_empty(Role role, Index layer_idx, Index part) const {
@@ -57,20 +63,46 @@ Linear Model::linear(Role weight, Role bias, Index layer_idx, Index part) const 
   return {matrix(weight, layer_idx, part), vector_or_empty(bias, layer_idx, part)};
 }
 
+// What is stored in bfloat16 is packed as it is.
+Linear Model::packed(Role weight, Role bias, Index layer_idx) const {
+  const std::string& name = name_of(weight, layer_idx);
+  const TensorInfo& info = checkpoint_.info(name);
+  if (info.dtype != DType::bf16) {
+    Linear out = linear(weight, bias, layer_idx);
+    out.pack();
+    return out;
+  }
+  const Stage stage("read weights");
+  const std::span<const std::byte> bytes = checkpoint_.bytes(name);
+  if (!all_finite_bf16(bytes)) {
+    fail_not_finite(name);
+  }
+  Linear out{{},
+             vector_or_empty(bias, layer_idx),
+             std::make_shared<const PackedWeight>(bytes, info.shape.at(0), info.shape.at(1))};
+  checkpoint_.release(name);
+  return out;
+}
+
 RmsNorm Model::norm(Role role, Index layer_idx) const {
   return {vector_or_empty(role, layer_idx), static_cast<float>(config_.rms_norm_eps)};
 }
 
-GqaAttention Model::scores(Index layer_idx) const {
+GqaAttention Model::gqa_geometry() const {
   GqaAttention out;
   out.heads = config_.num_attention_heads;
   out.kv_heads = config_.gqa->num_key_value_heads;
   out.head_dim = config_.gqa->head_dim;
   out.window = config_.sliding_window.value_or(0);
   out.scale = 1.0F / std::sqrt(static_cast<float>(out.head_dim));
+  out.rotary = config_.rotary;
+  return out;
+}
+
+GqaAttention Model::scores(Index layer_idx) const {
+  GqaAttention out = gqa_geometry();
   out.q = linear(Role::q_weight, Role::q_bias, layer_idx);
   out.k = linear(Role::k_weight, Role::k_bias, layer_idx);
-  out.rotary = config_.rotary;
   return out;
 }
 
@@ -216,6 +248,43 @@ Layer Model::layer(Index layer_idx) const {
   if (config_.has_experts(layer_idx)) {
     out.experts = experts(layer_idx);
   }
+  return out;
+}
+
+Layer Model::packed_layer(Index layer_idx) const {
+  Layer out{norm(Role::input_norm, layer_idx), {}, norm(Role::post_attention_norm, layer_idx), {}, {}};
+  // Largest first, so that threads end together.
+  std::vector<std::function<void()>> work;
+  const auto read = [&](Linear& linear, Role weight, Role bias) {
+    work.emplace_back([this, layer_idx, &linear, weight, bias] { linear = packed(weight, bias, layer_idx); });
+  };
+  const auto pack = [&](Linear& linear) { work.emplace_back([&linear] { linear.pack(); }); };
+  if (config_.has_experts(layer_idx)) {
+    out.mlp = mlp(layer_idx);
+    out.experts = experts(layer_idx);
+    pack(out.mlp.gate);
+    pack(out.mlp.up);
+    pack(out.mlp.down);
+  } else {
+    read(out.mlp.gate, Role::gate_weight, Role::gate_bias);
+    read(out.mlp.up, Role::up_weight, Role::up_bias);
+    read(out.mlp.down, Role::down_weight, Role::down_bias);
+  }
+  if (config_.gqa) {
+    auto& gqa = out.attention.emplace<GqaAttention>(gqa_geometry());
+    read(gqa.q, Role::q_weight, Role::q_bias);
+    read(gqa.o, Role::o_weight, Role::o_bias);
+    read(gqa.k, Role::k_weight, Role::k_bias);
+    read(gqa.v, Role::v_weight, Role::v_bias);
+  } else {
+    auto& latent = out.attention.emplace<LatentAttention>(this->latent(layer_idx));
+    pack(latent.q);
+    pack(latent.o);
+    if (latent.q_down.out() > 0) {
+      pack(latent.q_down);
+    }
+  }
+  parallel_for(work.size(), [&](std::size_t i) { work[i](); });
   return out;
 }
 

@@ -41,6 +41,9 @@ class Model {
 
   // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
   Layer layer(Index layer_idx) const;
+  // The same for products in bfloat16: projections, an expert's apart, are packed (linalg/packed.h) and have
+  // no weight that could be read. Needs has_bf16_products().
+  Layer packed_layer(Index layer_idx) const;
   Attention attention(Index layer_idx) const;
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
@@ -56,7 +59,10 @@ class Model {
   MatrixF matrix(Role role, Index layer_idx, Index part = -1) const;
   RowVectorF vector_or_empty(Role role, Index layer_idx, Index part = -1) const;
   Linear linear(Role weight, Role bias, Index layer_idx, Index part = -1) const;
+  Linear packed(Role weight, Role bias, Index layer_idx) const;
+  [[noreturn]] void fail_not_finite(const std::string& name) const;
   RmsNorm norm(Role role, Index layer_idx) const;
+  GqaAttention gqa_geometry() const;
   GqaAttention gqa(Index layer_idx) const;
   LatentAttention latent(Index layer_idx) const;
   void read_joint_latents(Index layer_idx, LatentAttention& out) const;

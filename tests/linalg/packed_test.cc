@@ -43,6 +43,10 @@ TEST(PackedWeight, MultipliesRoundedNumbersInFloat32) {
     const MatrixD exact = x.cast<double>() * weight.cast<double>().transpose();
     EXPECT_GT((y.cast<double>() - exact).norm(), 1e-4 * exact.norm());
     EXPECT_THROW(packed(some(2, in + 1, random)), std::invalid_argument);
+    std::vector<std::byte> stored(2 * static_cast<std::size_t>(out * in));
+    encode_floats(DType::bf16, {weight.data(), static_cast<std::size_t>(weight.size())}, stored);
+    EXPECT_TRUE(PackedWeight(stored, out, in)(x) == y);
+    EXPECT_THROW(PackedWeight(stored, out + 1, in), std::invalid_argument);
   }
 }
 
