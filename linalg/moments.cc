@@ -18,12 +18,12 @@ constexpr Index tile = 256;
 // Rows that are widened at a time, so that what is multiplied has not left the cache yet.
 constexpr Index panel = 512;
 
-// sum += left-hand columns of yᵀ times right-hand columns of x.
-void add_tile(const MatrixF& y, Index row, const MatrixF& x, Index col, Eigen::Ref<MatrixD> sum) {
+// sum += yᵀ x, of the columns of y from y_start on and those of x from x_start on.
+void add_tile(const MatrixF& y, Index y_start, const MatrixF& x, Index x_start, Eigen::Ref<MatrixD> sum) {
   for (Index first = 0; first < x.rows(); first += panel) {
     const Index count = std::min(panel, x.rows() - first);
-    const RowsD left = y.block(first, row, count, sum.rows()).cast<double>();
-    const RowsD right = x.block(first, col, count, sum.cols()).cast<double>();
+    const RowsD left = y.block(first, y_start, count, sum.rows()).cast<double>();
+    const RowsD right = x.block(first, x_start, count, sum.cols()).cast<double>();
     sum.noalias() += left.transpose() * right;
   }
 }
@@ -77,13 +77,13 @@ void add_cross_moment(const MatrixF& y, const MatrixF& x, MatrixD& sum) {
 void mirror_lower(MatrixD& m) {
   const Index size = m.rows();
   parallel_for(static_cast<std::size_t>((size + tile - 1) / tile), [&](std::size_t t) {
-    const Index row = static_cast<Index>(t) * tile;
-    const Index rows = std::min(tile, size - row);
-    m.block(row, row, rows, rows).triangularView<Eigen::StrictlyUpper>() =
-        m.block(row, row, rows, rows).transpose();
-    for (Index col = row + rows; col < size; col += tile) {
-      const Index cols = std::min(tile, size - col);
-      m.block(row, col, rows, cols) = m.block(col, row, cols, rows).transpose();
+    const Index top = static_cast<Index>(t) * tile;
+    const Index height = std::min(tile, size - top);
+    m.block(top, top, height, height).triangularView<Eigen::StrictlyUpper>() =
+        m.block(top, top, height, height).transpose();
+    for (Index right = top + height; right < size; right += tile) {
+      const Index width = std::min(tile, size - right);
+      m.block(top, right, height, width) = m.block(right, top, width, height).transpose();
     }
   });
 }

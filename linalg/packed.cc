@@ -39,9 +39,9 @@ dnnl::matmul::primitive_desc product(Index rows, Index in, Index out, const memo
 #endif
 }
 
-memory given(memory::dims size, memory::data_type type, memory::format_tag order, const void* values) {
+memory given(const memory::dims& size, memory::data_type type, memory::format_tag order, const void* values) {
   // The library takes no pointer to const, and only reads through this one.
-  return {memory::desc(std::move(size), type, order), cpu(),
+  return {memory::desc(size, type, order), cpu(),
           const_cast<void*>(values)};  // NOLINT(cppcoreguidelines-pro-type-const-cast)
 }
 
