@@ -24,18 +24,19 @@ namespace {
 // are formed in the same order for any thread count.
 constexpr Index batch_tokens = 8192;
 
-// Moves the stream past the layer, but where nothing follows it. Overwrites out.
-void observe_layer(const Layer& layer, Stream& stream, bool last, LayerMoments& out) {
+// Moves the stream past the layer, but where nothing follows it.
+LayerMoments observe_layer(const Layer& layer, Stream& stream, bool last) {
   const Stage stage("observe");
   const RotaryTable table(rotary_of(layer.attention), stream.length());
   const Index heads = std::visit([](const auto& kind) { return kind.heads; }, layer.attention);
   const Index hidden = stream.hidden().cols();
   const Index length = stream.length();
   const Index batch = std::max<Index>(1, batch_tokens / length);
+  LayerMoments out;
   out.tokens = stream.count() * length;
-  out.second_moment.setZero(hidden, hidden);
-  out.mean.setZero(hidden);
-  out.distance_mass.setZero(heads, length);
+  out.second_moment = MatrixD::Zero(hidden, hidden);
+  out.mean = VectorD::Zero(hidden);
+  out.distance_mass = MatrixD::Zero(heads, length);
   MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
@@ -64,6 +65,7 @@ void observe_layer(const Layer& layer, Stream& stream, bool last, LayerMoments& 
   mirror_lower(out.second_moment);
   out.mean /= tokens;
   out.distance_mass /= tokens;
+  return out;
 }
 
 // The file with the stream after the layers done, in the work folder, and the entry that says how many.
@@ -148,12 +150,10 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   std::vector<PendingFile> unsaved;
   bool saves = true;
   const Index first = begin_store(model, sequences, header, work, writer, stream);
-  LayerMoments moments;
   for (Index i = first; i < config.num_hidden_layers; ++i) {
-    {
-      const Layer layer = compute == DType::bf16 ? model.packed_layer(i) : model.layer(i);
-      observe_layer(layer, stream, i + 1 == config.num_hidden_layers, moments);
-    }
+    const LayerMoments moments =
+        observe_layer(compute == DType::bf16 ? model.packed_layer(i) : model.layer(i), stream,
+                      i + 1 == config.num_hidden_layers);
     return_freed_memory();
     writer->add_layer(moments);
     progress(i + 1, config.num_hidden_layers);

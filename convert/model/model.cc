@@ -1,5 +1,6 @@
 #include "convert/model/model.h"
 
+#include <array>
 #include <cmath>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -20,6 +21,25 @@ void to_halves(Matrix& m, Index first, Index p) {
     m.row(first + j) = pairs.row(2 * j);
     m.row(first + j + p / 2) = pairs.row(2 * j + 1);
   }
+}
+
+struct Projection {
+  Linear* into = nullptr;
+  Role weight;
+  Role bias;
+};
+
+std::array<Projection, 4> projections_of(GqaAttention& attention) {
+  return {{{&attention.q, Role::q_weight, Role::q_bias},
+           {&attention.o, Role::o_weight, Role::o_bias},
+           {&attention.k, Role::k_weight, Role::k_bias},
+           {&attention.v, Role::v_weight, Role::v_bias}}};
+}
+
+std::array<Projection, 3> projections_of(Mlp& mlp) {
+  return {{{&mlp.gate, Role::gate_weight, Role::gate_bias},
+           {&mlp.up, Role::up_weight, Role::up_bias},
+           {&mlp.down, Role::down_weight, Role::down_bias}}};
 }
 
 }  // namespace
@@ -107,9 +127,10 @@ GqaAttention Model::scores(Index layer_idx) const {
 }
 
 GqaAttention Model::gqa(Index layer_idx) const {
-  GqaAttention out = scores(layer_idx);
-  out.v = linear(Role::v_weight, Role::v_bias, layer_idx);
-  out.o = linear(Role::o_weight, Role::o_bias, layer_idx);
+  GqaAttention out = gqa_geometry();
+  for (const Projection& projection : projections_of(out)) {
+    *projection.into = linear(projection.weight, projection.bias, layer_idx);
+  }
   return out;
 }
 
@@ -228,9 +249,11 @@ Mlp Model::mlp(Index layer_idx) const {
             {matrix(Role::shared_up_weight, layer_idx), {}},
             {matrix(Role::shared_down_weight, layer_idx), {}}};
   }
-  return {linear(Role::gate_weight, Role::gate_bias, layer_idx),
-          linear(Role::up_weight, Role::up_bias, layer_idx),
-          linear(Role::down_weight, Role::down_bias, layer_idx)};
+  Mlp out;
+  for (const Projection& projection : projections_of(out)) {
+    *projection.into = linear(projection.weight, projection.bias, layer_idx);
+  }
+  return out;
 }
 
 Experts Model::experts(Index layer_idx) const {
@@ -255,8 +278,10 @@ Layer Model::packed_layer(Index layer_idx) const {
   Layer out{norm(Role::input_norm, layer_idx), {}, norm(Role::post_attention_norm, layer_idx), {}, {}};
   // Largest first, so that threads end together.
   std::vector<std::function<void()>> work;
-  const auto read = [&](Linear& linear, Role weight, Role bias) {
-    work.emplace_back([this, layer_idx, &linear, weight, bias] { linear = packed(weight, bias, layer_idx); });
+  const auto read = [&](const auto& projections) {
+    for (const Projection& from : projections) {
+      work.emplace_back([this, layer_idx, from] { *from.into = packed(from.weight, from.bias, layer_idx); });
+    }
   };
   const auto pack = [&](Linear& linear) { work.emplace_back([&linear] { linear.pack(); }); };
   if (config_.has_experts(layer_idx)) {
@@ -266,16 +291,10 @@ Layer Model::packed_layer(Index layer_idx) const {
     pack(out.mlp.up);
     pack(out.mlp.down);
   } else {
-    read(out.mlp.gate, Role::gate_weight, Role::gate_bias);
-    read(out.mlp.up, Role::up_weight, Role::up_bias);
-    read(out.mlp.down, Role::down_weight, Role::down_bias);
+    read(projections_of(out.mlp));
   }
   if (config_.gqa) {
-    auto& gqa = out.attention.emplace<GqaAttention>(gqa_geometry());
-    read(gqa.q, Role::q_weight, Role::q_bias);
-    read(gqa.o, Role::o_weight, Role::o_bias);
-    read(gqa.k, Role::k_weight, Role::k_bias);
-    read(gqa.v, Role::v_weight, Role::v_bias);
+    read(projections_of(out.attention.emplace<GqaAttention>(gqa_geometry())));
   } else {
     auto& latent = out.attention.emplace<LatentAttention>(this->latent(layer_idx));
     pack(latent.q);
