@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "linalg/heap.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -65,7 +64,6 @@ class Flight {
     while (finished_ < layers_ && ready_[static_cast<std::size_t>(finished_)] && !stopped_) {
       lock.unlock();
       work_.finish(finished_);
-      return_freed_memory();
       lock.lock();
       ++finished_;
       changed_.notify_all();
