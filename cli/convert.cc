@@ -29,6 +29,7 @@ struct Options {
   std::string kv_budget;
   std::optional<double> max_nats;
   std::string dtype;
+  std::string compute = "auto";
   std::string fold = "auto";
   std::string balance_columns = "head";
   std::string calibration;
@@ -157,6 +158,9 @@ ConvertOptions resolve(const Options& options) {
   if (!options.calibration.empty()) {
     out.calibration = options.calibration;
   }
+  if (options.compute != "auto") {
+    out.compute = dtype_from_torch(options.compute);
+  }
   if (!options.dtype.empty()) {
     out.dtype = dtype_from_torch(options.dtype);
   }
@@ -210,6 +214,9 @@ int run(const Options& options) {
     Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
                 {"branches", report.branches},     {"seconds", report.seconds},
                 {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
+    if (conversion.options().method == Method::relatent) {
+      out["compute"] = torch_name(conversion.options().relatent.compute);
+    }
     out["bias_fold_error"] = report.fold_error;
     out["warnings"] = conversion.plan().warnings;
     out["trials"] = Json::array();
@@ -328,6 +335,13 @@ void add_convert(CLI::App& app, Command& chosen) {
             ->add_option("--fit-stride", own.fit.stride,
                          "relatent: fit on the queries of every n-th position; 1 is slower and closer")
             ->check(CLI::PositiveNumber)
+            ->capture_default_str(),
+        fitted);
+  owned(command
+            ->add_option("--compute", options->compute,
+                         "relatent: large products of the fits in float32 or bfloat16; auto: as the "
+                         "calibration was made, where the processor can")
+            ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
             ->capture_default_str(),
         fitted);
   command

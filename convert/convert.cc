@@ -19,6 +19,7 @@
 #include "convert/model/forward.h"
 #include "formats/error.h"
 #include "linalg/heap.h"
+#include "linalg/packed.h"
 
 namespace relatent {
 namespace {
@@ -488,6 +489,7 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch, b
   if (options_.calibration) {
     calibration_ = CalibrationFile::open(*options_.calibration);
   }
+  choose_compute();
   // As they were given: planning fills in what was not.
   facts_ = facts_of(options_, source_.checkpoint());
   if (claim) {
@@ -495,6 +497,18 @@ Conversion::Conversion(ConvertOptions options, const SizeSearch::Watch& watch, b
     work_->run([&] { make_plan(watch); });
   } else {
     make_plan(watch);
+  }
+}
+
+void Conversion::choose_compute() {
+  const bool can = has_bf16_products();
+  if (options_.compute) {
+    if (*options_.compute == DType::bf16 && !can) {
+      fail_usage("--compute bfloat16: this processor has no bfloat16 products");
+    }
+    options_.relatent.compute = *options_.compute;
+  } else if (can && calibration_ && calibration_->header().compute == torch_name(DType::bf16)) {
+    options_.relatent.compute = DType::bf16;
   }
 }
 

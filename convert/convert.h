@@ -47,8 +47,10 @@ struct ConvertOptions {
   double balance = 1;
   TransmlaOptions::Columns balance_columns = TransmlaOptions::Columns::head;
   std::optional<Index> q_rank;
-  // relatent only; its sizes are filled in from the plan.
+  // relatent only; its sizes are filled in from the plan, and what it computes in from here: none = as the
+  // calibration was, where this processor can.
   RelatentOptions relatent;
+  std::optional<DType> compute;
   // Engines that normalise the latent: extra coordinates that steady the norm, or the rank to pad to.
   std::optional<Index> norm_coordinates;
   std::optional<Index> pad_rank;
@@ -124,6 +126,7 @@ class Conversion {
 
  private:
   void make_plan(const SizeSearch::Watch& watch);
+  void choose_compute();
   void claim_output();
   // Trials that an interrupted search recorded.
   std::vector<SizeTrial> recorded_trials() const;

@@ -67,6 +67,7 @@ Facts facts_of(const ConvertOptions& options, const Checkpoint& source) {
   add("--no-query-fit", !fit.queries);
   add("--no-key-fit", !fit.keys);
   add("--no-refit", !fit.refit);
+  add("--compute", own.compute);
   add("--fit-rounds", fit.rounds);
   add("--fit-tokens", fit.tokens);
   add("--fit-stride", fit.stride);

@@ -69,7 +69,7 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     const Index unknowns = source.config().hidden_size + 1;
     options_.fit.stride =
         std::clamp<Index>(tokens / (options.fit.queries_per_unknown * unknowns), 1, options.fit.stride);
-    streams_ = std::make_unique<TwinStreams>(source, sequences);
+    streams_ = std::make_unique<TwinStreams>(source, sequences, options.compute);
   }
 }
 
@@ -169,18 +169,18 @@ LatentAttention RelatentConversion::closed(const Attention& attention, const Kno
   return out;
 }
 
-LatentAttention RelatentConversion::fitted(const Layer& layer, Known known) {
+LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, Known known) {
   AbsorbedAttention attention = absorbed(layer.attention, known);
-  known.maps.reset();
-  const AttentionSample sample =
-      streams_->sample_attention(layer, options_.fit.stride, affine(), known.query_bias);
+  const bool query_bias = known.query_bias;
+  known = {};  // the sample has moments of its own
+  const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
   const bool one_latent = options_.partition.latents() == 1;
   if (!affine() && one_latent) {
     attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
                                    *options_.norm_coordinates);
   }
   score_error_ = fit_attention(sample, options_.fit, attention);
-  LatentAttention out = to_latent_attention(attention, sample.input_moment, sample.query_moment);
+  LatentAttention out = to_latent_attention(attention, sample.input_moment, sample.asked_moment());
   if (!affine() && !one_latent) {
     normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
   }
@@ -202,15 +202,12 @@ LatentAttention RelatentConversion::sliced(const Attention& attention, const Kno
   return slice(closed(attention, known));
 }
 
-void RelatentConversion::finish(const Layer& layer, LatentAttention& converted) {
+void RelatentConversion::finish(const AttentionHalf& layer, LatentAttention& converted) {
   // A refit may give every layer a bias, whatever the closed forms left.
   if (affine() && converted.o.bias.size() == 0) {
     converted.o.bias = RowVectorF::Zero(converted.o.out());
   }
   streams_->finish_attention(layer, converted, options_.fit.refit, options_.fit.output_ridge);
-  if (next_ < source_.config().num_hidden_layers) {
-    streams_->finish_layer(layer);
-  }
 }
 
 LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) const {
@@ -232,7 +229,7 @@ LatentAttention RelatentConversion::next() {
   if (independent()) {
     return convert(layer_idx, moments_(layer_idx));
   }
-  const Layer layer = source_.layer(layer_idx);
+  AttentionHalf layer = source_.attention_half(layer_idx);
   Known known = std::visit([&](const auto& kind) { return know(kind, layer_idx, moments_(layer_idx)); },
                            layer.attention);
   fold_error_ = std::max(fold_error_, known.fold_error);
@@ -244,6 +241,12 @@ LatentAttention RelatentConversion::next() {
     streams_->follow_source(layer);
   }
   finish(layer, out);
+  if (next_ < source_.config().num_hidden_layers) {
+    // The MLP is read once nothing of the attention is held any more but what is written.
+    layer.attention = {};
+    streams_->finish_layer(options_.compute == DType::bf16 ? source_.packed_mlp_half(layer_idx)
+                                                           : source_.mlp_half(layer_idx));
+  }
   return out;
 }
 

@@ -41,6 +41,8 @@ struct RelatentOptions {
   // applies.
   LatentOrder order = LatentOrder::shared;
   FitOptions fit;
+  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs has_bf16_products().
+  DType compute = DType::f32;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
 };
@@ -102,11 +104,11 @@ class RelatentConversion {
   // The closed forms, as branches of one part each or of several.
   LatentAttention closed(const Attention& attention, const Known& known) const;
   // The closed forms fitted. Moves the source's stream past its attention.
-  LatentAttention fitted(const Layer& layer, Known known);
+  LatentAttention fitted(const AttentionHalf& layer, Known known);
   // The source, or its closed form, cut into slices.
   LatentAttention sliced(const Attention& attention, const Known& known) const;
-  // Refits o_proj and moves the streams on to the next layer, if there is one.
-  void finish(const Layer& layer, LatentAttention& converted);
+  // Refits o_proj and moves the converted stream past the attention.
+  void finish(const AttentionHalf& layer, LatentAttention& converted);
   bool affine() const { return !options_.norm_coordinates; }
   DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
 

@@ -54,8 +54,8 @@ std::uint64_t TwinStreams::saved_bytes(const ModelConfig& config, const Sequence
          static_cast<std::uint64_t>(config.hidden_size);
 }
 
-TwinStreams::TwinStreams(const Model& source, const Sequences& sequences)
-    : source_(source, sequences), converted_(source_) {}
+TwinStreams::TwinStreams(const Model& source, const Sequences& sequences, DType compute)
+    : source_(source, sequences), converted_(source_), compute_(compute) {}
 
 void TwinStreams::save(const std::filesystem::path& path, Index layers) const {
   write_state(path, layers, {bytes_of(source_.hidden()), bytes_of(converted_.hidden())}).commit();
@@ -73,7 +73,7 @@ MatrixF TwinStreams::converted_inputs(const RmsNorm& norm, Index sequence, bool 
   return out;
 }
 
-AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride, bool affine,
+AttentionSample TwinStreams::sample_attention(const AttentionHalf& source, Index stride, bool affine,
                                               bool query_affine) {
   const Stage stage("sample");
   const RotaryTable table(rotary_of(source.attention), source_.length());
@@ -83,6 +83,7 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   out.count = source_.count();
   out.length = length;
   out.stride = std::clamp<Index>(stride, 1, length);
+  out.compute = compute_;
   out.inputs = [this, norm = source.input_norm, affine](Index sequence) {
     return converted_inputs(norm, sequence, affine);
   };
@@ -145,21 +146,19 @@ AttentionSample TwinStreams::sample_attention(const Layer& source, Index stride,
   out.input_moment = moment_of(out.sampled_inputs);
   if (low_rank_query) {
     out.query_moment = moment_of(out.query_inputs);
-  } else {
+  } else if (affine && !query_affine) {
     out.query_inputs = out.sampled_inputs;
+    out.query_inputs.col(hidden).setZero();
     out.query_moment = out.input_moment;
-    if (affine && !query_affine) {
-      out.query_inputs.col(hidden).setZero();
-      out.query_moment.col(hidden).setZero();
-      out.query_moment.row(hidden).setZero();
-    }
+    out.query_moment.col(hidden).setZero();
+    out.query_moment.row(hidden).setZero();
   }
   keep_weights(out, kept_weight_bytes);
   measure_value_spread(values, value_map, out);
   return out;
 }
 
-void TwinStreams::follow_source(const Layer& source) {
+void TwinStreams::follow_source(const AttentionHalf& source) {
   const Stage stage("sample");
   const RotaryTable table(rotary_of(source.attention), source_.length());
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
@@ -169,7 +168,7 @@ void TwinStreams::follow_source(const Layer& source) {
   });
 }
 
-void TwinStreams::finish_attention(const Layer& source, LatentAttention& converted, bool refit,
+void TwinStreams::finish_attention(const AttentionHalf& source, LatentAttention& converted, bool refit,
                                    double ridge) {
   const Stage stage("refit");
   const RotaryTable table(converted.rotary, source_.length());
@@ -227,7 +226,7 @@ void TwinStreams::finish_attention(const Layer& source, LatentAttention& convert
   });
 }
 
-void TwinStreams::finish_layer(const Layer& source) {
+void TwinStreams::finish_layer(const MlpHalf& source) {
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
     add_mlp(source, source_.sequence(static_cast<Index>(i)));
     add_mlp(source, converted_.sequence(static_cast<Index>(i)));

@@ -21,22 +21,23 @@ class TwinStreams {
   // Bytes on the disk that save takes, with those of the state before it, which it replaces.
   static std::uint64_t saved_bytes(const ModelConfig& config, const Sequences& sequences);
 
-  TwinStreams(const Model& source, const Sequences& sequences);
+  // compute: of the samples (attention_fit.h).
+  TwinStreams(const Model& source, const Sequences& sequences, DType compute = DType::f32);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to
   // this object and is good until finish_attention. affine: the converted layer may have biases,
   // query_affine: its queries too.
-  AttentionSample sample_attention(const Layer& source, Index stride, bool affine, bool query_affine);
+  AttentionSample sample_attention(const AttentionHalf& source, Index stride, bool affine, bool query_affine);
 
   // Moves the source's stream past its attention, for layers that need no sample.
-  void follow_source(const Layer& source);
+  void follow_source(const AttentionHalf& source);
 
   // Moves the converted stream past its attention. With `refit`, o_proj is first changed so that the stream
   // comes as near to the source's as ridge regression over all tokens brings it.
-  void finish_attention(const Layer& source, LatentAttention& converted, bool refit, double ridge);
+  void finish_attention(const AttentionHalf& source, LatentAttention& converted, bool refit, double ridge);
 
   // Moves both streams past the layer's MLP.
-  void finish_layer(const Layer& source);
+  void finish_layer(const MlpHalf& source);
 
   // Keeps both streams, which `layers` layers have been run through, in a file (state_file.h), or takes them
   // from there; how many layers then, nothing when the file is not there or not of these streams. Throw Error
@@ -52,6 +53,7 @@ class TwinStreams {
 
   Stream source_;
   Stream converted_;
+  DType compute_;
 };
 
 }  // namespace relatent

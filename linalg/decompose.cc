@@ -4,15 +4,21 @@
 #define lapack_complex_double std::complex<double>
 #include <lapacke.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string_view>
 #include <vector>
 
+#include "linalg/moments.h"
 #include "linalg/stages.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
+
+// Right-hand sides that one thread solves for at a time.
+constexpr Index solved_columns = 256;
 
 lapack_int to_lapack(Index n) {
   if (n > std::numeric_limits<lapack_int>::max()) {
@@ -146,13 +152,13 @@ SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
 
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
   const Stage stage("solves");
-  check_input(a, "dposv");
+  check_input(a, "dpotrf");
   if (b.rows() != a.rows()) {
     throw std::invalid_argument("ridge_solve: " + std::to_string(a.rows()) + " equations but " +
                                 std::to_string(b.rows()) + " right-hand rows");
   }
   if (!b.allFinite()) {
-    throw NumericalError("dposv got a right-hand side with NaN or infinity in it");
+    throw NumericalError("dpotrf got a right-hand side with NaN or infinity in it");
   }
   const Index n = a.rows();
   MatrixD x = b;
@@ -161,10 +167,29 @@ MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
   }
   MatrixD factor = a;
   factor.diagonal().array() += ridge * a.diagonal().mean();
-  check(LAPACKE_dposv(LAPACK_COL_MAJOR, 'L', to_lapack(n), to_lapack(b.cols()), factor.data(), to_lapack(n),
-                      x.data(), to_lapack(n)),
-        "dposv", n, n);
+  check(LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), factor.data(), to_lapack(n)), "dpotrf", n, n);
+  parallel_for(static_cast<std::size_t>((b.cols() + solved_columns - 1) / solved_columns),
+               [&](std::size_t i) {
+                 const Index first = static_cast<Index>(i) * solved_columns;
+                 const Index count = std::min(solved_columns, b.cols() - first);
+                 check(LAPACKE_dpotrs(LAPACK_COL_MAJOR, 'L', to_lapack(n), to_lapack(count), factor.data(),
+                                      to_lapack(n), x.col(first).data(), to_lapack(n)),
+                       "dpotrs", n, count);
+               });
   return x;
+}
+
+MatrixD positive_inverse(MatrixD a) {
+  const Stage stage("solves");
+  check_input(a, "dpotrf");
+  const Index n = a.rows();
+  if (n == 0) {
+    return a;
+  }
+  check(LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), a.data(), to_lapack(n)), "dpotrf", n, n);
+  check(LAPACKE_dpotri(LAPACK_COL_MAJOR, 'L', to_lapack(n), a.data(), to_lapack(n)), "dpotri", n, n);
+  mirror_lower(a);
+  return a;
 }
 
 ThinQr thin_qr(const MatrixD& a) {

@@ -40,8 +40,12 @@ struct SymmetricRoot {
 SymmetricRoot symmetric_root(const MatrixD& a, double floor);
 
 // Solves (a + ridge * mean(diag a) * I) x = b for symmetric positive semi-definite a [n, n] and b [n, m].
-// LAPACK dposv; a ridge too small to make the matrix positive definite throws NumericalError.
+// LAPACK dpotrf, dpotrs; a ridge too small to make the matrix positive definite throws NumericalError.
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge);
+
+// a⁻¹ of a symmetric positive definite matrix (only its lower triangle is read). LAPACK dpotrf, dpotri; one
+// that is not positive definite throws NumericalError.
+MatrixD positive_inverse(MatrixD a);
 
 // Thin QR of a [n, m] with n >= m: returns Q [n, m] with orthonormal columns and R [m, m] upper triangular.
 struct ThinQr {

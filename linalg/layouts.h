@@ -42,27 +42,28 @@ inline MatrixF narrowed(const MatrixD& m) {
   return out;
 }
 
-// Whether no value is NaN or infinite.
-inline bool all_finite(const MatrixF& m) {
-  // Exponent bits all set; as whole numbers, which the compiler handles many at a time.
+// Whether no number of these, of the size of Bits, has all bits of its exponent set; compilers handle many at
+// a time.
+template <typename Bits>
+bool no_full_exponent(std::span<const std::byte> bytes, Bits exponent) {
   unsigned bad = 0;
-  for (Index i = 0; i < m.size(); ++i) {
-    unsigned bits = 0;
-    std::memcpy(&bits, m.data() + i, sizeof bits);
-    bad |= static_cast<unsigned>((bits & 0x7f800000U) == 0x7f800000U);
+  for (std::size_t i = 0; i + sizeof(Bits) <= bytes.size(); i += sizeof(Bits)) {
+    Bits bits = 0;
+    std::memcpy(&bits, bytes.data() + i, sizeof bits);
+    bad |= static_cast<unsigned>((bits & exponent) == exponent);
   }
   return bad == 0;
 }
 
+// Whether no value is NaN or infinite.
+inline bool all_finite(const MatrixF& m) {
+  return no_full_exponent<std::uint32_t>(
+      std::as_bytes(std::span(m.data(), static_cast<std::size_t>(m.size()))), 0x7f800000U);
+}
+
 // The same of numbers in bfloat16.
 inline bool all_finite_bf16(std::span<const std::byte> bytes) {
-  unsigned bad = 0;
-  for (std::size_t i = 0; i + 1 < bytes.size(); i += 2) {
-    std::uint16_t bits = 0;
-    std::memcpy(&bits, bytes.data() + i, sizeof bits);
-    bad |= static_cast<unsigned>((bits & 0x7f80U) == 0x7f80U);
-  }
-  return bad == 0;
+  return no_full_exponent<std::uint16_t>(bytes, 0x7f80U);
 }
 
 }  // namespace relatent

@@ -39,9 +39,10 @@ dnnl::matmul::primitive_desc product(Index rows, Index in, Index out, const memo
 #endif
 }
 
-memory given(const memory::dims& size, memory::data_type type, memory::format_tag order, const void* values) {
+memory given(const memory::dims& size, memory::data_type type, const memory::dims& steps,
+             const void* values) {
   // The library takes no pointer to const, and only reads through this one.
-  return {memory::desc(size, type, order), cpu(),
+  return {memory::desc(size, type, steps), cpu(),
           const_cast<void*>(values)};  // NOLINT(cppcoreguidelines-pro-type-const-cast)
 }
 
@@ -66,46 +67,29 @@ bool has_bf16_products() {
   return known;
 }
 
-PackedWeight::PackedWeight(const MatrixF& weight) : out_(weight.rows()), in_(weight.cols()) {
-  block(weight.data(), false);
-}
-
-PackedWeight::PackedWeight(std::span<const std::byte> bf16, Index out, Index in) : out_(out), in_(in) {
-  if (out < 0 || in < 0 || bf16.size() != 2 * static_cast<std::size_t>(out * in)) {
-    throw std::invalid_argument("PackedWeight: " + std::to_string(bf16.size()) + " bytes for " +
-                                std::to_string(out) + " x " + std::to_string(in));
-  }
-  block(bf16.data(), true);
-}
-
-void PackedWeight::block(const void* values, bool is_bf16) {
+void PackedWeight::block(const void* values, DType type, Index out_step, Index in_step) {
   if (!has_bf16_products()) {
     throw std::logic_error("PackedWeight: this processor has no bfloat16 products");
   }
   blocked_ = std::make_unique<Blocked>();
   stay_on_this_thread();
-  // Row-major [out, in] is column-major [in, out].
-  memory source = given({in_, out_}, is_bf16 ? memory::data_type::bf16 : memory::data_type::f32,
-                        memory::format_tag::ba, values);
+  memory source = given({in_, out_}, type == DType::bf16 ? memory::data_type::bf16 : memory::data_type::f32,
+                        {in_step, out_step}, values);
   blocked_->weight = memory(product(usual_rows, in_, out_, nullptr).weights_desc(), cpu());
   dnnl::stream stream(cpu());
   dnnl::reorder(source, blocked_->weight).execute(stream, source, blocked_->weight);
   stream.wait();
 }
 
-MatrixF PackedWeight::operator()(const MatrixF& x) const {
-  if (x.cols() != in_) {
-    throw std::invalid_argument("PackedWeight: rows of " + std::to_string(x.cols()) + " for a weight of " +
-                                std::to_string(in_));
-  }
+MatrixF PackedWeight::multiply(Index rows, const float* x, Index row_step, Index in_step) const {
   stay_on_this_thread();
-  MatrixF y(x.rows(), out_);
+  MatrixF y(rows, out_);
   if (y.size() == 0) {
     return y;
   }
   const memory::desc layout = blocked_->weight.get_desc();
-  const dnnl::matmul::primitive_desc description = product(x.rows(), in_, out_, &layout);
-  memory source = given({x.rows(), in_}, memory::data_type::f32, memory::format_tag::ab, x.data());
+  const dnnl::matmul::primitive_desc description = product(rows, in_, out_, &layout);
+  memory source = given({rows, in_}, memory::data_type::f32, {row_step, in_step}, x);
   memory rounded(description.src_desc(), cpu());
   memory target(description.dst_desc(), cpu(), y.data());
   dnnl::stream stream(cpu());
@@ -125,24 +109,55 @@ bool has_bf16_products() {
   return false;
 }
 
-PackedWeight::PackedWeight(const MatrixF& weight) : out_(weight.rows()), in_(weight.cols()) {
-  block(weight.data(), false);
-}
-
-PackedWeight::PackedWeight(std::span<const std::byte> bf16, Index out, Index in) : out_(out), in_(in) {
-  block(bf16.data(), true);
-}
-
-void PackedWeight::block(const void* /*values*/, bool /*is_bf16*/) {
+void PackedWeight::block(const void* /*values*/, DType /*type*/, Index /*out_step*/, Index /*in_step*/) {
   throw std::logic_error("PackedWeight: built without oneDNN");
 }
 
-MatrixF PackedWeight::operator()(const MatrixF& /*x*/) const {
+MatrixF PackedWeight::multiply(Index /*rows*/, const float* /*x*/, Index /*row_step*/,
+                               Index /*in_step*/) const {
   return {};
 }
 
 #endif
 
+PackedWeight::PackedWeight(Index out, Index in) : out_(out), in_(in) {}
+
+PackedWeight::PackedWeight(const MatrixF& weight) : PackedWeight(weight.rows(), weight.cols()) {
+  block(weight.data(), DType::f32, in_, 1);
+}
+
+PackedWeight::PackedWeight(std::span<const std::byte> bf16, Index out, Index in) : PackedWeight(out, in) {
+  if (out < 0 || in < 0 || bf16.size() != 2 * static_cast<std::size_t>(out * in)) {
+    throw std::invalid_argument("PackedWeight: " + std::to_string(bf16.size()) + " bytes for " +
+                                std::to_string(out) + " x " + std::to_string(in));
+  }
+  block(bf16.data(), DType::bf16, in_, 1);
+}
+
+PackedWeight PackedWeight::of_transposed(const Rows& weight) {
+  PackedWeight packed(weight.cols(), weight.rows());
+  packed.block(weight.data(), DType::f32, 1, weight.outerStride());
+  return packed;
+}
+
+MatrixF PackedWeight::operator()(const Rows& x) const {
+  if (x.cols() != in_) {
+    throw std::invalid_argument("PackedWeight: rows of " + std::to_string(x.cols()) + " for a weight of " +
+                                std::to_string(in_));
+  }
+  return multiply(x.rows(), x.data(), x.outerStride(), 1);
+}
+
+MatrixF PackedWeight::times_transposed(const Rows& x) const {
+  if (x.rows() != in_) {
+    throw std::invalid_argument("PackedWeight: columns of " + std::to_string(x.rows()) + " for a weight of " +
+                                std::to_string(in_));
+  }
+  return multiply(x.cols(), x.data(), 1, x.outerStride());
+}
+
+PackedWeight::PackedWeight(PackedWeight&&) noexcept = default;
+PackedWeight& PackedWeight::operator=(PackedWeight&&) noexcept = default;
 PackedWeight::~PackedWeight() = default;
 
 }  // namespace relatent

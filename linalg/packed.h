@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "linalg/dtype.h"
 #include "linalg/matrix.h"
 
 namespace relatent {
@@ -16,24 +17,32 @@ bool has_bf16_products();
 // exact. Each call runs on the thread that makes it, so results do not depend on how many there are.
 class PackedWeight {
  public:
+  using Rows = Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>;
+
   // weight [out, in]. Throws std::logic_error where there are no such products.
   explicit PackedWeight(const MatrixF& weight);
   // The same of a weight as it is stored: out * in bfloat16 numbers (std::invalid_argument otherwise), row by
   // row.
   PackedWeight(std::span<const std::byte> bf16, Index out, Index in);
-  PackedWeight(const PackedWeight&) = delete;
-  PackedWeight& operator=(const PackedWeight&) = delete;
+  // The same of Wᵀ, [in, out].
+  static PackedWeight of_transposed(const Rows& weight);
+  PackedWeight(PackedWeight&&) noexcept;
+  PackedWeight& operator=(PackedWeight&&) noexcept;
   ~PackedWeight();
 
   Index out() const { return out_; }
   Index in() const { return in_; }
   // x [rows, in] -> [rows, out]. Callable from several threads.
-  MatrixF operator()(const MatrixF& x) const;
+  MatrixF operator()(const Rows& x) const;
+  // The same of xᵀ, [in, rows].
+  MatrixF times_transposed(const Rows& x) const;
 
  private:
   struct Blocked;
-  // From [out, in] numbers of the library's type, which is f32 or bf16.
-  void block(const void* values, bool is_bf16);
+  PackedWeight(Index out, Index in);
+  // From numbers of a type, one of the output's `out_step` after the other and one of the input's `in_step`.
+  void block(const void* values, DType type, Index out_step, Index in_step);
+  MatrixF multiply(Index rows, const float* x, Index row_step, Index in_step) const;
   Index out_;
   Index in_;
   std::unique_ptr<Blocked> blocked_;

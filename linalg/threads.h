@@ -6,6 +6,9 @@
 
 #include <cstddef>
 #include <functional>
+#include <optional>
+#include <utility>
+#include <vector>
 
 namespace relatent {
 
@@ -18,5 +21,19 @@ int num_threads();
 // all are done. The first exception thrown by a piece is rethrown; pieces not yet begun are then skipped.
 // Calls from inside a piece run serially.
 void parallel_for(std::size_t pieces, const std::function<void(std::size_t)>& body);
+
+// {make(0), make(1), ...}, made as by parallel_for. What make returns must be movable.
+template <typename Make>
+auto parallel_made(std::size_t count, const Make& make) {
+  using Made = decltype(make(std::size_t{}));
+  std::vector<std::optional<Made>> made(count);
+  parallel_for(count, [&](std::size_t i) { made[i].emplace(make(i)); });
+  std::vector<Made> out;
+  out.reserve(count);
+  for (std::optional<Made>& one : made) {
+    out.push_back(std::move(*one));
+  }
+  return out;
+}
 
 }  // namespace relatent

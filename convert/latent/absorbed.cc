@@ -9,6 +9,7 @@
 #include "linalg/decompose.h"
 #include "linalg/layouts.h"
 #include "linalg/stages.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
@@ -166,14 +167,15 @@ void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, Mo
       continue;
     }
     const std::vector<SymmetricRoot> roots = key_roots(attention, group, input_moment);
-    for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
+    parallel_for(static_cast<std::size_t>(group.head_count), [&](std::size_t i) {
+      const Index h = group.first_head + static_cast<Index>(i);
       const ContentFactors f =
           factor_content(content_of(attention, group, h), roots, query_moment, attention.nope_dim);
       for (std::size_t b = 0; b < group.parts.size(); ++b) {
         attention.query[static_cast<std::size_t>(h)].middleRows(
             group.parts[b].query, group.width(group.parts[b])) = f.up[b] * f.down;
       }
-    }
+    });
   }
 }
 
@@ -216,7 +218,8 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
       branch.up = MatrixF::Zero(group.head_count * (n + w), group.width(part));
     }
     const std::vector<SymmetricRoot> roots = key_roots(a, group, input_moment);
-    for (Index i = 0; i < group.head_count; ++i) {
+    parallel_for(static_cast<std::size_t>(group.head_count), [&](std::size_t head) {
+      const auto i = static_cast<Index>(head);
       const Index h = group.first_head + i;
       const auto at = static_cast<std::size_t>(h);
       const ContentFactors f = factor_content(content_of(a, group, h), roots, query_moment, n);
@@ -232,7 +235,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
       }
       q.middleRows(h * (n + p), f.down.rows()) = f.down / a.scale;
       q.middleRows(h * (n + p) + n, p) = a.query[at].topRows(p) / a.scale;
-    }
+    });
   }
   if (a.norm.present()) {
     store_normed(a.latent(), a.norm, out.branches.front());

@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "convert/latent/absorbed.h"
+#include "linalg/dtype.h"
 #include "linalg/matrix.h"
+#include "linalg/packed.h"
 
 namespace relatent {
 
@@ -38,6 +40,9 @@ struct AttentionSample {
   Index count = 0;   // sequences
   Index length = 0;  // positions in each
   Index stride = 1;  // at most length
+  // bf16: the large products with x̃ and with o_proj are formed in bfloat16 and summed in float32. Needs
+  // has_bf16_products().
+  DType compute = DType::f32;
   // Of the source: a head's query and key have head_dim numbers, and group_size heads read one key; an MLA
   // source has one key for all, rotary key and latent together.
   Index head_dim = 0;
@@ -47,24 +52,25 @@ struct AttentionSample {
   std::function<MatrixF(Index)> inputs;
   MatrixF sampled_inputs;  // [count * per_sequence, D + 1]
   MatrixD input_moment;    // E[x̃ x̃ᵀ] over the sampled rows, [D + 1, D + 1]
-  // What the queries act on, [z; 1] or [z; 0] where they may have no bias: x itself, or the normalised latent
-  // of a low-rank query.
+  // What the queries act on where that is not x̃: [x; 0] where they may have no bias, or the normalised latent
+  // of a low-rank query with 1 or 0. Empty: the same as sampled_inputs and input_moment.
   MatrixF query_inputs;  // [count * per_sequence, Q + 1]
   MatrixD query_moment;  // [Q + 1, Q + 1]
   MatrixF source_query;  // [count * per_sequence, H d], rotated, times the softmax scale
   MatrixF source_key;    // [count * length, K d], rotated
   MatrixF target;        // [count * per_sequence, D], what the attention should add to the converted stream
-  // The source's weights per sequence and block of queries, kept between fits where they are few
-  // enough; filled on first use. Empty: formed anew each time.
-  mutable std::vector<std::vector<MatrixF>> weights;
+  // The source's weights per sequence and block of queries (keep_weights). Empty: formed anew each time.
+  std::vector<std::vector<MatrixF>> weights;
   VectorD value_spread;  // per head E_m Σ_n P_mn |O_h (v_n - Σ_n P_mn v_n)|² of the source; [H]
 
+  const MatrixF& asked() const { return query_inputs.size() > 0 ? query_inputs : sampled_inputs; }
+  const MatrixD& asked_moment() const { return query_moment.size() > 0 ? query_moment : input_moment; }
   Index per_sequence() const { return length / stride; }
   // Sequences start at different offsets, so that every position asks in some of them.
   Index position(Index sequence, Index i) const { return (sequence % stride) + (i * stride); }
 };
 
-// Lets the sample keep its weights when they take at most `bytes`.
+// Forms the source's weights once for all fits when they take at most `bytes`.
 void keep_weights(AttentionSample& sample, std::size_t bytes);
 
 // Σ over the sample's queries: fills value_spread from the source's values [count * length, K v], group_size
@@ -76,7 +82,20 @@ struct ScoreError {
   double after = 0;   // the same by the fitted quadratic
 };
 
-// Changes every query[h]. Throws NumericalError when the sample holds NaN.
+// The fit of the queries of one layer; what its preconditioner knows of the inputs serves every call.
+class QueryFit {
+ public:
+  // The sample must outlive the fit.
+  QueryFit(const AttentionSample& sample, const FitOptions& options);
+  // Changes every query[h]. Throws NumericalError when the sample holds NaN.
+  ScoreError operator()(Index steps, AbsorbedAttention& attention) const;
+
+ private:
+  const AttentionSample& sample_;
+  double ridge_;
+  MatrixD inputs_;                           // (asked_moment + ridge)⁻¹
+  std::vector<PackedWeight> packed_inputs_;  // of each sequence, for products in bfloat16
+};
 ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
                        AbsorbedAttention& attention);
 

@@ -8,12 +8,15 @@
 #include "linalg/layouts.h"
 #include "linalg/moments.h"
 #include "linalg/stages.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
 // Against directions that the inputs hardly ever take.
 constexpr double fold_ridge = 1e-6;
+// Columns of a moment that one thread multiplies with.
+constexpr Index slice_columns = 256;
 
 }  // namespace
 
@@ -110,7 +113,17 @@ Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index lengt
 }
 
 MatrixD MomentRef::after(const MatrixD& map) const {
-  return matrix_ != nullptr ? MatrixD(map * *matrix_) : MatrixD(map * diagonal_->asDiagonal());
+  if (matrix_ == nullptr) {
+    return map * diagonal_->asDiagonal();
+  }
+  MatrixD out(map.rows(), matrix_->cols());
+  parallel_for(static_cast<std::size_t>((out.cols() + slice_columns - 1) / slice_columns),
+               [&](std::size_t i) {
+                 const Index first = static_cast<Index>(i) * slice_columns;
+                 const Index count = std::min(slice_columns, out.cols() - first);
+                 out.middleCols(first, count).noalias() = map * matrix_->middleCols(first, count);
+               });
+  return out;
 }
 
 VectorD MomentRef::energies(const MatrixD& map) const {

@@ -75,12 +75,12 @@ MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::Ou
   return x;
 }
 
-void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
+void add_mlp(const MlpHalf& half, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
   const Stage stage("MLP");
-  const MatrixF x = normed(layer.post_attention_norm, hidden);
-  hidden += layer.mlp.down(layer.mlp.inner(x));
-  if (layer.experts) {
-    hidden += mix_experts(*layer.experts, x);
+  const MatrixF x = normed(half.post_attention_norm, hidden);
+  hidden += half.mlp.down(half.mlp.inner(x));
+  if (half.experts) {
+    hidden += mix_experts(*half.experts, x);
   }
 }
 

@@ -33,7 +33,7 @@ class Stream {
 MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden);
 
 // h += down(silu(gate(norm h)) * up(norm h)), and what the experts of norm h add, where there are some.
-void add_mlp(const Layer& layer, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden);
+void add_mlp(const MlpHalf& half, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden);
 
 // Moves a stream through one layer.
 void run_layer(const Layer& layer, Stream& stream);

@@ -265,42 +265,56 @@ Experts Model::experts(Index layer_idx) const {
           }};
 }
 
-Layer Model::layer(Index layer_idx) const {
-  Layer out{norm(Role::input_norm, layer_idx), attention(layer_idx),
-            norm(Role::post_attention_norm, layer_idx), mlp(layer_idx), std::nullopt};
+template <typename Projections>
+void Model::pack_projections(const Projections& projections, Index layer_idx, Work& work) const {
+  for (const Projection& from : projections) {
+    work.emplace_back([this, layer_idx, from] { *from.into = packed(from.weight, from.bias, layer_idx); });
+  }
+}
+
+MlpHalf Model::mlp_half(Index layer_idx) const {
+  MlpHalf out{norm(Role::post_attention_norm, layer_idx), mlp(layer_idx), std::nullopt};
   if (config_.has_experts(layer_idx)) {
     out.experts = experts(layer_idx);
   }
   return out;
 }
 
-Layer Model::packed_layer(Index layer_idx) const {
-  Layer out{norm(Role::input_norm, layer_idx), {}, norm(Role::post_attention_norm, layer_idx), {}, {}};
-  // Largest first, so that threads end together.
-  std::vector<std::function<void()>> work;
-  const auto read = [&](const auto& projections) {
-    for (const Projection& from : projections) {
-      work.emplace_back([this, layer_idx, from] { *from.into = packed(from.weight, from.bias, layer_idx); });
-    }
-  };
-  const auto pack = [&](Linear& linear) { work.emplace_back([&linear] { linear.pack(); }); };
-  if (config_.has_experts(layer_idx)) {
-    out.mlp = mlp(layer_idx);
-    out.experts = experts(layer_idx);
-    pack(out.mlp.gate);
-    pack(out.mlp.up);
-    pack(out.mlp.down);
-  } else {
-    read(projections_of(out.mlp));
+void Model::pack_mlp(Index layer_idx, MlpHalf& out, Work& work) const {
+  out.post_attention_norm = norm(Role::post_attention_norm, layer_idx);
+  if (!config_.has_experts(layer_idx)) {
+    pack_projections(projections_of(out.mlp), layer_idx, work);
+    return;
   }
+  out.mlp = mlp(layer_idx);
+  out.experts = experts(layer_idx);
+  for (Linear* linear : {&out.mlp.gate, &out.mlp.up, &out.mlp.down}) {
+    work.emplace_back([linear] { linear->pack(); });
+  }
+}
+
+MlpHalf Model::packed_mlp_half(Index layer_idx) const {
+  MlpHalf out;
+  Work work;
+  pack_mlp(layer_idx, out, work);
+  parallel_for(work.size(), [&](std::size_t i) { work[i](); });
+  return out;
+}
+
+Layer Model::packed_layer(Index layer_idx) const {
+  Layer out;
+  out.input_norm = norm(Role::input_norm, layer_idx);
+  // Largest first, so that threads end together.
+  Work work;
+  pack_mlp(layer_idx, out, work);
   if (config_.gqa) {
-    read(projections_of(out.attention.emplace<GqaAttention>(gqa_geometry())));
+    pack_projections(projections_of(out.attention.emplace<GqaAttention>(gqa_geometry())), layer_idx, work);
   } else {
     auto& latent = out.attention.emplace<LatentAttention>(this->latent(layer_idx));
-    pack(latent.q);
-    pack(latent.o);
-    if (latent.q_down.out() > 0) {
-      pack(latent.q_down);
+    for (Linear* linear : {&latent.q, &latent.o, &latent.q_down}) {
+      if (linear->out() > 0) {
+        work.emplace_back([linear] { linear->pack(); });
+      }
     }
   }
   parallel_for(work.size(), [&](std::size_t i) { work[i](); });

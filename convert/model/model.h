@@ -2,6 +2,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <optional>
 #include <string>
@@ -15,13 +16,17 @@
 
 namespace relatent {
 
-struct Layer {
+// The two halves of a layer, each with the norm of its input.
+struct AttentionHalf {
   RmsNorm input_norm;
   Attention attention;
+};
+struct MlpHalf {
   RmsNorm post_attention_norm;
   Mlp mlp;                         // of a layer with experts, the shared ones
   std::optional<Experts> experts;  // read from the model, which must outlive the layer
 };
+struct Layer : AttentionHalf, MlpHalf {};
 
 class Model {
  public:
@@ -40,10 +45,15 @@ class Model {
   }
 
   // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
-  Layer layer(Index layer_idx) const;
+  Layer layer(Index layer_idx) const { return {attention_half(layer_idx), mlp_half(layer_idx)}; }
+  AttentionHalf attention_half(Index layer_idx) const {
+    return {input_norm(layer_idx), attention(layer_idx)};
+  }
+  MlpHalf mlp_half(Index layer_idx) const;
   // The same for products in bfloat16: projections, an expert's apart, are packed (linalg/packed.h) and have
   // no weight that could be read. Needs has_bf16_products().
   Layer packed_layer(Index layer_idx) const;
+  MlpHalf packed_mlp_half(Index layer_idx) const;
   Attention attention(Index layer_idx) const;
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
@@ -67,6 +77,11 @@ class Model {
   LatentAttention latent(Index layer_idx) const;
   void read_joint_latents(Index layer_idx, LatentAttention& out) const;
   Mlp mlp(Index layer_idx) const;
+  // Work that is left to do on `out`, for parallel_for; it refers to `out`.
+  using Work = std::vector<std::function<void()>>;
+  template <typename Projections>
+  void pack_projections(const Projections& projections, Index layer_idx, Work& work) const;
+  void pack_mlp(Index layer_idx, MlpHalf& out, Work& work) const;
   Experts experts(Index layer_idx) const;
   void read_branches(Index layer_idx, LatentAttention& out) const;
 

@@ -47,6 +47,7 @@ TEST(Facts, NameEveryOptionThatDecidesTheResult) {
       {"--no-query-fit", [](auto& o) { o.relatent.fit.queries = false; }},
       {"--no-key-fit", [](auto& o) { o.relatent.fit.keys = false; }},
       {"--no-refit", [](auto& o) { o.relatent.fit.refit = false; }},
+      {"--compute", [](auto& o) { o.relatent.compute = DType::bf16; }},
       {"--fit-rounds", [](auto& o) { o.relatent.fit.rounds = 7; }},
       {"--fit-tokens", [](auto& o) { o.relatent.fit.tokens = 7; }},
       {"--fit-stride", [](auto& o) { o.relatent.fit.stride = 7; }},

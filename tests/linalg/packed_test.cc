@@ -47,6 +47,17 @@ TEST(PackedWeight, MultipliesRoundedNumbersInFloat32) {
     encode_floats(DType::bf16, {weight.data(), static_cast<std::size_t>(weight.size())}, stored);
     EXPECT_TRUE(PackedWeight(stored, out, in)(x) == y);
     EXPECT_THROW(PackedWeight(stored, out + 1, in), std::invalid_argument);
+    // The same from any side, and of a part of a larger matrix.
+    const MatrixF turned = weight.transpose();
+    EXPECT_TRUE(PackedWeight::of_transposed(turned)(x) == y);
+    EXPECT_TRUE(packed.times_transposed(MatrixF(x.transpose())) == y);
+    MatrixF larger = MatrixF::Constant(in + 2, out + 3, 7);
+    larger.block(1, 2, in, out) = turned;
+    EXPECT_TRUE(PackedWeight::of_transposed(larger.block(1, 2, in, out))(x) == y);
+    larger = MatrixF::Constant(in + 2, rows + 3, 7);
+    larger.block(1, 2, in, rows) = x.transpose();
+    EXPECT_TRUE(packed.times_transposed(larger.block(1, 2, in, rows)) == y);
+    EXPECT_THROW(packed.times_transposed(x.leftCols(in - 1).transpose()), std::invalid_argument);
   }
 }
 

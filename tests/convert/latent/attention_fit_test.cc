@@ -608,6 +608,30 @@ TEST(KeepWeights, ChangesNothingButTime) {
   EXPECT_TRUE(same(fitted(10'000'000, true), without));
 }
 
+// Nearly the same maps, and as near to the source.
+TEST(FitAttention, ProductsInBfloat16) {
+  if (!has_bf16_products()) {
+    GTEST_SKIP() << "this processor has no bfloat16 products";
+  }
+  FitSample fit = fit_sample(29, {.count = 6, .length = 60, .stride = 2, .drift = 0.1, .bias = true});
+  const AbsorbedAttention start = truncated(fit);
+  AbsorbedAttention plain = start;
+  fit_attention(fit.sample, {}, plain);
+  fit.sample.compute = DType::bf16;
+  AbsorbedAttention rounded = start;
+  fit_attention(fit.sample, {}, rounded);
+  EXPECT_FALSE(same(rounded, plain));
+  EXPECT_LE(relative_error(rounded.key, plain.key), 1e-2);
+  for (std::size_t h = 0; h < plain.query.size(); ++h) {
+    EXPECT_LE(relative_error(rounded.query[h], plain.query[h]), 2e-2);
+  }
+  const auto error = [&](const AbsorbedAttention& attention) {
+    return output_error(fit, attention, sequences_of(fit.sample), false);
+  };
+  EXPECT_LT(error(rounded), 0.9 * error(start));
+  EXPECT_NEAR(error(rounded) / error(plain), 1, 0.02);
+}
+
 TEST(FitAttention, AlternatesAsTold) {
   const FitSample fit = fit_sample(24, {.count = 3, .length = 40, .stride = 2, .drift = 0.2});
   const AbsorbedAttention start = truncated(fit);

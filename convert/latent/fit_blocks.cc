@@ -1,0 +1,279 @@
+#include "convert/latent/fit_blocks.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "linalg/decompose.h"
+
+namespace relatent {
+namespace {
+
+// Queries of one head in a block: with the heads of a chunk enough for the BLAS, and few enough that little
+// of a block lies after its queries.
+constexpr Index block_rows = 32;
+// Tokens of the sequences that are worked on at once.
+constexpr Index batch_tokens = 8192;
+// Rows of a map that one piece of work takes.
+constexpr Index slice_rows = 128;
+// Ridge of the preconditioners on the side of the scores.
+constexpr double score_side_ridge = 1e-4;
+
+// Calls body(system, first row, rows) in parallel for slices of every system.
+template <typename Body>
+void for_slices(const Systems& systems, const Body& body) {
+  struct Slice {
+    std::size_t system;
+    Index first;
+    Index rows;
+  };
+  std::vector<Slice> slices;
+  for (std::size_t i = 0; i < systems.size(); ++i) {
+    for (Index first = 0; first < systems[i].rows(); first += slice_rows) {
+      slices.push_back({i, first, std::min(slice_rows, systems[i].rows() - first)});
+    }
+  }
+  parallel_for(slices.size(),
+               [&](std::size_t i) { body(slices[i].system, slices[i].first, slices[i].rows); });
+}
+
+}  // namespace
+
+std::vector<Heads> head_chunks(Heads heads) {
+  std::vector<Heads> out;
+  for (Index i = 0; i < heads.count; i += chunk_heads) {
+    out.push_back({heads.first + i, std::min(chunk_heads, heads.count - i)});
+  }
+  return out;
+}
+
+Index source_heads(const AttentionSample& sample) {
+  return sample.source_query.cols() / sample.head_dim;
+}
+
+Turns::Turns(const Rotary& rotary, const AttentionSample& sample) : all(rotary, sample.length) {
+  for (Index offset = 0; offset < std::min(sample.stride, sample.count); ++offset) {
+    RotaryTable table;
+    table.cos.resize(sample.per_sequence(), all.cos.cols());
+    table.sin.resize(sample.per_sequence(), all.sin.cols());
+    for (Index i = 0; i < sample.per_sequence(); ++i) {
+      table.cos.row(i) = all.cos.row(sample.position(offset, i));
+      table.sin.row(i) = all.sin.row(sample.position(offset, i));
+    }
+    sampled.push_back(std::move(table));
+  }
+}
+
+RotaryTable reversed(RotaryTable table) {
+  table.sin = -table.sin;
+  return table;
+}
+
+FitMap::FitMap(MatrixF map, DType compute) {
+  if (compute == DType::bf16) {
+    packed_.emplace(map);
+  } else {
+    map_ = std::move(map);
+  }
+}
+
+MatrixF FitMap::operator()(const PackedWeight::Rows& x) const {
+  if (packed_) {
+    return (*packed_)(x);
+  }
+  MatrixF out(x.rows(), map_.rows());
+  out.noalias() = x * map_.transpose();
+  return out;
+}
+
+MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
+                Index p) {
+  MatrixF z(x.rows(), key.rows());
+  z.noalias() = x * key.transpose();
+  if (shrink.size() > 0) {
+    z.rightCols(z.cols() - p).array().colwise() *= shrink.array();
+  }
+  rotate_in_place(table, 0, p, 1, z);
+  return z;
+}
+
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const FitMap& map, Index width,
+                   const Turns& turns) {
+  const Index rows = sample.per_sequence();
+  MatrixF u = map(sample.asked().middleRows(sequence * rows, rows));
+  rotate_in_place(turns.of(sequence), 0, width, map.out() / width, u);
+  return u;
+}
+
+MatrixF gather_keys(const MatrixF& z, const LatentGroup& group, const LatentPart& part, Index p,
+                    Index first) {
+  MatrixF out(z.rows(), p + group.width(part));
+  out << z.leftCols(p), z.middleCols(p + first, group.shared),
+      z.middleCols(p + first + part.first, part.rank);
+  return out;
+}
+
+MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, const LatentPart& part,
+                       Index p) {
+  const Index width = u.cols() / heads;
+  const Index content = group.width(part);
+  MatrixF out(u.rows(), heads * (p + content));
+  for (Index h = 0; h < heads; ++h) {
+    out.middleCols(h * (p + content), p) = u.middleCols(h * width, p);
+    out.middleCols(h * (p + content) + p, content) = u.middleCols(h * width + part.query, content);
+  }
+  return out;
+}
+
+void scatter_queries(const MatrixF& pull, Index heads, const LatentGroup& group, const LatentPart& part,
+                     Index p, MatrixF& sum) {
+  const Index width = sum.cols() / heads;
+  const Index content = group.width(part);
+  for (Index h = 0; h < heads; ++h) {
+    sum.middleCols(h * width, p) += pull.middleCols(h * (p + content), p);
+    sum.middleCols(h * width + part.query, content) += pull.middleCols(h * (p + content) + p, content);
+  }
+}
+
+MatrixF stacked(const Systems& maps, Heads heads) {
+  const auto first = maps.begin() + heads.first;
+  const Index width = first->rows();
+  MatrixF out(heads.count * width, first->cols());
+  for (Index h = 0; h < heads.count; ++h) {
+    out.middleRows(h * width, width) = (first + h)->cast<float>();
+  }
+  return out;
+}
+
+std::vector<Block> blocks_of(const AttentionSample& sample, Index sequence) {
+  std::vector<Block> out;
+  for (Index first = 0; first < sample.per_sequence(); first += block_rows) {
+    const Index rows = std::min(block_rows, sample.per_sequence() - first);
+    out.push_back({sequence, first, rows, sample.position(sequence, first + rows - 1) + 1});
+  }
+  return out;
+}
+
+void stack_heads(const MatrixF& by_query, const Block& block, Index heads, MatrixF& out) {
+  const Index width = by_query.cols() / heads;
+  out.resize(heads * block.rows, width);
+  for (Index h = 0; h < heads; ++h) {
+    out.middleRows(h * block.rows, block.rows) = by_query.block(block.first, h * width, block.rows, width);
+  }
+}
+
+void unstack_heads(const MatrixF& stack, const Block& block, Index heads, MatrixF& by_query) {
+  const Index width = stack.cols();
+  for (Index h = 0; h < heads; ++h) {
+    by_query.block(block.first, h * width, block.rows, width) = stack.middleRows(h * block.rows, block.rows);
+  }
+}
+
+void source_logits(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& logits) {
+  const Index d = sample.head_dim;
+  logits.resize(heads.count * block.rows, block.columns);
+  for (Index i = 0; i < heads.count; ++i) {
+    const Index head = heads.first + i;
+    logits.middleRows(i * block.rows, block.rows).noalias() =
+        sample.source_query.block(block.sequence * sample.per_sequence() + block.first, head * d, block.rows,
+                                  d) *
+        sample.source_key
+            .block(block.sequence * sample.length, head / sample.group_size * d, block.columns, d)
+            .transpose();
+  }
+}
+
+void form_weights(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& weights) {
+  source_logits(sample, block, heads, weights);
+  for (Index i = 0; i < weights.rows(); ++i) {
+    const Index seen = sample.position(block.sequence, block.first + (i % block.rows)) + 1;
+    auto row = weights.row(i).head(seen).array();
+    row = (row - row.maxCoeff()).exp();
+    row *= 1.0F / row.sum();
+    weights.row(i).tail(weights.cols() - seen).setZero();
+  }
+}
+
+Eigen::Ref<const MatrixF> source_weights(const AttentionSample& sample, const Block& block, Heads heads,
+                                         MatrixF& scratch) {
+  if (sample.weights.empty()) {
+    form_weights(sample, block, heads, scratch);
+    return scratch;
+  }
+  return sample
+      .weights[static_cast<std::size_t>(block.sequence)][static_cast<std::size_t>(block.first / block_rows)]
+      .middleRows(heads.first * block.rows, heads.count * block.rows);
+}
+
+double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scores) {
+  double variance = 0;
+  for (Index i = 0; i < scores.rows(); ++i) {
+    const auto w = weights.row(i).array();
+    auto s = scores.row(i).array();
+    s -= (w * s).sum();
+    variance += static_cast<double>((w * s * s).sum());
+    s *= w;
+  }
+  return variance;
+}
+
+Index sequences_at_once(const AttentionSample& sample) {
+  return std::max<Index>(1, batch_tokens / sample.length);
+}
+
+double scarcity(const AttentionSample& sample) {
+  return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
+                 static_cast<double>(sample.sampled_inputs.rows());
+}
+
+ScoreSide score_side(MatrixD moment) {
+  const double mean = moment.diagonal().mean();
+  // What says nothing (all zero) needs no step; any positive number keeps the inverse finite.
+  moment.diagonal().array() += mean > 0 ? score_side_ridge * mean : 1;
+  MatrixD inverse = positive_inverse(moment);
+  return {std::move(moment), std::move(inverse)};
+}
+
+MatrixD input_side(const MatrixD& moment, double added) {
+  MatrixD raised = moment;
+  raised.diagonal().array() += added;
+  return positive_inverse(std::move(raised));
+}
+
+Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const MatrixD& inputs) {
+  Systems out;
+  for (const MatrixD& m : residual) {
+    out.emplace_back(m.rows(), m.cols());
+  }
+  for_slices(residual, [&](std::size_t i, Index first, Index rows) {
+    MatrixD half(rows, inputs.rows());
+    half.noalias() = scores[i].inverse.middleRows(first, rows) * residual[i];
+    out[i].middleRows(first, rows).noalias() = half * inputs;
+  });
+  return out;
+}
+
+void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image) {
+  for_slices(image, [&](std::size_t i, Index first, Index rows) {
+    image[i].middleRows(first, rows).noalias() +=
+        ridge * (scores[i].moment.middleRows(first, rows) * direction[i]);
+  });
+}
+
+double mean_square(const MatrixD& input_moment) {
+  return input_moment.diagonal().head(input_moment.rows() - 1).mean();
+}
+
+void average_pairs(MatrixD& moment, Index p) {
+  const VectorD diagonal = moment.diagonal().head(p);
+  moment.topRows(p).setZero();
+  moment.leftCols(p).setZero();
+  for (Index j = 0; j < p / 2; ++j) {
+    const double mean = 0.5 * (diagonal(j) + diagonal(j + p / 2));
+    moment(j, j) = mean;
+    moment(j + p / 2, j + p / 2) = mean;
+  }
+}
+
+}  // namespace relatent

@@ -1,0 +1,156 @@
+// What the fits of queries and of keys share: the sampled queries of a sequence in blocks, the source's
+// attention weights over them, and how the work is cut into pieces. Private to convert/latent.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "convert/latent/attention_fit.h"
+#include "convert/latent/conjugate_gradients.h"
+#include "linalg/matrix.h"
+#include "linalg/packed.h"
+#include "linalg/threads.h"
+
+namespace relatent {
+
+// Every how many-th sequence tells how keys and values vary, which only weighs and preconditions.
+inline constexpr Index moment_sequences = 4;
+
+// Some heads, one after the other.
+struct Heads {
+  Index first;
+  Index count;
+};
+
+// The heads that are worked on at once: a piece of work is one sequence and one of these. Each has this many,
+// the last one perhaps fewer.
+inline constexpr Index chunk_heads = 4;
+std::vector<Heads> head_chunks(Heads heads);
+
+Index source_heads(const AttentionSample& sample);
+
+// Rotations of all positions, and of the sampled ones for each offset at which a sequence may start.
+struct Turns {
+  RotaryTable all;
+  std::vector<RotaryTable> sampled;
+
+  Turns(const Rotary& rotary, const AttentionSample& sample);
+  const RotaryTable& of(Index sequence) const {
+    return sampled[static_cast<std::size_t>(sequence) % sampled.size()];
+  }
+};
+
+RotaryTable reversed(RotaryTable table);
+
+// A map that many rows are sent through, in the type that the products of a sample are formed in.
+class FitMap {
+ public:
+  FitMap(MatrixF map, DType compute);
+  // x mapᵀ
+  MatrixF operator()(const PackedWeight::Rows& x) const;
+  Index out() const { return packed_ ? packed_->out() : map_.rows(); }
+
+ private:
+  MatrixF map_;
+  std::optional<PackedWeight> packed_;  // instead
+};
+
+// z of one sequence: [length, p + latent]. `shrink`, when not empty, multiplies the latent of every token.
+MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
+                Index p);
+
+// u of one sequence's sampled rows for all heads of `map`: [per_sequence, heads * width].
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const FitMap& map, Index width,
+                   const Turns& turns);
+
+// Columns of z that the scores of a part read; the group's latent starts `first` columns after the rotary
+// key.
+MatrixF gather_keys(const MatrixF& z, const LatentGroup& group, const LatentPart& part, Index p, Index first);
+
+// Rows of several heads' queries that belong to a part: [rows, heads * (p + shared + part)].
+MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, const LatentPart& part,
+                       Index p);
+
+// Adds what pulls on a part's queries to the pull on the heads' whole queries.
+void scatter_queries(const MatrixF& pull, Index heads, const LatentGroup& group, const LatentPart& part,
+                     Index p, MatrixF& sum);
+
+// The maps of several heads, one under the other, in float32.
+MatrixF stacked(const Systems& maps, Heads heads);
+
+// Some of one sequence's sampled queries. What belongs to several heads is stacked by head: row h rows + i of
+// such a matrix is query first + i of the h-th of them, so that one product serves all heads of a block.
+struct Block {
+  Index sequence;
+  Index first;
+  Index rows;
+  Index columns;  // keys that the last of them sees
+};
+std::vector<Block> blocks_of(const AttentionSample& sample, Index sequence);
+
+// by_query [queries, heads * w] -> [heads * rows, w].
+void stack_heads(const MatrixF& by_query, const Block& block, Index heads, MatrixF& out);
+void unstack_heads(const MatrixF& stack, const Block& block, Index heads, MatrixF& by_query);
+
+// The source's logits, [heads * rows, columns].
+void source_logits(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& logits);
+
+// Their softmax under the causal mask, formed.
+void form_weights(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& weights);
+// The same as the sample keeps it, or else formed in scratch.
+Eigen::Ref<const MatrixF> source_weights(const AttentionSample& sample, const Block& block, Heads heads,
+                                         MatrixF& scratch);
+
+// scores -> weights ∘ (scores - Σ weights scores); returns Σ weights (scores - mean)².
+double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scores);
+
+// How many of `count` are left when only every step-th is taken.
+inline Index every(Index count, Index step) {
+  return (count + step - 1) / step;
+}
+
+// Sequences whose contributions are held before they are added up, one after the other; fixed by their
+// length.
+Index sequences_at_once(const AttentionSample& sample);
+
+// Calls piece(i, part, slot) in parallel for all parts of `batch` items at a time, and then
+// add(first item, slots of those items, part after part) by one thread.
+template <typename Slot, typename Piece, typename Add>
+void in_batches(Index count, Index parts, Index batch, const Piece& piece, const Add& add) {
+  for (Index first = 0; first < count; first += batch) {
+    std::vector<Slot> slots(static_cast<std::size_t>(std::min(batch, count - first) * parts));
+    parallel_for(slots.size(), [&](std::size_t i) {
+      const auto at = static_cast<Index>(i);
+      piece(first + at / parts, at % parts, slots[i]);
+    });
+    add(first, slots);
+  }
+}
+
+// By how much ridges are raised where queries are few against what is unknown.
+double scarcity(const AttentionSample& sample);
+
+// Ridge of the preconditioners on the side of the scores, and what it leaves of a moment.
+struct ScoreSide {
+  MatrixD moment;  // the ridge inside
+  MatrixD inverse;
+};
+ScoreSide score_side(MatrixD moment);
+
+// (moment + added I)⁻¹.
+MatrixD input_side(const MatrixD& moment, double added);
+
+// scores⁻¹ residual inputs of every system; inputs: an input_side.
+Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const MatrixD& inputs);
+// image += ridge moment direction, of every system.
+void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
+
+// The mean square of what a map reads, the constant apart.
+double mean_square(const MatrixD& input_moment);
+
+// The coordinates of a pair turn into one another, so they weigh the same, and none correlates with the
+// latent once the pair has turned.
+void average_pairs(MatrixD& moment, Index p);
+
+}  // namespace relatent
