@@ -442,6 +442,17 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
   return out;
 }
 
+// What the fits of one layer hold, about: the source's attention, the absorbed form and both second moments.
+std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size) {
+  const Index inputs = config.hidden_size + 1;
+  const Index width = shape.rope_dim + shape.rank;
+  const Index head_dim = config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim;
+  const Index heads = config.num_attention_heads * head_dim;
+  const Index numbers = config.num_attention_heads * width + 2 * heads + 2 * inputs;
+  return static_cast<std::uint64_t>(8 * numbers * inputs) +
+         QueryFit::memory(config.num_attention_heads, width, inputs, size);
+}
+
 }  // namespace
 
 std::string_view method_name(Method method) {
@@ -740,13 +751,19 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
   plan_.layer_bytes =
       layer_memory(config, shape, calibration_.has_value(),
                    fits || partition_.parts > 1 || config.latent.has_value(), attention_values);
-  const Index in_flight = std::min(layers_in_flight(plan_.layer_bytes), config.num_hidden_layers);
-  plan_.memory_bytes = std::max(largest_recoded, static_cast<std::uint64_t>(in_flight) * plan_.layer_bytes);
-  if (fits) {
-    plan_.memory_bytes += TwinStreams::memory(config, fit_sequences(), options_.relatent.fit.stride,
-                                              shape.rope_dim + shape.rank);
-    plan_.resume_bytes = TwinStreams::saved_bytes(config, fit_sequences());
+  if (!fits) {
+    const Index in_flight = std::min(layers_in_flight(plan_.layer_bytes), config.num_hidden_layers);
+    plan_.memory_bytes = std::max(largest_recoded, static_cast<std::uint64_t>(in_flight) * plan_.layer_bytes);
+    return;
   }
+  const Sequences sequences = fit_sequences();
+  const RelatentOptions& own = options_.relatent;
+  const SampleSize size{sequences.count, sequences.length,
+                        own.fit.stride_for(sequences.count * sequences.length, config.hidden_size),
+                        own.compute};
+  plan_.memory_bytes = std::max({largest_recoded, plan_.layer_bytes, fit_memory(config, shape, size)}) +
+                       TwinStreams::memory(config, sequences, size.stride, shape.rope_dim + shape.rank);
+  plan_.resume_bytes = TwinStreams::saved_bytes(config, sequences);
 }
 
 void Conversion::check_calibration() const {

@@ -65,10 +65,8 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     }
   }
   if (sequences.count > 0 && options.uses_tokens()) {
-    const Index tokens = sequences.count * sequences.length;
-    const Index unknowns = source.config().hidden_size + 1;
     options_.fit.stride =
-        std::clamp<Index>(tokens / (options.fit.queries_per_unknown * unknowns), 1, options.fit.stride);
+        options.fit.stride_for(sequences.count * sequences.length, source.config().hidden_size);
     streams_ = std::make_unique<TwinStreams>(source, sequences, options.compute);
   }
 }

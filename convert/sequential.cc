@@ -199,18 +199,17 @@ void TwinStreams::finish_attention(const AttentionHalf& source, LatentAttention&
     MatrixF errors(count * kept, hidden);
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const Index s = first + static_cast<Index>(i);
-      const MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table);
+      MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table);
       mixed.middleRows(s * length, length) = a;
+      auto here = errors.middleRows(static_cast<Index>(i) * kept, kept);
       for (Index j = 0; j < kept; ++j) {
         const Index at = (s % thinning) + j * thinning;
-        const Index row = static_cast<Index>(i) * kept + j;
-        sampled.row(row).head(features) = a.row(at);
-        errors.row(row) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
-        errors.row(row).noalias() -= a.row(at) * converted.o.weight.transpose();
-        if (affine) {
-          errors.row(row) -= converted.o.bias;
-        }
+        here.row(j) = source_.sequence(s).row(at) - converted_.sequence(s).row(at);
+        a.row(j) = a.row(at).eval();
       }
+      a.conservativeResize(kept, features);
+      sampled.block(static_cast<Index>(i) * kept, 0, kept, features) = a;
+      here -= converted.o(a);
     });
     sums.add(sampled, errors);
   }

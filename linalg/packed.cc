@@ -2,6 +2,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef RELATENT_ONEDNN
 #include <dnnl.hpp>
@@ -159,5 +160,22 @@ MatrixF PackedWeight::times_transposed(const Rows& x) const {
 PackedWeight::PackedWeight(PackedWeight&&) noexcept = default;
 PackedWeight& PackedWeight::operator=(PackedWeight&&) noexcept = default;
 PackedWeight::~PackedWeight() = default;
+
+ProductMap::ProductMap(MatrixF map, DType compute) {
+  if (compute == DType::bf16) {
+    packed_.emplace(map);
+  } else {
+    map_ = std::move(map);
+  }
+}
+
+MatrixF ProductMap::operator()(const PackedWeight::Rows& x) const {
+  if (packed_) {
+    return (*packed_)(x);
+  }
+  MatrixF out(x.rows(), map_.rows());
+  out.noalias() = x * map_.transpose();
+  return out;
+}
 
 }  // namespace relatent

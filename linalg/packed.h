@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "linalg/dtype.h"
@@ -46,6 +47,20 @@ class PackedWeight {
   Index out_;
   Index in_;
   std::unique_ptr<Blocked> blocked_;
+};
+
+// A map that many rows are sent through, in the type that its products are formed in.
+class ProductMap {
+ public:
+  // map [out, in]; compute: bf16 to pack it, where there are such products, or else f32.
+  ProductMap(MatrixF map, DType compute);
+  Index out() const { return packed_ ? packed_->out() : map_.rows(); }
+  // x [rows, in] -> x mapᵀ, [rows, out]. Callable from several threads.
+  MatrixF operator()(const PackedWeight::Rows& x) const;
+
+ private:
+  MatrixF map_;
+  std::optional<PackedWeight> packed_;  // instead
 };
 
 }  // namespace relatent

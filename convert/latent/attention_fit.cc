@@ -46,7 +46,7 @@ void measure_value_spread(const MatrixF& source_value, const MatrixF& o, Attenti
   });
   VectorD sum = VectorD::Zero(heads);
   in_batches<double>(
-      every(sample.count, moment_sequences), heads, sequences_at_once(sample),
+      every(sample.count, moment_sequences), heads, sequences_at_once(sample.length),
       [&](Index i, Index h, double& slot) {
         const Index s = i * moment_sequences;
         MatrixF values(sample.length, d);
@@ -87,10 +87,12 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
       const ScoreError error = (*fit)(steps, attention);
       out.before = round == 0 ? error.before : out.before;
       out.after = error.after;
-      limit_content_rank(attention, sample.input_moment, sample.asked_moment());
     }
     if (last) {
       break;
+    }
+    if (fit) {
+      limit_content_rank(attention, sample.input_moment, sample.asked_moment());
     }
     if (options.keys) {
       fit_keys(sample, options, attention);

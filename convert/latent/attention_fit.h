@@ -9,6 +9,8 @@
 // γ of rotary_key.h is the best single number per frequency; this finds the best linear map.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -33,16 +35,27 @@ struct FitOptions {
   double key_ridge = 0.1;
   double output_ridge = 0.1;
   double score_weight = 0.3;  // of score errors against value errors when the keys are fitted
+
+  // The stride that `count` tokens allow for inputs of this size.
+  Index stride_for(Index count, Index hidden_size) const {
+    return std::clamp<Index>(count / (queries_per_unknown * (hidden_size + 1)), 1, stride);
+  }
 };
 
-// What the fits know of one layer's attention. Sampled rows lie sequence by sequence.
-struct AttentionSample {
+// How much a fit looks at, and what it multiplies in.
+struct SampleSize {
   Index count = 0;   // sequences
   Index length = 0;  // positions in each
   Index stride = 1;  // at most length
   // bf16: the large products with x̃ and with o_proj are formed in bfloat16 and summed in float32. Needs
   // has_bf16_products().
   DType compute = DType::f32;
+
+  Index per_sequence() const { return length / stride; }
+};
+
+// What the fits know of one layer's attention. Sampled rows lie sequence by sequence.
+struct AttentionSample : SampleSize {
   // Of the source: a head's query and key have head_dim numbers, and group_size heads read one key; an MLA
   // source has one key for all, rotary key and latent together.
   Index head_dim = 0;
@@ -65,7 +78,6 @@ struct AttentionSample {
 
   const MatrixF& asked() const { return query_inputs.size() > 0 ? query_inputs : sampled_inputs; }
   const MatrixD& asked_moment() const { return query_moment.size() > 0 ? query_moment : input_moment; }
-  Index per_sequence() const { return length / stride; }
   // Sequences start at different offsets, so that every position asks in some of them.
   Index position(Index sequence, Index i) const { return (sequence % stride) + (i * stride); }
 };
@@ -87,14 +99,17 @@ class QueryFit {
  public:
   // The sample must outlive the fit.
   QueryFit(const AttentionSample& sample, const FitOptions& options);
+  // Bytes that it holds beside sample and layer, about; the fit of the keys takes less. Of each head's query
+  // [width, inputs]; count, length, stride and compute as in the sample.
+  static std::uint64_t memory(Index heads, Index width, Index inputs, const SampleSize& size);
   // Changes every query[h]. Throws NumericalError when the sample holds NaN.
   ScoreError operator()(Index steps, AbsorbedAttention& attention) const;
 
  private:
   const AttentionSample& sample_;
   double ridge_;
-  MatrixD inputs_;                           // (asked_moment + ridge)⁻¹
-  std::vector<PackedWeight> packed_inputs_;  // of each sequence, for products in bfloat16
+  ProductMap inputs_;                        // (asked_moment + ridge)⁻¹
+  std::vector<PackedWeight> packed_inputs_;  // of the sequences that are added up at once, for bfloat16
 };
 ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
                        AbsorbedAttention& attention);
@@ -103,7 +118,8 @@ ScoreError fit_queries(const AttentionSample& sample, const FitOptions& options,
 // layer's output under the source's weights.
 void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention);
 
-// The alternation. before is what the closed forms left, after what the last fit of the queries leaves.
+// The alternation. It ends with queries of any rank: to_latent_attention brings them down. before is what the
+// closed forms left, after what the last fit of the queries leaves.
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
                          AbsorbedAttention& attention);
 

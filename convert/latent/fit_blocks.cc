@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "linalg/decompose.h"
+#include "linalg/layouts.h"
 
 namespace relatent {
 namespace {
@@ -70,23 +71,6 @@ RotaryTable reversed(RotaryTable table) {
   return table;
 }
 
-FitMap::FitMap(MatrixF map, DType compute) {
-  if (compute == DType::bf16) {
-    packed_.emplace(map);
-  } else {
-    map_ = std::move(map);
-  }
-}
-
-MatrixF FitMap::operator()(const PackedWeight::Rows& x) const {
-  if (packed_) {
-    return (*packed_)(x);
-  }
-  MatrixF out(x.rows(), map_.rows());
-  out.noalias() = x * map_.transpose();
-  return out;
-}
-
 MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
                 Index p) {
   MatrixF z(x.rows(), key.rows());
@@ -98,7 +82,7 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
   return z;
 }
 
-MatrixF queries_of(const AttentionSample& sample, Index sequence, const FitMap& map, Index width,
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
                    const Turns& turns) {
   const Index rows = sample.per_sequence();
   MatrixF u = map(sample.asked().middleRows(sequence * rows, rows));
@@ -218,8 +202,8 @@ double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scor
   return variance;
 }
 
-Index sequences_at_once(const AttentionSample& sample) {
-  return std::max<Index>(1, batch_tokens / sample.length);
+Index sequences_at_once(Index length) {
+  return std::max<Index>(1, batch_tokens / length);
 }
 
 double scarcity(const AttentionSample& sample) {
@@ -235,21 +219,21 @@ ScoreSide score_side(MatrixD moment) {
   return {std::move(moment), std::move(inverse)};
 }
 
-MatrixD input_side(const MatrixD& moment, double added) {
+ProductMap input_side(const MatrixD& moment, double added, DType compute) {
   MatrixD raised = moment;
   raised.diagonal().array() += added;
-  return positive_inverse(std::move(raised));
+  return {narrowed(positive_inverse(std::move(raised))), compute};
 }
 
-Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const MatrixD& inputs) {
+Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual,
+                     const ProductMap& inputs) {
   Systems out;
   for (const MatrixD& m : residual) {
     out.emplace_back(m.rows(), m.cols());
   }
   for_slices(residual, [&](std::size_t i, Index first, Index rows) {
-    MatrixD half(rows, inputs.rows());
-    half.noalias() = scores[i].inverse.middleRows(first, rows) * residual[i];
-    out[i].middleRows(first, rows).noalias() = half * inputs;
+    const MatrixD half = scores[i].inverse.middleRows(first, rows) * residual[i];
+    copy_tiled(inputs(narrowed(half)), out[i].middleRows(first, rows));
   });
   return out;
 }

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include "convert/latent/attention_fit.h"
@@ -43,25 +42,12 @@ struct Turns {
 
 RotaryTable reversed(RotaryTable table);
 
-// A map that many rows are sent through, in the type that the products of a sample are formed in.
-class FitMap {
- public:
-  FitMap(MatrixF map, DType compute);
-  // x mapᵀ
-  MatrixF operator()(const PackedWeight::Rows& x) const;
-  Index out() const { return packed_ ? packed_->out() : map_.rows(); }
-
- private:
-  MatrixF map_;
-  std::optional<PackedWeight> packed_;  // instead
-};
-
 // z of one sequence: [length, p + latent]. `shrink`, when not empty, multiplies the latent of every token.
 MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
                 Index p);
 
 // u of one sequence's sampled rows for all heads of `map`: [per_sequence, heads * width].
-MatrixF queries_of(const AttentionSample& sample, Index sequence, const FitMap& map, Index width,
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
                    const Turns& turns);
 
 // Columns of z that the scores of a part read; the group's latent starts `first` columns after the rotary
@@ -112,7 +98,7 @@ inline Index every(Index count, Index step) {
 
 // Sequences whose contributions are held before they are added up, one after the other; fixed by their
 // length.
-Index sequences_at_once(const AttentionSample& sample);
+Index sequences_at_once(Index length);
 
 // Calls piece(i, part, slot) in parallel for all parts of `batch` items at a time, and then
 // add(first item, slots of those items, part after part) by one thread.
@@ -138,11 +124,11 @@ struct ScoreSide {
 };
 ScoreSide score_side(MatrixD moment);
 
-// (moment + added I)⁻¹.
-MatrixD input_side(const MatrixD& moment, double added);
+// (moment + added I)⁻¹, rounded: it only says where conjugate gradients look first.
+ProductMap input_side(const MatrixD& moment, double added, DType compute);
 
 // scores⁻¹ residual inputs of every system; inputs: an input_side.
-Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const MatrixD& inputs);
+Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const ProductMap& inputs);
 // image += ridge moment direction, of every system.
 void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
 

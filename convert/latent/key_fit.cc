@@ -41,7 +41,7 @@ class KeyProblem {
     }
     for (const LatentGroup& group : attention.groups) {
       for (const Heads heads : head_chunks({group.first_head, group.head_count})) {
-        chunks_.push_back({&group, heads, FitMap(stacked(attention.query, heads), sample.compute)});
+        chunks_.push_back({&group, heads, ProductMap(stacked(attention.query, heads), sample.compute)});
       }
     }
   }
@@ -74,7 +74,7 @@ class KeyProblem {
   struct Chunk {
     const LatentGroup* group;
     Heads heads;
-    FitMap query;  // stacked
+    ProductMap query;  // stacked
   };
 
   // A sequence while the errors are formed.
@@ -118,7 +118,7 @@ class KeyProblem {
     const MatrixF map = key.cast<float>();
     const Index step = key_step(sample_);
     const Index count = every(sample_.count, step);
-    const Index batch = sequences_at_once(sample_);
+    const Index batch = sequences_at_once(sample_.length);
     for (Index first = 0; first < count; first += batch) {
       std::vector<Sequence> sequences(static_cast<std::size_t>(std::min(batch, count - first)));
       for (std::size_t i = 0; i < sequences.size(); ++i) {
@@ -268,8 +268,8 @@ class KeyProblem {
   const AttentionSample& sample_;
   const AbsorbedAttention& attention_;
   Turns turns_;
-  FitMap o_;
-  FitMap o_transposed_;
+  ProductMap o_;
+  ProductMap o_transposed_;
   VectorF weight_;
   std::vector<MatrixF> value_up_;
   std::vector<Chunk> chunks_;  // of all groups
@@ -280,7 +280,7 @@ class KeyProblem {
 void fit_keys(const AttentionSample& sample, const FitOptions& options, AbsorbedAttention& attention) {
   const Stage stage("fit keys");
   const double ridge = options.key_ridge * scarcity(sample) * mean_square(sample.input_moment);
-  const MatrixD inputs = input_side(sample.input_moment, ridge);
+  const ProductMap inputs = input_side(sample.input_moment, ridge, sample.compute);
   const KeyProblem problem(sample, attention, options.score_weight);
   std::vector<ScoreSide> scores;
   scores.push_back(score_side(problem.score_moment()));

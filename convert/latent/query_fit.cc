@@ -17,9 +17,9 @@ constexpr Index run_doubles = 20'000'000;
 // Rows of a head's pull that one piece of work adds up.
 constexpr Index pull_rows = 128;
 
-// How many heads of queries like this one a run takes, whole chunks where it can.
-Index heads_at_once(const MatrixD& query) {
-  const Index heads = run_doubles / query.size();
+// How many heads with a query of so many numbers a run takes, whole chunks where it can.
+Index heads_at_once(Index query_size) {
+  const Index heads = run_doubles / query_size;
   return heads < chunk_heads ? std::max<Index>(1, heads) : heads / chunk_heads * chunk_heads;
 }
 
@@ -42,7 +42,8 @@ std::vector<MatrixF> all_keys(const AttentionSample& sample, const AbsorbedAtten
 // The score errors of a run of heads as a function of their queries.
 class QueryProblem {
  public:
-  // keys: z of the group per sequence. packed_inputs: what the queries of each act on, or nothing.
+  // keys: z of the group per sequence. packed_inputs: what the queries of each batch of sequences act on, or
+  // nothing.
   QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const LatentGroup& group,
                const Turns& turns, const std::vector<PackedWeight>& packed_inputs,
                const std::vector<MatrixF>& keys, Heads heads)
@@ -92,9 +93,8 @@ class QueryProblem {
   }
 
  private:
+  // What a piece of work finds besides the pull, per head.
   struct Slot {
-    // [per_sequence, heads * width]: Σ_n P_mn error_mn z_n, in the frame of the unrotated query
-    MatrixF pull;
     std::vector<MatrixF> key_moment;
     std::vector<double> error;
   };
@@ -107,34 +107,42 @@ class QueryProblem {
     for (const MatrixD& m : queries) {
       sum.emplace_back(MatrixD::Zero(m.rows(), m.cols()));
     }
-    const std::vector<FitMap> maps = parallel_made(chunks_.size(), [&](std::size_t c) {
-      return FitMap(stacked(queries, {chunks_[c].first - first_head_, chunks_[c].count}), sample_.compute);
+    const std::vector<ProductMap> maps = parallel_made(chunks_.size(), [&](std::size_t c) {
+      return ProductMap(stacked(queries, {chunks_[c].first - first_head_, chunks_[c].count}),
+                        sample_.compute);
     });
-    const auto parts = static_cast<Index>(chunks_.size());
-    in_batches<Slot>(
-        sample_.count, parts, sequences_at_once(sample_),
-        [&](Index s, Index c, Slot& slot) {
-          const auto at = static_cast<std::size_t>(c);
-          run(s, chunks_[at], maps[at], against_source, slot);
-        },
-        [&](Index first, const std::vector<Slot>& slots) {
-          add(first, slots, sum);
-          for (std::size_t i = 0; i < slots.size(); ++i) {
-            also(chunks_[i % chunks_.size()], slots[i]);
-          }
-        });
+    const auto heads = static_cast<Index>(queries.size());
+    const Index each = sample_.per_sequence();
+    const Index batch = sequences_at_once(sample_.length);
+    for (Index first = 0; first < sample_.count; first += batch) {
+      const Index count = std::min(batch, sample_.count - first);
+      // Σ_n P_mn error_mn z_n, in the frame of the unrotated query, for all heads and queries.
+      MatrixF pull(count * each, heads * width_);
+      std::vector<Slot> slots(static_cast<std::size_t>(count) * chunks_.size());
+      parallel_for(slots.size(), [&](std::size_t i) {
+        const std::size_t c = i % chunks_.size();
+        const auto s = static_cast<Index>(i / chunks_.size());
+        pull.block(s * each, (chunks_[c].first - first_head_) * width_, each, chunks_[c].count * width_) =
+            run(first + s, chunks_[c], maps[c], against_source, slots[i]);
+      });
+      add(first, pull, sum);
+      for (std::size_t i = 0; i < slots.size(); ++i) {
+        also(chunks_[i % chunks_.size()], slots[i]);
+      }
+    }
     for (MatrixD& m : sum) {
       m /= rows();
     }
     return sum;
   }
 
-  void run(Index s, Heads chunk, const FitMap& map, bool against_source, Slot& slot) const {
+  // The pull on the heads of a chunk: [per_sequence, heads * width].
+  MatrixF run(Index s, Heads chunk, const ProductMap& map, bool against_source, Slot& slot) const {
     const MatrixF u = queries_of(sample_, s, map, width_, turns_);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
     const Index heads = chunk.count;
     const auto share = 1.0F / static_cast<float>(group_.parts.size());
-    slot.pull = MatrixF::Zero(u.rows(), u.cols());
+    MatrixF out = MatrixF::Zero(u.rows(), u.cols());
     slot.error.assign(static_cast<std::size_t>(heads), 0);
     const bool wants_moment = against_source && s % moment_sequences == 0;
     slot.key_moment.assign(static_cast<std::size_t>(wants_moment ? heads : 0), MatrixF::Zero(width_, width_));
@@ -186,33 +194,29 @@ class QueryProblem {
             share * moment.bottomRightCorner(width - p_, width - p_);
       }
       pull *= share;
-      scatter_queries(pull, heads, group_, part, p_, slot.pull);
+      scatter_queries(pull, heads, group_, part, p_, out);
     }
-    rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, slot.pull);
+    rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, out);
+    return out;
   }
 
-  // Σ pull x̃ᵀ of every head, sequence after sequence.
-  void add(Index first_sequence, const std::vector<Slot>& slots, Systems& sum) const {
-    const MatrixF& inputs = sample_.asked();
-    const Index rows = sample_.per_sequence();
+  // Adds pullᵀ x̃ of every head, over a batch of sequences.
+  void add(Index first_sequence, const MatrixF& pull, Systems& sum) const {
+    const auto inputs = sample_.asked().middleRows(first_sequence * sample_.per_sequence(), pull.rows());
+    const auto batch = static_cast<std::size_t>(first_sequence / sequences_at_once(sample_.length));
     const Index slices = every(width_, pull_rows);
     parallel_for(sum.size() * static_cast<std::size_t>(slices), [&](std::size_t i) {
       const Index h = static_cast<Index>(i) / slices;
       const Index first = static_cast<Index>(i) % slices * pull_rows;
       const Index count = std::min(pull_rows, width_ - first);
-      const Index chunk_size = chunks_.front().count;
-      const auto chunk = static_cast<std::size_t>(h / chunk_size);
-      MatrixF product(count, inputs.cols());
-      Index sequence = first_sequence;
-      for (std::size_t at = chunk; at < slots.size(); at += chunks_.size(), ++sequence) {
-        const auto pull = slots[at].pull.middleCols((h % chunk_size) * width_ + first, count);
-        if (packed_inputs_.empty()) {
-          product.noalias() = pull.transpose() * inputs.middleRows(sequence * rows, rows);
-        } else {
-          product = packed_inputs_[static_cast<std::size_t>(sequence)].times_transposed(pull);
-        }
-        sum[static_cast<std::size_t>(h)].middleRows(first, count) += product.cast<double>();
+      const auto of_slice = pull.middleCols(h * width_ + first, count);
+      MatrixF product(packed_inputs_.empty() ? count : 0, inputs.cols());
+      if (packed_inputs_.empty()) {
+        product.noalias() = of_slice.transpose() * inputs;
+      } else {
+        product = packed_inputs_[batch].times_transposed(of_slice);
       }
+      sum[static_cast<std::size_t>(h)].middleRows(first, count) += product.cast<double>();
     });
   }
 
@@ -230,15 +234,32 @@ class QueryProblem {
 }  // namespace
 
 QueryFit::QueryFit(const AttentionSample& sample, const FitOptions& options)
-    : sample_(sample), ridge_(options.query_ridge * scarcity(sample) * mean_square(sample.asked_moment())) {
+    : sample_(sample),
+      ridge_(options.query_ridge * scarcity(sample) * mean_square(sample.asked_moment())),
+      inputs_(input_side(sample.asked_moment(), ridge_, sample.compute)) {
   const Stage stage("fit queries");
-  inputs_ = input_side(sample.asked_moment(), ridge_);
   if (sample.compute == DType::bf16) {
+    const Index batch = sequences_at_once(sample.length);
     const Index rows = sample.per_sequence();
-    packed_inputs_ = parallel_made(static_cast<std::size_t>(sample.count), [&](std::size_t s) {
-      return PackedWeight::of_transposed(sample.asked().middleRows(static_cast<Index>(s) * rows, rows));
+    packed_inputs_ = parallel_made(static_cast<std::size_t>(every(sample.count, batch)), [&](std::size_t i) {
+      const Index first = static_cast<Index>(i) * batch;
+      return PackedWeight::of_transposed(
+          sample.asked().middleRows(first * rows, std::min(batch, sample.count - first) * rows));
     });
   }
+}
+
+std::uint64_t QueryFit::memory(Index heads, Index width, Index inputs, const SampleSize& size) {
+  const Index run = std::min(heads, heads_at_once(width * inputs));
+  const Index queries = size.count * size.per_sequence();
+  const Index at_once = std::min(size.count, sequences_at_once(size.length)) * size.per_sequence();
+  const Index for_thread = 3 * size.per_sequence() * std::min(run, chunk_heads) * width;
+  const bool packs = size.compute == DType::bf16;
+  // The inverse; queries, residual, direction, image and solution of a run, and their maps; what pulls on
+  // them.
+  Index bytes = (packs ? 2 : 4) * inputs * inputs + (5 * 8 + (packs ? 2 : 4)) * run * width * inputs;
+  bytes += 4 * (at_once * run * width + num_threads() * for_thread) + (packs ? 2 * queries * inputs : 0);
+  return static_cast<std::uint64_t>(bytes);
 }
 
 ScoreError QueryFit::operator()(Index steps, AbsorbedAttention& attention) const {
@@ -248,7 +269,7 @@ ScoreError QueryFit::operator()(Index steps, AbsorbedAttention& attention) const
   ScoreError out;
   for (const LatentGroup& group : attention.groups) {
     const std::vector<MatrixF> keys = all_keys(sample_, attention, group, turns.all);
-    const Index run = heads_at_once(attention.query[static_cast<std::size_t>(group.first_head)]);
+    const Index run = heads_at_once(attention.query[static_cast<std::size_t>(group.first_head)].size());
     const Index end = group.first_head + group.head_count;
     for (Index first = group.first_head; first < end; first += run) {
       const Index count = std::min(run, end - first);

@@ -13,6 +13,8 @@ namespace {
 
 // Rows of the output head decoded at once.
 constexpr Index vocab_slice = 4096;
+// Positions that go through an MLP at once.
+constexpr Index mlp_rows = 256;
 // Positions whose logits are formed at once.
 constexpr Index row_block = 128;
 
@@ -78,7 +80,11 @@ MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::Ou
 void add_mlp(const MlpHalf& half, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
   const Stage stage("MLP");
   const MatrixF x = normed(half.post_attention_norm, hidden);
-  hidden += half.mlp.down(half.mlp.inner(x));
+  // In slices: between the two products a row is several times as wide.
+  for (Index first = 0; first < hidden.rows(); first += mlp_rows) {
+    const Index count = std::min(mlp_rows, hidden.rows() - first);
+    hidden.middleRows(first, count) += half.mlp.down(half.mlp.inner(x.middleRows(first, count)));
+  }
   if (half.experts) {
     hidden += mix_experts(*half.experts, x);
   }
