@@ -1,7 +1,7 @@
 """Draws how the cost of conversions grows, from the growth part of scale.py, as SVG.
 
-Time above and peak anonymous memory below, against layers on the left and against the rank on the
-right; one line for each method. The same input gives the same bytes.
+Time above, on a logarithmic scale, and peak anonymous memory below, against layers on the left and
+against the rank on the right; one line for each method. The same input gives the same bytes.
 """
 
 import argparse
@@ -70,7 +70,10 @@ def main() -> None:
         for line in part["lines"]:
             draw(grid[row, columns[line["axis"]]], line, key, scale)
         grid[row, 0].set_ylabel(label)
-        grid[row, 0].set_ylim(0, 1.08 * max(axes.dataLim.ymax for axes in grid[row]))
+    # The methods are orders apart in time.
+    grid[0, 0].set_yscale("log")
+    grid[0, 0].yaxis.set_major_formatter("{x:g}")
+    grid[1, 0].set_ylim(0, 1.08 * max(axes.dataLim.ymax for axes in grid[1]))
     for axes in grid.flat:
         axes.grid(axis="y", color=GREY, linewidth=0.7)
         axes.set_axisbelow(True)

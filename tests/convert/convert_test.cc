@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "convert/verify/verify.h"
+#include "linalg/packed.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"
@@ -55,9 +56,9 @@ class Convert : public testing::Test {
   }
   ConvertOptions write(const TinyOptions& options) { return write(tiny_model(options)); }
   // Moments of the source as it is now.
-  fs::path calibrated() const {
+  fs::path calibrated(DType compute = DType::f32, Index sequences = 12) const {
     const fs::path path = folder_ / "moments.h5";
-    calibrate(Model::open(source()), random_sequences(1, 12, 40, 50), path, ignore);
+    calibrate(Model::open(source()), random_sequences(1, sequences, 40, 50), path, ignore, {}, compute);
     return path;
   }
   ConvertReport run(const ConvertOptions& options) const {
@@ -244,6 +245,46 @@ TEST_F(Convert, BytesDoNotDependOnTheThreads) {
     EXPECT_TRUE(found[1] == found[0]);
     EXPECT_TRUE(found[2] == found[0]);
   }
+}
+
+TEST_F(Convert, FitsComputeAsTheCalibrationWasMade) {
+  ConvertOptions options = small(write(TinyOptions{.dtype = DType::bf16}), Method::relatent);
+  options.calibration = calibrated();
+  EXPECT_EQ(Conversion(options).options().relatent.compute, DType::f32);
+  run(options);
+  const auto plain = contents(output());
+  options.compute = DType::bf16;
+  if (!has_bf16_products()) {
+    fs::remove_all(output());
+    expect_error(ErrorKind::usage, {"--compute bfloat16", "no bfloat16 products"}, [&] { run(options); });
+    GTEST_SKIP() << "this processor has no bfloat16 products";
+  }
+  run(options);
+  const auto rounded = contents(output());
+  EXPECT_FALSE(rounded == plain);
+  for (const int threads : {1, 2, 3}) {
+    const ThreadCount count(threads);
+    run(options);
+    EXPECT_TRUE(contents(output()) == rounded) << threads;
+  }
+  options.compute.reset();
+  options.calibration = calibrated(DType::bf16);
+  EXPECT_EQ(Conversion(options).options().relatent.compute, DType::bf16);
+  options.compute = DType::f32;
+  EXPECT_EQ(Conversion(options).options().relatent.compute, DType::f32);
+}
+
+TEST_F(Convert, PlannedMemoryGrowsWithTheTokensOfTheFits) {
+  ConvertOptions options = small(write(TinyOptions{}), Method::relatent);
+  const auto planned = [&](Index sequences) {
+    options.calibration = calibrated(DType::f32, sequences);
+    return Conversion(options).plan().memory_bytes;
+  };
+  const std::uint64_t few = planned(4);
+  EXPECT_GT(planned(40), few);
+  // Without fits nothing is held of the tokens.
+  options.method = Method::weights_only;
+  EXPECT_EQ(planned(4), planned(40));
 }
 
 TEST_F(Convert, PlanIsWhatIsWritten) {
