@@ -14,6 +14,7 @@
 #include "tests/support/latents.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
+#include "tests/support/written.h"
 
 namespace relatent::testing_support {
 
@@ -173,31 +174,12 @@ inline TinyModel author_body(const Engine& engine, const TinyOptions& options) {
   return out;
 }
 
-// A checkpoint whose every layer is `layer`, written by the engine.
-inline Model write_and_open(const Engine& engine, const LatentAttention& layer, const LatentShape& shape,
-                            const TinyOptions& options, DType dtype, const TempFolder& folder) {
-  const TinyModel body = author_body(engine, options);
-  const ModelConfig source = parse_config(body.config, "config.json");
-  write_text(folder / "config.json", engine.config(body.config, source, shape, layer.rotary, dtype).dump());
-  std::vector<TensorSpec> specs;
-  for (const auto& [name, tensor] : body.tensors) {
-    specs.push_back({name, tensor.dtype, tensor.shape});
-  }
-  for (Index i = 0; i < options.layers; ++i) {
-    for (const TensorSpec& spec : engine.attention_tensors(source, shape, i, dtype)) {
-      EXPECT_EQ(spec.dtype, dtype);
-      specs.push_back(spec);
-    }
-  }
-  CheckpointWriter writer(folder.path(), specs, 1'000'000'000);
-  for (const auto& [name, tensor] : body.tensors) {
-    writer.write_floats(name, tensor.values);
-  }
-  for (Index i = 0; i < options.layers; ++i) {
-    engine.write_attention(layer, shape, i, dtype, writer);
-  }
-  writer.finish();
-  return Model::open(folder.path());
+// A checkpoint whose every layer is `layer`, written by the engine with the body that its authors' models
+// have.
+inline Model write_and_open_authors(const Engine& engine, const LatentAttention& layer,
+                                    const LatentShape& shape, const TinyOptions& options, DType dtype,
+                                    const TempFolder& folder) {
+  return write_and_open(engine, layer, shape, author_body(engine, options), options.layers, dtype, folder);
 }
 
 // A checkpoint in memory with random attention tensors.

@@ -44,8 +44,8 @@ ModelConfig source_of(const GlaSample& sample) {
 
 Model write_and_open(const LatentAttention& layer, const GlaSample& sample, DType dtype,
                      const TempFolder& folder) {
-  return testing_support::write_and_open(*make_gla_engine(), layer, shape_of(sample), body_of(sample), dtype,
-                                         folder);
+  return testing_support::write_and_open_authors(*make_gla_engine(), layer, shape_of(sample), body_of(sample),
+                                                 dtype, folder);
 }
 
 TEST(GlaEngine, WhatIsWrittenComputesTheSame) {

@@ -41,8 +41,8 @@ ModelConfig source_of(const MlraSample& sample) {
 
 Model write_and_open(const LatentAttention& layer, const MlraSample& sample, DType dtype,
                      const TempFolder& folder) {
-  return testing_support::write_and_open(*make_mlra_engine(), layer, shape_of(sample), body_of(sample), dtype,
-                                         folder);
+  return testing_support::write_and_open_authors(*make_mlra_engine(), layer, shape_of(sample),
+                                                 body_of(sample), dtype, folder);
 }
 
 TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
