@@ -27,13 +27,13 @@ void keep_weights(AttentionSample& sample, std::size_t bytes) {
   if (needed * static_cast<std::size_t>(sample.count) > bytes) {
     return;
   }
-  std::vector<std::vector<MatrixF>> kept(static_cast<std::size_t>(sample.count));
-  parallel_for(kept.size(), [&](std::size_t s) {
+  sample.weights = parallel_made(static_cast<std::size_t>(sample.count), [&](std::size_t s) {
+    std::vector<MatrixF> kept;
     for (const Block& block : blocks_of(sample, static_cast<Index>(s))) {
-      form_weights(sample, block, heads, kept[s].emplace_back());
+      form_weights(sample, block, heads, kept.emplace_back());
     }
+    return kept;
   });
-  sample.weights = std::move(kept);
 }
 
 void measure_value_spread(const MatrixF& source_value, const MatrixF& o, AttentionSample& sample) {

@@ -16,28 +16,8 @@ namespace {
 constexpr Index block_rows = 32;
 // Tokens of the sequences that are worked on at once.
 constexpr Index batch_tokens = 8192;
-// Rows of a map that one piece of work takes.
-constexpr Index slice_rows = 128;
 // Ridge of the preconditioners on the side of the scores.
 constexpr double score_side_ridge = 1e-4;
-
-// Calls body(system, first row, rows) in parallel for slices of every system.
-template <typename Body>
-void for_slices(const Systems& systems, const Body& body) {
-  struct Slice {
-    std::size_t system;
-    Index first;
-    Index rows;
-  };
-  std::vector<Slice> slices;
-  for (std::size_t i = 0; i < systems.size(); ++i) {
-    for (Index first = 0; first < systems[i].rows(); first += slice_rows) {
-      slices.push_back({i, first, std::min(slice_rows, systems[i].rows() - first)});
-    }
-  }
-  parallel_for(slices.size(),
-               [&](std::size_t i) { body(slices[i].system, slices[i].first, slices[i].rows); });
-}
 
 }  // namespace
 

@@ -114,6 +114,26 @@ void in_batches(Index count, Index parts, Index batch, const Piece& piece, const
   }
 }
 
+// Rows of a map that one piece of work takes.
+inline constexpr Index slice_rows = 128;
+// Calls body(system, first row, rows) in parallel for slices of every system.
+template <typename Body>
+void for_slices(const Systems& systems, const Body& body) {
+  struct Slice {
+    std::size_t system;
+    Index first;
+    Index rows;
+  };
+  std::vector<Slice> slices;
+  for (std::size_t i = 0; i < systems.size(); ++i) {
+    for (Index first = 0; first < systems[i].rows(); first += slice_rows) {
+      slices.push_back({i, first, std::min(slice_rows, systems[i].rows() - first)});
+    }
+  }
+  parallel_for(slices.size(),
+               [&](std::size_t i) { body(slices[i].system, slices[i].first, slices[i].rows); });
+}
+
 // By how much ridges are raised where queries are few against what is unknown.
 double scarcity(const AttentionSample& sample);
 

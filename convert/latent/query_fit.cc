@@ -14,8 +14,6 @@ namespace {
 
 // Doubles that each vector of one conjugate-gradient run may take; heads are fitted in runs of that size.
 constexpr Index run_doubles = 20'000'000;
-// Rows of a head's pull that one piece of work adds up.
-constexpr Index pull_rows = 128;
 
 // How many heads with a query of so many numbers a run takes, whole chunks where it can.
 Index heads_at_once(Index query_size) {
@@ -204,19 +202,11 @@ class QueryProblem {
   void add(Index first_sequence, const MatrixF& pull, Systems& sum) const {
     const auto inputs = sample_.asked().middleRows(first_sequence * sample_.per_sequence(), pull.rows());
     const auto batch = static_cast<std::size_t>(first_sequence / sequences_at_once(sample_.length));
-    const Index slices = every(width_, pull_rows);
-    parallel_for(sum.size() * static_cast<std::size_t>(slices), [&](std::size_t i) {
-      const Index h = static_cast<Index>(i) / slices;
-      const Index first = static_cast<Index>(i) % slices * pull_rows;
-      const Index count = std::min(pull_rows, width_ - first);
-      const auto of_slice = pull.middleCols(h * width_ + first, count);
-      MatrixF product(packed_inputs_.empty() ? count : 0, inputs.cols());
-      if (packed_inputs_.empty()) {
-        product.noalias() = of_slice.transpose() * inputs;
-      } else {
-        product = packed_inputs_[batch].times_transposed(of_slice);
-      }
-      sum[static_cast<std::size_t>(h)].middleRows(first, count) += product.cast<double>();
+    for_slices(sum, [&](std::size_t h, Index first, Index rows) {
+      const auto of_slice = pull.middleCols(static_cast<Index>(h) * width_ + first, rows);
+      const MatrixF product = packed_inputs_.empty() ? MatrixF(of_slice.transpose() * inputs)
+                                                     : packed_inputs_[batch].times_transposed(of_slice);
+      sum[h].middleRows(first, rows) += product.cast<double>();
     });
   }
 
