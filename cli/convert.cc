@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <memory>
@@ -10,6 +11,7 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/engines/readers.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -27,6 +29,7 @@ struct Options {
   std::vector<Owned> owned;
   std::string method;
   std::string kv_budget;
+  std::string shape;
   std::optional<double> max_nats;
   std::string dtype;
   std::string compute = "auto";
@@ -111,6 +114,17 @@ void print_plan(const Conversion& conversion) {
               resume.c_str(), bytes_text(plan.memory_bytes).c_str());
 }
 
+Json measured_json(const Measurement& measured) {
+  const LogitComparison& logits = measured.logits;
+  return {{"held_out", measured.held_out},
+          {"tokens", logits.tokens},
+          {"source_ppl", std::exp(logits.source_nll)},
+          {"converted_ppl", std::exp(logits.converted_nll)},
+          {"nats", measured.nats()},
+          {"mean_kl", logits.mean_kl},
+          {"top1_agreement", logits.top1_agreement}};
+}
+
 double to_number(const std::string& option, const std::string& value) {
   double out = 0;
   const auto [end, status] = std::from_chars(value.data(), value.data() + value.size(), out);
@@ -118,6 +132,19 @@ double to_number(const std::string& option, const std::string& value) {
     fail_usage(option + " takes a number or auto, not \"" + value + "\"");
   }
   return out;
+}
+
+CacheShape to_shape(const std::string& value) {
+  CacheShape out;
+  const char* end = value.data() + value.size();
+  const auto latent = std::from_chars(value.data(), end, out.latent);
+  if (latent.ec == std::errc() && latent.ptr != end && *latent.ptr == '+') {
+    const auto rotary = std::from_chars(latent.ptr + 1, end, out.rotary);
+    if (rotary.ec == std::errc() && rotary.ptr == end && out.latent > 0 && out.rotary > 0) {
+      return out;
+    }
+  }
+  fail_usage("--shape takes latent + rotary key, like 512+64, not \"" + value + "\"");
 }
 
 ConvertOptions resolve(const Options& options) {
@@ -154,6 +181,9 @@ ConvertOptions resolve(const Options& options) {
     if (!options.kv_budget.empty()) {
       out.kv_budget = to_number("--kv-budget", options.kv_budget);
     }
+  }
+  if (!options.shape.empty()) {
+    out.shape = to_shape(options.shape);
   }
   if (!options.calibration.empty()) {
     out.calibration = options.calibration;
@@ -210,6 +240,7 @@ int run(const Options& options) {
                       {.bytes = static_cast<double>(conversion.plan().output_bytes)});
     report = conversion.run(std::ref(progress));
   }
+  const std::vector<std::string> readers = readers_of(Model::open(conversion.options().output).config());
   if (options.json) {
     Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
                 {"branches", report.branches},     {"seconds", report.seconds},
@@ -218,7 +249,12 @@ int run(const Options& options) {
       out["compute"] = torch_name(conversion.options().relatent.compute);
     }
     out["bias_fold_error"] = report.fold_error;
+    out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
+    out["served_by"] = readers;
     out["warnings"] = conversion.plan().warnings;
+    for (const std::string& warning : report.warnings) {
+      out["warnings"].push_back(warning);
+    }
     out["trials"] = Json::array();
     for (const SizeTrial& trial : conversion.plan().trials) {
       out["trials"].push_back({{"rope_dim", trial.rope_dim},
@@ -232,11 +268,8 @@ int run(const Options& options) {
     add_cost(out);
     std::puts(out.dump().c_str());
   }
-  if (report.fold_error > 0) {
-    std::fprintf(stderr,
-                 "warning: engine %s has no biases; those of q, k and v became the nearest linear map of the "
-                 "input, which misses up to %.2g of their mean square\n",
-                 conversion.options().engine.c_str(), report.fold_error);
+  for (const std::string& warning : report.warnings) {
+    std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
   if (!options.quiet) {
     const ConvertPlan& plan = conversion.plan();
@@ -248,6 +281,12 @@ int run(const Options& options) {
         report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
         plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
         conversion.options().output.c_str());
+    std::fprintf(stderr, "%s\n",
+                 report.measured ? in_words(*report.measured).c_str()
+                                 : "not measured: `relatent verify` says how close it is");
+    for (const std::string& reader : readers) {
+      std::fprintf(stderr, "read by %s\n", reader.c_str());
+    }
   }
   return 0;
 }
@@ -285,6 +324,10 @@ void add_convert(CLI::App& app, Command& chosen) {
   command->add_option("--rope-dim", convert.rope_dim,
                       "Size of the rotary key (default: the head size; with relatent and a budget, the best "
                       "of a few that are tried)");
+  command->add_option("--shape", options->shape,
+                      "mla: latent + rotary key as the kernels of an engine want them, e.g. 512+64 or 256+64; "
+                      "what --rank or --kv-budget leaves of it stays empty (default where the budget comes near "
+                      "one of these, or nothing is said)");
   command->add_option("--kv-budget", options->kv_budget,
                       "(rank + rotary) as a part of the source's cache, e.g. 0.25; auto: the smallest that "
                       "stays within --max-nats");
@@ -374,7 +417,7 @@ void add_convert(CLI::App& app, Command& chosen) {
         closed);
   owned(command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too"), published);
   command->add_option("--engine", convert.engine, "Who is to load the result")
-      ->check(CLI::IsMember({"transformers", "deepseek", "mlra", "gla"}))
+      ->check(CLI::IsMember({"transformers", "relatent", "deepseek", "mlra", "gla"}))
       ->capture_default_str();
   command
       ->add_option("--norm-coordinates", convert.norm_coordinates,
@@ -389,6 +432,11 @@ void add_convert(CLI::App& app, Command& chosen) {
   command->add_option("--max-shard-size", convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
       ->transform(CLI::AsSizeValue(true))
       ->default_str("5GB");
+  command
+      ->add_option("--held-out", convert.held_out,
+                   "Calibration sequences that the fits leave alone and the result is measured on (default: one "
+                   "of 32, at most 4; 0: all are fitted on and nothing is measured)")
+      ->check(CLI::NonNegativeNumber);
   add_save_options(*command, convert.save);
   command->add_flag("--dry-run", options->dry_run,
                     "Print what would be written and what it takes; write nothing");

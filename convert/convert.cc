@@ -17,6 +17,7 @@
 #include "convert/latent/lossless.h"
 #include "convert/latent/transmla.h"
 #include "convert/model/forward.h"
+#include "convert/naming_layer.h"
 #include "formats/error.h"
 #include "linalg/heap.h"
 #include "linalg/packed.h"
@@ -38,6 +39,7 @@ constexpr const char* fold_entry = "fold";
 constexpr const char* carried_entry = "carried";
 constexpr const char* layers_entry = "layers";
 constexpr const char* fold_error_entry = "fold error";
+constexpr const char* measured_entry = "measured";
 // The file with the streams, in the work folder.
 constexpr const char* state_name = "streams";
 
@@ -344,6 +346,92 @@ void fit_to_base(double wanted, const ModelConfig& config, ConvertOptions& optio
   options.relatent.list_stride = whole / p;
 }
 
+std::string shape_words(const CacheShape& shape) {
+  return text(shape.latent) + "+" + text(shape.rotary);
+}
+
+// A shape that kernels have, where nothing was asked for, or where a budget leaves little more than its
+// numbers. A checkpoint that caches less than all of them gets none.
+std::optional<CacheShape> default_shape(const ConvertOptions& options, const ModelConfig& config) {
+  if (options.method == Method::lossless || options.rank || options.rope_dim || options.per_device ||
+      options.max_nats || options.pad_rank) {
+    return std::nullopt;
+  }
+  const Index numbers =
+      options.kv_budget ? budget_numbers(*options.kv_budget, config) : config.cache_numbers() - 1;
+  for (const CacheShape& shape : served_shapes) {
+    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.numbers();
+    if (shape.numbers() <= numbers && near &&
+        shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
+      return shape;
+    }
+  }
+  return std::nullopt;
+}
+
+// Turns the shape of the cache, given or chosen, into rotary size and rank. What the rank leaves of the
+// latent is filled up by the layout.
+void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, ConvertOptions& options) {
+  const bool can = options.form == "mla" && traits.pads_latent && config.gqa;
+  if (!options.shape && can) {
+    options.shape = default_shape(options, config);
+  }
+  if (!options.shape) {
+    return;
+  }
+  const CacheShape shape = *options.shape;
+  const std::string given = "--shape " + shape_words(shape);
+  if (!can) {
+    fail_usage(options.form != "mla" ? given + " is the size of one latent, --to mla: give --per-device"
+                                     : given + " belongs to --engine transformers, relatent and deepseek");
+  }
+  if (options.method == Method::lossless) {
+    fail_usage("--method lossless fixes rank and rotary size: leave out --shape");
+  }
+  if (options.max_nats) {
+    fail_usage("--kv-budget auto chooses the sizes: leave out --shape");
+  }
+  if (options.pad_rank) {
+    fail_usage(given + " says what the latent is padded to: leave out --pad-rank");
+  }
+  const Index keys = config.gqa->num_key_value_heads * config.gqa->head_dim;
+  // A plain list holds each frequency of a head once.
+  const Index most = traits.any_frequencies ? keys : config.gqa->head_dim;
+  if (shape.rotary % 2 != 0 || shape.rotary > most) {
+    fail_usage(given + ": the rotary key must be an even number of at most " + text(most) +
+               " for this checkpoint and engine");
+  }
+  if (options.rope_dim.value_or(shape.rotary) != shape.rotary) {
+    fail_usage(given + " and --rope-dim " + text(*options.rope_dim) + " contradict each other");
+  }
+  options.rope_dim = shape.rotary;
+  const Index own = traits.undoes_norm ? traits.own_coordinates
+                                       : options.norm_coordinates.value_or(default_norm_coordinates);
+  const Index room = shape.latent - own;
+  if (room < 1 || options.rank.value_or(1) > room) {
+    fail_usage(given + " has room for a rank of " + text(std::max<Index>(0, room)) + " beside the " +
+               text(own) + " coordinates that the layout needs for itself");
+  }
+  if (options.rank && options.kv_budget) {
+    return;  // refused where sizes are chosen
+  }
+  if (!options.rank) {
+    const Index full = 2 * keys - (options.method == Method::transmla ? shape.rotary : 0);
+    options.rank = std::min(room, full);
+    if (options.kv_budget) {
+      options.rank = std::min(*options.rank, budget_numbers(*options.kv_budget, config) - shape.rotary);
+      if (*options.rank < 1) {
+        fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rotary));
+      }
+      options.kv_budget.reset();
+    }
+  }
+  if (!traits.undoes_norm) {
+    options.pad_rank = shape.latent;
+    options.norm_coordinates.reset();
+  }
+}
+
 // Refuses what an engine cannot hold, whatever the sizes.
 void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
   if (!traits.latent_source && source.config().latent) {
@@ -387,6 +475,16 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
   }
 }
 
+// Sizes that were asked for and that no kernel of a serving engine has.
+std::string unserved_shape(const ConvertOptions& options) {
+  if (!options.shape || options.engine == "relatent" ||
+      std::find(served_shapes.begin(), served_shapes.end(), *options.shape) != served_shapes.end()) {
+    return "";
+  }
+  return "--shape " + shape_words(*options.shape) +
+         " fits no kernel of vLLM, SGLang, FlashMLA or FlashInfer: 512+64 and 256+64 do";
+}
+
 // Refuses sizes that the engine cannot hold, and decides what it needs beside them.
 void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const Engine& engine,
                    LatentShape& shape) {
@@ -403,6 +501,9 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
     shape.q_rank = config.hidden_size;
   } else if (!shape.q_rank && config.gqa) {
     shape.q_rank = engine.query_rank(config);
+  }
+  if (options.shape && traits.undoes_norm) {
+    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
   }
   if (traits.undoes_norm) {
     return;
@@ -611,7 +712,7 @@ RelatentOptions Conversion::relatent_options() const {
   out.plain_list = out.plain_list || !traits.any_frequencies;
   out.partition = partition_;
   out.key_rank = plan_.shape.shared_ranks.empty() ? 0 : plan_.shape.shared_ranks.front();
-  out.query_bias = options_.form != "mla";
+  out.query_bias = engine_->traits().query_bias;
   if (config.gqa && !traits.normed_query) {
     out.q_rank = plan_.shape.q_rank;
   }
@@ -622,8 +723,14 @@ RelatentOptions Conversion::relatent_options() const {
   return out;
 }
 
+Index Conversion::held_out() const {
+  const Index count = calibration_->sequences().count;
+  return std::min<Index>(options_.held_out.value_or(sequences_held_out(count)), count - 1);
+}
+
 Sequences Conversion::fit_sequences() const {
   Sequences out = calibration_->sequences();
+  out = first_sequences(std::move(out), out.count - held_out());
   if (options_.relatent.fit.tokens > 0) {
     const Index count = std::max<Index>(1, options_.relatent.fit.tokens / out.length);
     out = first_sequences(std::move(out), count);
@@ -666,6 +773,7 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
     plan_.warnings.push_back(eps.str());
   }
   warn_of_few_tokens();
+  fit_to_shape(source_.config(), traits, options_);
   search_sizes(watch);
   const ModelConfig& config = source_.config();
   LatentShape& shape = plan_.shape;
@@ -688,6 +796,9 @@ void Conversion::make_plan(const SizeSearch::Watch& watch) {
     }
   }
   fit_to_engine(options_, config, *engine_, shape);
+  if (std::string warning = unserved_shape(options_); !warning.empty()) {
+    plan_.warnings.push_back(std::move(warning));
+  }
   plan_.dtype = options_.dtype.value_or(source_.checkpoint().info(source_.name_of(Role::o_weight, 0)).dtype);
   plan_.source_cache_numbers = config.cache_numbers();
   plan_.converted_cache_numbers = engine_->cache_numbers(shape);
@@ -1002,7 +1113,7 @@ void Conversion::write_output(const LayerProgress& progress, ConvertReport& repo
   if (options_.method == Method::lossless || options_.method == Method::transmla) {
     convert_independently(
         [&, fold = report.fold.value_or(0)](Index layer_idx, const Moments& known) {
-          return convert_layer(layer_idx, known, fold);
+          return naming_layer(layer_idx, [&] { return convert_layer(layer_idx, known, fold); });
         },
         layers_done, target);
   } else {
@@ -1020,6 +1131,59 @@ void Conversion::write_output(const LayerProgress& progress, ConvertReport& repo
     write_text(work_->output() / file.name, std::string(file.text));
   }
   report.bytes_written = writer->bytes_written();
+}
+
+std::vector<std::string> Conversion::loss_reasons() const {
+  const EngineTraits traits = engine_->traits();
+  std::vector<std::string> out;
+  if (options_.method != Method::relatent) {
+    out.emplace_back("--method relatent loses less");
+  }
+  if (!traits.undoes_norm) {
+    const bool biased =
+        plan_.shape.has_q_bias || source_.has(Role::k_bias, 0) || source_.has(Role::v_bias, 0);
+    out.push_back("--engine " + options_.engine + " has " +
+                  (biased ? "no place for the biases of this checkpoint and " : "") +
+                  "one plain list of rotary frequencies: --engine relatent and transformers keep more");
+  }
+  const double part =
+      static_cast<double>(plan_.converted_cache_numbers) / static_cast<double>(plan_.source_cache_numbers);
+  if (part < 1 && options_.method != Method::lossless) {
+    out.push_back("the cache is " + text(std::llround(100 * part)) + " % of the source's: allow it more with " +
+                  (options_.form == "mla" ? "--kv-budget, --rank or --shape" : "--per-device or --rank"));
+  }
+  if (calibration_) {
+    const Sequences sequences = calibration_->sequences();
+    if (sequences.count * sequences.length < 65536) {
+      out.push_back("the calibration has " + text(sequences.count * sequences.length) +
+                    " tokens, and 65536 and more are better");
+    }
+  }
+  return out;
+}
+
+void Conversion::measure_output(ConvertReport& report) const {
+  const Index held = held_out();
+  const Index count = held > 0 ? held : std::min<Index>(calibration_->sequences().count, 2);
+  report.measured = measure(source_, work_->output(), last_sequences(calibration_->sequences(), count),
+                            held > 0 && options_.method == Method::relatent);
+}
+
+void Conversion::warn_of_losses(ConvertReport& report) const {
+  if (report.fold_error > 0) {
+    std::ostringstream text;
+    text.precision(2);
+    text << "--engine " << options_.engine
+         << " has no biases: those of q and v became the nearest linear map of the input, which misses up to "
+         << report.fold_error << " of their mean square, and so did what the softmax feels of those of k";
+    report.warnings.push_back(text.str());
+  }
+  if (!report.measured) {
+    return;
+  }
+  if (std::string warning = loss_warning(*report.measured, loss_reasons()); !warning.empty()) {
+    report.warnings.push_back(std::move(warning));
+  }
 }
 
 ConvertReport Conversion::run(const LayerProgress& progress) {
@@ -1042,6 +1206,8 @@ ConvertReport Conversion::run(const LayerProgress& progress) {
     }
     if (work_->complete()) {
       std::istringstream(journal.last(fold_error_entry).value_or("0")) >> report.fold_error;
+      report.measured = measurement_from(journal.last(measured_entry).value_or(""));
+      warn_of_losses(report);
       work_->commit();
       for (const auto& entry : std::filesystem::directory_iterator(options_.output)) {
         report.bytes_written += entry.path().extension() == ".safetensors" ? entry.file_size() : 0;
@@ -1059,6 +1225,11 @@ ConvertReport Conversion::run(const LayerProgress& progress) {
     if (report.fold_error > 0) {
       work_->record(fold_error_entry, exact_text(report.fold_error));
     }
+    if (calibration_ && options_.held_out.value_or(1) > 0) {
+      measure_output(report);
+      work_->record(measured_entry, to_text(*report.measured));
+    }
+    warn_of_losses(report);
     work_->commit();
   });
   work_.reset();

@@ -14,6 +14,7 @@
 #include "convert/engines/engine.h"
 #include "convert/latent/maps.h"
 #include "convert/latent/transmla.h"
+#include "convert/measure.h"
 #include "convert/model/model.h"
 #include "convert/relatent.h"
 #include "convert/tune.h"
@@ -38,6 +39,10 @@ struct ConvertOptions {
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
+  // The latent as it is stored and the rotary key, as an engine's kernels want them; --to mla only. Coordinates
+  // that the rank leaves over hold nothing (or steady the norm, where the engine normalises). Rank none = as
+  // large as fits.
+  std::optional<CacheShape> shape;
   // Instead: numbers per token and layer that each of partition.latents() devices caches.
   std::optional<Index> per_device;
   // relatent only: the smallest cache that loses at most so many nats on held-out calibration tokens.
@@ -56,6 +61,8 @@ struct ConvertOptions {
   std::optional<Index> pad_rank;
   std::string engine = "transformers";
   std::optional<DType> dtype;  // none = as the source
+  // Calibration sequences that the fits leave alone, on which the result is measured; none = a few of many.
+  std::optional<Index> held_out;
   std::uint64_t max_shard_bytes = 5'000'000'000;
   // How the run is interrupted and continued, which decides nothing of the result.
   SaveOptions save;
@@ -98,6 +105,9 @@ struct ConvertReport {
   // Engines without biases: mean square, in the layer where it is largest, of what the nearest linear map of
   // the input misses of the biases of q, k and v, in units of theirs; 0 without biases.
   double fold_error = 0;
+  // What the written checkpoint loses on calibration tokens; none without a calibration.
+  std::optional<Measurement> measured;
+  std::vector<std::string> warnings;  // beside the plan's: what only the result tells
   double seconds = 0;
   std::uint64_t bytes_read = 0;
   std::uint64_t bytes_written = 0;
@@ -144,8 +154,13 @@ class Conversion {
   void search_sizes(const SizeSearch::Watch& watch);
   void warn_of_few_tokens();
   RelatentOptions relatent_options() const;
-  // The calibration's tokens that the fits may use.
+  // The calibration's tokens that the fits may use, and how many sequences they leave for measuring.
   Sequences fit_sequences() const;
+  Index held_out() const;
+  // Measures what was written; then says what was lost.
+  void measure_output(ConvertReport& report) const;
+  void warn_of_losses(ConvertReport& report) const;
+  std::vector<std::string> loss_reasons() const;
   void check_calibration() const;
   Moments moments(Index layer_idx) const;
   // Lossless and transmla; fold as choose_fold says.

@@ -27,6 +27,10 @@ std::string words(DType value) {
   return std::string(torch_name(value));
 }
 
+std::string words(const CacheShape& value) {
+  return words(value.latent) + "+" + words(value.rotary);
+}
+
 template <typename Value>
 std::string words(const std::optional<Value>& value) {
   return value ? words(*value) : "not given";
@@ -53,9 +57,11 @@ Facts facts_of(const ConvertOptions& options, const Checkpoint& source) {
   add("--q-rank", options.q_rank);
   add("--norm-coordinates", options.norm_coordinates);
   add("--pad-rank", options.pad_rank);
+  add("--shape", options.shape);
   add("--engine", std::string_view(options.engine));
   add("--dtype", options.dtype);
   add("--max-shard-size", options.max_shard_bytes);
+  add("--held-out", options.held_out);
   const RelatentOptions& own = options.relatent;
   add("--lambda", own.lambda);
   add("--no-expected-rotation", !own.expected_rotation);

@@ -10,6 +10,7 @@
 #include "convert/latent/from_mla.h"
 #include "convert/latent/joint_latent.h"
 #include "convert/latent/query_rank.h"
+#include "convert/naming_layer.h"
 
 namespace relatent {
 namespace {
@@ -50,8 +51,9 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
                     [&](Index layer_idx, Moments input) {
                       const auto at = static_cast<std::size_t>(layer_idx);
                       const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
-                      concentrations_[at] =
-                          concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
+                      concentrations_[at] = naming_layer(layer_idx, [&] {
+                        return concentrate(*known.maps, known.moments, dropped(*known.maps, known.moments));
+                      });
                       fold_errors[at] = known.fold_error;
                     },
                 .finish = [](Index) {}});
@@ -95,7 +97,7 @@ RelatentConversion::Known RelatentConversion::know(GqaAttention attention, Index
   out.query_bias = affine() && (options_.query_bias || maps.has_q_bias());
   if (!affine()) {
     if (biased) {
-      out.fold_error = fold_biases(out.moments, maps);
+      out.fold_error = fold_biases(out.moments, constant_spread(maps, out.moments), maps);
     }
     // x̃ ends in 0 from here on.
     if (out.moments.diagonal.size() > 0) {
@@ -212,6 +214,10 @@ LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) co
   if (!independent()) {
     throw std::logic_error("RelatentConversion: the layers depend on each other");
   }
+  return naming_layer(layer_idx, [&] { return convert_alone(layer_idx, std::move(moments)); });
+}
+
+LatentAttention RelatentConversion::convert_alone(Index layer_idx, Moments moments) const {
   Attention attention = source_.attention(layer_idx);
   // What is known of grouped-query attention includes all of it.
   const Known known =
@@ -227,6 +233,12 @@ LatentAttention RelatentConversion::next() {
   if (independent()) {
     return convert(layer_idx, moments_(layer_idx));
   }
+  return naming_layer(
+      layer_idx, [&] { return convert_next(layer_idx); },
+      "--no-query-fit, --no-key-fit and --no-refit leave out the stages of those names");
+}
+
+LatentAttention RelatentConversion::convert_next(Index layer_idx) {
   AttentionHalf layer = source_.attention_half(layer_idx);
   Known known = std::visit([&](const auto& kind) { return know(kind, layer_idx, moments_(layer_idx)); },
                            layer.attention);

@@ -55,7 +55,8 @@ class RelatentConversion {
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  // Converts the next layer, from the first to the last, to branches as latent/partition.h numbers them.
+  // Converts the next layer, from the first to the last, to branches as latent/partition.h numbers them. A
+  // NumericalError names the layer, here and below.
   LatentAttention next();
 
   // Without tokens no layer depends on another.
@@ -90,6 +91,8 @@ class RelatentConversion {
     // Second moment of what the queries act on.
     MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
   };
+  LatentAttention convert_next(Index layer_idx);
+  LatentAttention convert_alone(Index layer_idx, Moments moments) const;
   Known know(const LatentAttention& attention, Index layer_idx, Moments moments) const;
   Known know(GqaAttention attention, Index layer_idx, Moments moments) const;
   // The closed forms, from either kind of source.

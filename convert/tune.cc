@@ -14,14 +14,6 @@ namespace {
 constexpr Index ranking_fit = 8;
 constexpr Index ranking_held_out = 4;
 
-Sequences last_sequences(const Sequences& all, Index count) {
-  Sequences out;
-  out.count = count;
-  out.length = all.length;
-  out.tokens.assign(all.tokens.end() - count * all.length, all.tokens.end());
-  return out;
-}
-
 }  // namespace
 
 SizeSearch::SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,

@@ -304,6 +304,14 @@ Sequences first_sequences(Sequences sequences, std::int64_t count) {
   return sequences;
 }
 
+Sequences last_sequences(const Sequences& sequences, std::int64_t count) {
+  Sequences out;
+  out.count = count;
+  out.length = sequences.length;
+  out.tokens.assign(sequences.tokens.end() - count * sequences.length, sequences.tokens.end());
+  return out;
+}
+
 Sequences read_sequences(const std::filesystem::path& path, std::int64_t length, std::int64_t count,
                          std::int64_t vocab_size) {
   if (length < 2) {

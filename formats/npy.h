@@ -23,6 +23,8 @@ struct Sequences {
 
 // The first `count` sequences, or all when count is 0 or more than there are.
 Sequences first_sequences(Sequences sequences, std::int64_t count);
+// The last `count` of them, 0 ... sequences.count.
+Sequences last_sequences(const Sequences& sequences, std::int64_t count);
 
 // Cuts the first count * length tokens (count = 0: all that fit). Throws Error: usage when length < 2 or more
 // sequences are asked for than fit (the sentence says how many do), input when an id is not below vocab_size,

@@ -19,6 +19,10 @@ namespace {
 
 // Right-hand sides that one thread solves for at a time.
 constexpr Index solved_columns = 256;
+// Eigenvalues of a semi-definite matrix that rounding alone may leave, in parts of the largest; and how far
+// below zero sums in float32 may push one before the matrix counts as indefinite.
+constexpr double rounding_floor = 1e-12;
+constexpr double indefinite = 1e-2;
 
 lapack_int to_lapack(Index n) {
   if (n > std::numeric_limits<lapack_int>::max()) {
@@ -27,12 +31,17 @@ lapack_int to_lapack(Index n) {
   return static_cast<lapack_int>(n);
 }
 
+std::string in_stage() {
+  const std::string path = Stage::path();
+  return path.empty() ? "" : " (in: " + path + ")";
+}
+
 void check(lapack_int status, std::string_view routine, Index rows, Index cols) {
   if (status == 0) {
     return;
   }
   throw NumericalError(std::string(routine) + " on a " + std::to_string(rows) + " x " + std::to_string(cols) +
-                       " matrix ended with status " + std::to_string(status));
+                       " matrix ended with status " + std::to_string(status) + in_stage());
 }
 
 template <typename Matrix>
@@ -43,7 +52,7 @@ void check_input(const Matrix& a, std::string_view routine) {
   }
   if (!a.allFinite()) {
     throw NumericalError(std::string(routine) + " got a " + std::to_string(a.rows()) + " x " +
-                         std::to_string(a.cols()) + " matrix with NaN or infinity in it");
+                         std::to_string(a.cols()) + " matrix with NaN or infinity in it" + in_stage());
   }
 }
 
@@ -150,6 +159,26 @@ SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
   return out;
 }
 
+namespace {
+
+// Eigenpairs of a matrix that should be positive semi-definite and that Cholesky refused, with the reciprocals
+// of its eigenvalues, or 0 for those that cannot be told from rounding.
+Eigenpairs<MatrixD> pseudo_inverse_pairs(const MatrixD& a) {
+  Eigenpairs<MatrixD> out = symmetric_eigenpairs(a);
+  const double largest = out.values(0);
+  const double smallest = out.values(out.values.size() - 1);
+  if (smallest < -indefinite * std::max(largest, 0.0)) {
+    throw NumericalError("dpotrf got a " + std::to_string(a.rows()) + " x " + std::to_string(a.rows()) +
+                         " matrix that is indefinite: eigenvalues from " + std::to_string(smallest) + " to " +
+                         std::to_string(largest) + in_stage());
+  }
+  const double floor = std::max(rounding_floor * largest, -smallest);
+  out.values = (out.values.array() > floor).select(out.values.cwiseInverse(), 0);
+  return out;
+}
+
+}  // namespace
+
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
   const Stage stage("solves");
   check_input(a, "dpotrf");
@@ -167,7 +196,13 @@ MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) {
   }
   MatrixD factor = a;
   factor.diagonal().array() += ridge * a.diagonal().mean();
-  check(LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), factor.data(), to_lapack(n)), "dpotrf", n, n);
+  if (LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), factor.data(), to_lapack(n)) != 0) {
+    factor = a;
+    factor.diagonal().array() += ridge * a.diagonal().mean();
+    const Eigenpairs<MatrixD> eigen = pseudo_inverse_pairs(factor);
+    const MatrixD turned = eigen.values.asDiagonal() * (eigen.vectors.transpose() * b);
+    return eigen.vectors * turned;
+  }
   parallel_for(static_cast<std::size_t>((b.cols() + solved_columns - 1) / solved_columns),
                [&](std::size_t i) {
                  const Index first = static_cast<Index>(i) * solved_columns;
@@ -186,7 +221,12 @@ MatrixD positive_inverse(MatrixD a) {
   if (n == 0) {
     return a;
   }
-  check(LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), a.data(), to_lapack(n)), "dpotrf", n, n);
+  MatrixD factor = a;
+  if (LAPACKE_dpotrf(LAPACK_COL_MAJOR, 'L', to_lapack(n), factor.data(), to_lapack(n)) != 0) {
+    const Eigenpairs<MatrixD> eigen = pseudo_inverse_pairs(a);
+    return eigen.vectors * eigen.values.asDiagonal() * eigen.vectors.transpose();
+  }
+  a = std::move(factor);
   check(LAPACKE_dpotri(LAPACK_COL_MAJOR, 'L', to_lapack(n), a.data(), to_lapack(n)), "dpotri", n, n);
   mirror_lower(a);
   return a;

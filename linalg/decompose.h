@@ -10,7 +10,7 @@
 namespace relatent {
 
 // A decomposition that could not be computed: the routine did not converge, or its input holds NaN or
-// infinity. what() names the routine, the matrix shape and LAPACK's status.
+// infinity. what() names the routine, the matrix shape, LAPACK's status and the stage (stages.h).
 class NumericalError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -40,11 +40,12 @@ struct SymmetricRoot {
 SymmetricRoot symmetric_root(const MatrixD& a, double floor);
 
 // Solves (a + ridge * mean(diag a) * I) x = b for symmetric positive semi-definite a [n, n] and b [n, m].
-// LAPACK dpotrf, dpotrs; a ridge too small to make the matrix positive definite throws NumericalError.
+// LAPACK dpotrf, dpotrs. Where the ridge is too small against rounding, x has no part in the directions that
+// cannot be told from it. Throws NumericalError when a is indefinite beyond rounding.
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge);
 
-// a⁻¹ of a symmetric positive definite matrix (only its lower triangle is read). LAPACK dpotrf, dpotri; one
-// that is not positive definite throws NumericalError.
+// a⁻¹ of a symmetric positive semi-definite matrix (only its lower triangle is read), LAPACK dpotrf, dpotri; of
+// a singular one the pseudo-inverse. Throws as ridge_solve.
 MatrixD positive_inverse(MatrixD a);
 
 // Thin QR of a [n, m] with n >= m: returns Q [n, m] with orthonormal columns and R [m, m] upper triangular.

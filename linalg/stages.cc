@@ -55,6 +55,14 @@ const char* Stage::current() {
   return t_innermost != nullptr ? t_innermost->name_ : nullptr;
 }
 
+std::string Stage::path() {
+  std::string out;
+  for (const Stage* stage = t_innermost; stage != nullptr; stage = stage->outer_) {
+    out = stage->name_ + (out.empty() ? "" : ", " + out);
+  }
+  return out;
+}
+
 std::vector<StageTime> stage_times() {
   std::vector<StageTime> out;
   {

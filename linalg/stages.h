@@ -22,6 +22,8 @@ class Stage {
   ~Stage();
   // The innermost stage of this thread; null outside of all.
   static const char* current();
+  // All of this thread's stages, from the outermost: "fit queries, solves". Empty outside of all.
+  static std::string path();
 
  private:
   const char* name_;

@@ -16,7 +16,11 @@ class DeepseekEngine final : public Engine {
   std::string_view name() const override { return "deepseek"; }
 
   EngineTraits traits() const override {
-    return {.any_frequencies = false, .undoes_norm = false, .tied_head = false};
+    return {.any_frequencies = false,
+            .query_bias = false,
+            .pads_latent = true,
+            .undoes_norm = false,
+            .tied_head = false};
   }
 
   Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }
@@ -43,10 +47,14 @@ class DeepseekEngine final : public Engine {
     out["kv_lora_rank"] = stored_rank(shape);
     out["q_lora_rank"] = nullptr;
     const double base = geometric_base(rotary);
-    out["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", base}};
-    // Readers of the older spelling.
+    // YaRN of factor 1 is the plain list, and every reader knows it for this model type, whose published
+    // checkpoints are YaRN; vLLM 0.32 rotates a `default` list wrongly on CPUs.
+    out["rope_parameters"] = {{"rope_type", "yarn"},
+                              {"rope_theta", base},
+                              {"factor", 1.0},
+                              {"original_max_position_embeddings", source.max_position_embeddings}};
+    // Readers of the older spelling, to whom no rope_scaling means the plain list.
     out["rope_theta"] = base;
-    out["rope_scaling"] = nullptr;
     out["tie_word_embeddings"] = false;
     return out;
   }

@@ -25,8 +25,12 @@ LatentGeometry LatentShape::geometry() const {
 }
 
 std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {
+  // What stock transformers has no class for is run by the code that goes with our own layout.
+  if (name == "relatent" || (name == "transformers" && form != "mla")) {
+    return make_relatent_engine();
+  }
   if (name == "transformers") {
-    return form == "mla" ? make_transformers_engine() : make_relatent_engine();
+    return make_transformers_engine();
   }
   if (name == "deepseek" && form == "mla") {
     return make_deepseek_engine();
@@ -38,7 +42,7 @@ std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form
 }
 
 std::string_view known_engines() {
-  return "transformers, deepseek, mlra, gla";
+  return "transformers, relatent, deepseek, mlra, gla";
 }
 
 }  // namespace relatent

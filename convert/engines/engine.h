@@ -1,6 +1,7 @@
 // An engine is a rule that names tensors: how a canonical latent layer lies on disk for one reader.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
@@ -14,6 +15,18 @@
 
 namespace relatent {
 
+// What a token leaves in the cache of an MLA layer, by the sizes that kernels are compiled for.
+struct CacheShape {
+  Index latent = 0;  // kv_lora_rank as it is stored
+  Index rotary = 0;  // qk_rope_head_dim
+
+  Index numbers() const { return latent + rotary; }
+  bool operator==(const CacheShape&) const = default;
+};
+// Those that serving engines have kernels for: vLLM's MLA backends take 576 or 320 numbers, FlashMLA,
+// FlashInfer and SGLang 512 + 64, and since Mistral Small 4 256 + 64. Largest first.
+inline constexpr std::array<CacheShape, 2> served_shapes = {{{512, 64}, {256, 64}}};
+
 // What can be said of a converted layer before any weight is read; the same for all layers.
 struct LatentShape {
   std::string form = "mla";  // mla, gla, tpla or mlra
@@ -26,6 +39,8 @@ struct LatentShape {
   bool has_q_bias = false;
   bool has_bias = false;       // any bias, of q, keys, values or o_proj
   Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases, each branch
+  // Coordinates of the latent that hold nothing, so that a kernel finds the size it wants; MLA only.
+  Index dead_coordinates = 0;
   // How the latent is divided; one branch without shared coordinates for MLA.
   std::vector<Index> shared_ranks;
   std::vector<BranchGeometry> branches;
@@ -39,6 +54,9 @@ struct LatentShape {
 // What an engine's layout can hold.
 struct EngineTraits {
   bool any_frequencies = true;  // else base^(-2i/p), pairs in order
+  bool query_bias = true;       // has a place for a query bias that the source does not have
+  bool pads_latent = false;     // MLA: kernels want certain sizes, and dead coordinates are harmless
+  Index own_coordinates = 0;    // of the stored latent, that the layout needs for itself
   bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
   bool tied_head = true;        // reads tie_word_embeddings
   std::optional<double> fixed_base{};  // of the plain list; none = the config's

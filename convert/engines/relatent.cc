@@ -26,13 +26,29 @@ void put_experts(const ExpertsGeometry& experts, Json& out) {
   out["topk_method"] = topk_method_name(experts.topk_method);
 }
 
+// Rows of zeros behind those of a projection.
+Linear padded_rows(const Linear& linear, Index count) {
+  if (count == 0) {
+    return linear;
+  }
+  Linear out{MatrixF::Zero(linear.out() + count, linear.weight.cols()), {}};
+  out.weight.topRows(linear.out()) = linear.weight;
+  if (linear.bias.size() > 0) {
+    out.bias = RowVectorF::Zero(linear.out() + count);
+    out.bias.head(linear.out()) = linear.bias;
+  }
+  return out;
+}
+
 class RelatentEngine final : public Engine {
  public:
-  std::string_view name() const override { return "transformers"; }
+  std::string_view name() const override { return "relatent"; }
 
-  EngineTraits traits() const override { return {}; }
+  EngineTraits traits() const override { return {.pads_latent = true}; }
 
-  Index cache_numbers(const LatentShape& shape) const override { return shape.rank + shape.rope_dim; }
+  Index cache_numbers(const LatentShape& shape) const override {
+    return shape.rank + shape.dead_coordinates + shape.rope_dim;
+  }
 
   std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
                                             Index layer_idx, DType dtype) const override {
@@ -64,9 +80,9 @@ class RelatentEngine final : public Engine {
     }
     for (std::size_t b = 0; b < shape.branches.size(); ++b) {
       const BranchGeometry& branch = shape.branches[b];
-      const Index rank = branch.whole_rank(shape.shared_ranks);
+      const Index rank = branch.whole_rank(shape.shared_ranks) + shape.dead_coordinates;
       const std::string index = "." + std::to_string(b);
-      add_linear("kv_a_proj" + index, branch.rank, hidden);
+      add_linear("kv_a_proj" + index, branch.rank + shape.dead_coordinates, hidden);
       if (shape.norm == LatentNorm::branch) {
         add("kv_a_layernorm" + index + ".weight", {rank});
       }
@@ -94,18 +110,20 @@ class RelatentEngine final : public Engine {
     out["hidden_act"] = "silu";
     out["hidden_size"] = source.hidden_size;
     out["intermediate_size"] = source.intermediate_size;
-    out["kv_lora_rank"] = shape.rank;
+    out["kv_lora_rank"] = shape.rank + shape.dead_coordinates;
     out["latent_branches"] = Json::array();
     for (const BranchGeometry& branch : shape.branches) {
       Json entry = {{"first_head", branch.first_head}, {"num_heads", branch.head_count}};
       entry["shared"] = branch.shared >= 0 ? Json(branch.shared) : Json(nullptr);
-      entry["rank"] = branch.rank;
+      entry["rank"] = branch.rank + shape.dead_coordinates;
       out["latent_branches"].push_back(std::move(entry));
     }
+    out["latent_features"] = "hidden";
     out["latent_form"] = shape.form;
     out["latent_norm"] = norm_name(shape.norm);
     out["latent_norm_rank"] = shape.norm == LatentNorm::replicated ? Json(shape.norm_rank) : Json(nullptr);
     out["latent_shared_ranks"] = shape.shared_ranks;
+    out["layout_version"] = 1;
     out["max_position_embeddings"] = source.max_position_embeddings;
     out["num_attention_heads"] = shape.heads;
     out["num_hidden_layers"] = source.num_hidden_layers;
@@ -160,11 +178,13 @@ class RelatentEngine final : public Engine {
     for (std::size_t b = 0; b < a.branches.size(); ++b) {
       const LatentBranch& branch = a.branches[b];
       const std::string index = "." + std::to_string(b);
-      put_linear("kv_a_proj" + index, branch.down);
+      put_linear("kv_a_proj" + index, padded_rows(branch.down, shape.dead_coordinates));
       if (shape.norm == LatentNorm::branch) {
         put("kv_a_layernorm" + index + ".weight", branch.norm.gain);
       }
-      put("kv_b_proj" + index + ".weight", branch.up);
+      MatrixF up = MatrixF::Zero(branch.up.rows(), branch.up.cols() + shape.dead_coordinates);
+      up.leftCols(branch.up.cols()) = branch.up;
+      put("kv_b_proj" + index + ".weight", up);
     }
     put_linear("o_proj", a.o);
   }

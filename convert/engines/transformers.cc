@@ -22,15 +22,18 @@ class TransformersEngine final : public Engine {
  public:
   std::string_view name() const override { return "transformers"; }
 
-  EngineTraits traits() const override { return {}; }
+  EngineTraits traits() const override {
+    return {.query_bias = false, .pads_latent = true, .own_coordinates = 1};
+  }
 
-  Index cache_numbers(const LatentShape& shape) const override { return shape.rank + 1 + shape.rope_dim; }
+  Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }
 
   std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
                                             Index layer_idx, DType dtype) const override {
     const Index hidden = source.hidden_size;
     const Index q_rows = shape.heads * (shape.nope_dim + shape.rope_dim);
-    const Index kv_rows = shape.rank + 1 + shape.rope_dim;
+    const Index rank = stored_rank(shape);
+    const Index kv_rows = rank + shape.rope_dim;
     std::vector<TensorSpec> out;
     const auto add = [&](const char* rest, std::vector<std::int64_t> size) {
       out.push_back({attention_name(layer_idx, rest), dtype, std::move(size)});
@@ -46,8 +49,8 @@ class TransformersEngine final : public Engine {
     }
     add("kv_a_proj_with_mqa.weight", {kv_rows, hidden});
     add("kv_a_proj_with_mqa.bias", {kv_rows});
-    add("kv_a_layernorm.weight", {shape.rank + 1});
-    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), shape.rank + 1});
+    add("kv_a_layernorm.weight", {rank});
+    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), rank});
     add("o_proj.weight", {hidden, shape.heads * shape.v_dim});
     add("o_proj.bias", {hidden});
     return out;
@@ -57,7 +60,7 @@ class TransformersEngine final : public Engine {
               const Rotary& rotary, DType dtype) const override {
     Json out = deepseek_config(source_config, source, shape, dtype);
     out["attention_bias"] = true;
-    out["kv_lora_rank"] = shape.rank + 1;
+    out["kv_lora_rank"] = stored_rank(shape);
     const std::optional<Index> q_rank = stored_q_rank(shape, source.hidden_size);
     out["q_lora_rank"] = q_rank ? Json(*q_rank) : Json(nullptr);
     out["rope_parameters"] = explicit_rope_parameters(rotary, source.max_position_embeddings);
@@ -74,21 +77,24 @@ class TransformersEngine final : public Engine {
     write_query(a, shape, dtype, put);
 
     const LatentBranch& branch = a.branches.front();
+    // The latent, dead coordinates, the constant.
     const Index rank = branch.down.out();
+    const Index size = stored_rank(shape);
     const Index p = a.rope_dim;
-    const NormUndo undo = undo_norm(rank, branch.mean_square, latent_norm_eps, dtype);
-    MatrixF kv_a = MatrixF::Zero(rank + 1 + p, branch.down.weight.cols());
+    const double mean_square = branch.mean_square * static_cast<double>(rank) / static_cast<double>(size - 1);
+    const NormUndo undo = undo_norm(size - 1, mean_square, latent_norm_eps, dtype);
+    MatrixF kv_a = MatrixF::Zero(size + p, branch.down.weight.cols());
     kv_a.topRows(rank) = branch.down.weight * static_cast<float>(undo.scale);
     kv_a.bottomRows(p) = a.rotary_key.weight;
-    MatrixF kv_a_bias = MatrixF::Zero(rank + 1 + p, 1);
+    MatrixF kv_a_bias = MatrixF::Zero(size + p, 1);
     kv_a_bias.topRows(rank) = bias_or_zero(branch.down).transpose() * static_cast<float>(undo.scale);
-    kv_a_bias(rank, 0) = static_cast<float>(undo.beta);
+    kv_a_bias(size - 1, 0) = static_cast<float>(undo.beta);
     kv_a_bias.bottomRows(p) = bias_or_zero(a.rotary_key).transpose();
-    to_pairs(kv_a, rank + 1, p);
-    to_pairs(kv_a_bias, rank + 1, p);
-    RowVectorF gain = RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain));
-    gain(rank) = 0;  // nothing reads the constant, so an absorbed cache holds a zero there
-    MatrixF kv_b = MatrixF::Zero(branch.up.rows(), rank + 1);
+    to_pairs(kv_a, size, p);
+    to_pairs(kv_a_bias, size, p);
+    RowVectorF gain = RowVectorF::Constant(size, static_cast<float>(undo.gain));
+    gain(size - 1) = 0;  // nothing reads the constant, so an absorbed cache holds a zero there
+    MatrixF kv_b = MatrixF::Zero(branch.up.rows(), size);
     kv_b.leftCols(rank) = branch.up * static_cast<float>(undo.correction);
     put("kv_a_proj_with_mqa.weight", kv_a);
     put("kv_a_proj_with_mqa.bias", kv_a_bias);
@@ -99,6 +105,8 @@ class TransformersEngine final : public Engine {
   }
 
  private:
+  static Index stored_rank(const LatentShape& shape) { return shape.rank + shape.dead_coordinates + 1; }
+
   // A query bias needs the constant coordinate of a query latent, so an uncompressed query with a bias passes
   // x through as its own latent.
   static std::optional<Index> stored_q_rank(const LatentShape& shape, Index hidden) {

@@ -70,7 +70,7 @@ LayerMaps maps_of(GqaAttention attention) {
   return out;
 }
 
-double fold_biases(const Moments& moments, LayerMaps& maps) {
+double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& maps) {
   const MatrixD second = moments.input().matrix();
   const Index hidden = second.rows() - 1;
   const VectorD mean = second.topRightCorner(hidden, 1);
@@ -79,15 +79,25 @@ double fold_biases(const Moments& moments, LayerMaps& maps) {
     maps.q.weight += maps.q.bias.transpose() * w.transpose().cast<float>();
     maps.q.bias.resize(0);
   }
-  for (MatrixD* map : {&maps.k, &maps.v}) {
-    if (map->rows() == 0) {
-      continue;
+  const double missed =
+      std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(second.topLeftCorner(hidden, hidden) * w));
+  VectorD key_bias = maps.k.rightCols<1>();
+  const Index half = maps.pairs();
+  for (Index g = 0; g < maps.kv_heads; ++g) {
+    for (Index f = 0; f < half; ++f) {
+      const double felt = spread(g, f);
+      const double kept = felt > 0 ? felt / (felt + missed) : 0;
+      key_bias(g * maps.head_dim + f) *= kept;
+      key_bias(g * maps.head_dim + f + half) *= kept;
     }
-    const VectorD bias = map->rightCols<1>();
-    map->leftCols(hidden) += bias * w.transpose();
-    map->rightCols<1>().setZero();
   }
-  return std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(second.topLeftCorner(hidden, hidden) * w));
+  maps.k.leftCols(hidden) += key_bias * w.transpose();
+  maps.k.rightCols<1>().setZero();
+  if (maps.v.rows() > 0) {
+    maps.v.leftCols(hidden) += VectorD(maps.v.rightCols<1>()) * w.transpose();
+    maps.v.rightCols<1>().setZero();
+  }
+  return missed;
 }
 
 Moments moments_of(const LayerMoments& layer) {

@@ -44,9 +44,16 @@ Linear linear_of(const MatrixD& map);
 LayerMaps maps_of(GqaAttention attention);
 
 // For engines without biases: 1 ≈ wᵀ x with the w of least squares, w = E[x xᵀ]⁻¹ E[x], so that a bias b of
-// q, k or v becomes b wᵀ in its weight. Returns the mean square of what that misses, 1 - E[x]ᵀ w, of a bias.
+// q or v becomes b wᵀ in its weight. Returns ε = E(1 - wᵀ x)², the mean square of what that misses of a bias.
+//
+// Key biases are told apart by rotary frequency. The softmax forgets what all keys of a query have in common:
+// of a bias b_f that keeps a part α in the weight, scores feel the rest only as far as its rotation varies
+// over distance, (1 - α)² spread_f |b_f|², and what wᵀ x misses of the part itself, α² ε |b_f|². The sum is
+// least for α = spread_f / (spread_f + ε): slow components, where published models keep biases of norm 100
+// and more, are dropped, and fast ones are kept.
+// spread: [K, d/2], constant_spread of rotary_key.h.
 struct Moments;
-double fold_biases(const Moments& moments, LayerMaps& maps);
+double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& maps);
 
 // A second moment that somebody else holds: a matrix, or a diagonal as its entries, which makes products with
 // maps of many columns cheap.

@@ -147,7 +147,10 @@ class QueryProblem {
     for (const LatentPart& part : group_.parts) {
       const Index width = p_ + group_.width(part);
       const MatrixF queries = gather_queries(u, heads, group_, part, p_);
-      const MatrixF keys = gather_keys(z, group_, part, p_, 0);
+      // What all keys of a sequence have in common shifts a query's scores by a constant, and would drown what
+      // is left in rounding: published models have offsets a hundred times their variance.
+      MatrixF keys = gather_keys(z, group_, part, p_, 0);
+      keys.rowwise() -= keys.colwise().mean().eval();
       MatrixF pull(queries.rows(), queries.cols());
       MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
       MatrixF mean_keys(wants_moment ? queries.rows() : 0, queries.cols());

@@ -57,6 +57,23 @@ DroppedRotation unit_rotation(const LayerMaps& maps, const Moments& moments) {
   return {MatrixC::Ones(gamma.rows(), gamma.cols()), (2 - 2 * gamma.real().array()).max(0)};
 }
 
+MatrixD constant_spread(const LayerMaps& maps, const Moments& moments) {
+  const MatrixD loss = expected_rotation(maps, moments).loss;
+  const Index half = maps.pairs();
+  MatrixD sum = MatrixD::Zero(maps.kv_heads, half);
+  MatrixD weight = MatrixD::Zero(maps.kv_heads, half);
+  for (Index h = 0; h < maps.heads; ++h) {
+    const VectorD energy = moments.input().energies(maps.query_of(h));
+    const Index g = maps.group_of(h);
+    for (Index f = 0; f < half; ++f) {
+      const double here = energy(f) + energy(f + half);
+      sum(g, f) += here * loss(h, f);
+      weight(g, f) += here;
+    }
+  }
+  return (weight.array() > 0).select(sum.array() / weight.array().max(1e-300), 0);
+}
+
 Concentration concentrate(const LayerMaps& maps, const Moments& moments, const DroppedRotation& dropped) {
   const Stage stage("rotary components");
   const Index half = maps.pairs();

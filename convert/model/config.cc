@@ -283,6 +283,16 @@ void parse_gla(const Reader& in, const Json& config, const std::filesystem::path
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const Reader& in, Index heads, const std::filesystem::path& path,
                     LatentGeometry& latent) {
+  // What a later layout may say, and this reader would get wrong.
+  if (in.size_or("layout_version", 1) != 1) {
+    in.complain("layout_version", "1, the layout that this version reads");
+  }
+  if (in.find("latent_features") != nullptr && in.text("latent_features") != "hidden") {
+    in.complain("latent_features", "\"hidden\": latents that read the layer's normalised input");
+  }
+  if (in.find("layers") != nullptr) {
+    in.complain("layers", "nothing: all layers alike");
+  }
   latent.form = in.text("latent_form");
   latent.rope_interleave = false;
   const std::string norm_text = in.text("latent_norm");

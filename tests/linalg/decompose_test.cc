@@ -256,10 +256,29 @@ TEST(RidgeSolve, SolvesSeveralSystemsAtOnce) {
   }
 }
 
+TEST(PositiveInverse, OfASingularMatrixIsThePseudoInverse) {
+  Random random(8);
+  const MatrixD a = random_semidefinite(random, 9, 4);
+  const MatrixD inverse = positive_inverse(a);
+  EXPECT_LE(relative_error(MatrixD(a * inverse * a), a), 1e-9);
+  EXPECT_LE(relative_error(MatrixD(inverse * a * inverse), inverse), 1e-9);
+  // What sums in float32 leave of a rank-deficient matrix is slightly indefinite.
+  MatrixD rounded = a;
+  rounded(0, 0) -= 1e-6 * a.norm();
+  EXPECT_TRUE(positive_inverse(rounded).allFinite());
+  EXPECT_TRUE(positive_inverse(MatrixD::Zero(3, 3)).isZero(0));
+  EXPECT_THROW(positive_inverse(-MatrixD::Identity(2, 2)), NumericalError);
+  EXPECT_THROW(positive_inverse(MatrixD::Constant(2, 2, kNan)), NumericalError);
+}
+
 TEST(RidgeSolve, Refusals) {
   MatrixD singular = MatrixD::Zero(2, 2);
   singular(0, 0) = 1;
-  EXPECT_THROW(ridge_solve(singular, MatrixD::Ones(2, 1), 0), NumericalError);
+  // Without a ridge the direction that nothing is known of stays at rest.
+  const MatrixD rest = ridge_solve(singular, MatrixD::Ones(2, 1), 0);
+  EXPECT_NEAR(rest(0, 0), 1, 1e-12);
+  EXPECT_NEAR(rest(1, 0), 0, 1e-12);
+  EXPECT_TRUE(ridge_solve(MatrixD::Zero(2, 2), MatrixD::Ones(2, 1), 0.1).isZero(0));
   EXPECT_NO_THROW(ridge_solve(singular, MatrixD::Ones(2, 1), 1e-6));
   EXPECT_THROW(ridge_solve(-MatrixD::Identity(2, 2), MatrixD::Ones(2, 1), 0.1), NumericalError);
   EXPECT_THROW(ridge_solve(MatrixD::Identity(2, 2), MatrixD::Ones(3, 1), 0.1), std::invalid_argument);

@@ -389,7 +389,7 @@ TEST(Engine, OfTheFormsIsTransformersToo) {
   for (const std::string form : {"gla", "tpla", "mlra"}) {
     const auto engine = make_engine("transformers", form);
     ASSERT_NE(engine, nullptr);
-    EXPECT_EQ(engine->name(), "transformers");
+    EXPECT_EQ(engine->name(), "relatent");
     EXPECT_FALSE(engine->extra_files().empty());
     EXPECT_EQ(make_engine("deepseek", form), nullptr);
     EXPECT_EQ(make_engine("vllm", form), nullptr);

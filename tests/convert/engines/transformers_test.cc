@@ -324,7 +324,11 @@ TEST(Engine, IsFoundByName) {
   EXPECT_EQ(make_engine("deepseek", "gla"), nullptr);
   EXPECT_EQ(make_engine("llama.cpp", "mla"), nullptr);
   EXPECT_EQ(make_engine("", "mla"), nullptr);
-  EXPECT_EQ(known_engines(), "transformers, deepseek, mlra, gla");
+  for (const char* form : {"mla", "gla", "tpla", "mlra"}) {
+    ASSERT_NE(make_engine("relatent", form), nullptr);
+    EXPECT_EQ(make_engine("relatent", form)->name(), "relatent");
+  }
+  EXPECT_EQ(known_engines(), "transformers, relatent, deepseek, mlra, gla");
 }
 
 }  // namespace

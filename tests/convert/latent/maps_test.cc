@@ -121,7 +121,8 @@ TEST(Maps, BiasesFoldIntoWeights) {
     }
     const Moments moments = testing_support::sample_moments(random, x, sample.heads);
     LayerMaps maps = maps_of(attention);
-    const double missed = fold_biases(moments, maps);
+    const double missed =
+        fold_biases(moments, MatrixD::Ones(sample.kv_heads, sample.head_dim / 2), maps);
     EXPECT_EQ(maps.q.bias.size(), 0);
     EXPECT_TRUE(maps.k.rightCols<1>().isZero(0));
     EXPECT_TRUE(maps.v.rightCols<1>().isZero(0));
@@ -137,6 +138,46 @@ TEST(Maps, BiasesFoldIntoWeights) {
     } else {
       EXPECT_GT(missed, 1e-3);
       EXPECT_LT(missed, 1);
+    }
+  }
+}
+
+// What scores feel of a key bias: what is dropped of it as far as it varies over distance, and what is kept as
+// far as wᵀ x misses it.
+TEST(Maps, KeyBiasesAreKeptAsFarAsScoresFeelThem) {
+  GqaSample sample;
+  sample.kv_bias = true;
+  Random random(6);
+  const GqaAttention attention = testing_support::random_gqa(random, sample);
+  const MatrixF x = testing_support::sample_inputs(random, 200, sample.hidden);
+  const Moments moments = testing_support::sample_moments(random, x, sample.heads);
+  const LayerMaps before = maps_of(attention);
+  ASSERT_FALSE(before.k.rightCols<1>().isZero(0));
+  const Index half = sample.head_dim / 2;
+  MatrixD spread(sample.kv_heads, half);
+  for (Index g = 0; g < sample.kv_heads; ++g) {
+    for (Index f = 0; f < half; ++f) {
+      spread(g, f) = f == 0 ? 0 : std::pow(10.0, -static_cast<double>(f));
+    }
+  }
+  LayerMaps maps = before;
+  const double missed = fold_biases(moments, spread, maps);
+  for (Index g = 0; g < sample.kv_heads; ++g) {
+    for (Index f = 0; f < half; ++f) {
+      const Index row = g * sample.head_dim + f;
+      const double bias = before.k(row, sample.hidden);
+      // E[(W' - W) x], of which wᵀ x is 1 - missed on average.
+      const double added =
+          (maps.k - before.k).row(row).head(sample.hidden).dot(moments.second.col(sample.hidden).head(sample.hidden));
+      const double kept = added / (bias * (1 - missed));
+      const auto loss = [&](double part) {
+        return (1 - part) * (1 - part) * spread(g, f) + part * part * missed;
+      };
+      EXPECT_LE(loss(kept), loss(kept + 1e-3) + 1e-9) << g << " " << f;
+      EXPECT_LE(loss(kept), loss(kept - 1e-3) + 1e-9) << g << " " << f;
+      if (f == 0) {
+        EXPECT_NEAR(kept, 0, 1e-9);
+      }
     }
   }
 }
