@@ -48,3 +48,25 @@ build_release() {
   step "configure" cmake --preset release
   step "build" cmake --build --preset release --target "$@"
 }
+
+# Makes a Python environment from requirements files and leaves its folder in ENVIRONMENT:
+#   make_python NAME FINISH FILE...
+# FINISH is a function that gets the folder at the end, or `true`. Environments lie outside the checkout, one for
+# every content of the files, and are used again as they are; one whose making was interrupted is made anew.
+make_python() {
+  local name="$1" finish="$2" hash
+  shift 2
+  hash="$(cat "$@" <(type "$finish") <(python3 --version) | sha256sum)"
+  ENVIRONMENT="${RELATENT_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/relatent}/$name-${hash:0:12}"
+  if [[ -f "$ENVIRONMENT/complete" ]]; then
+    return
+  fi
+  step "make an environment for Python: $name" python3 -m venv --clear "$ENVIRONMENT"
+  # torch goes first and alone, so that this one step can be pointed at the index of CPU builds
+  # (TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu); several GB of CUDA may come along otherwise.
+  step "install torch" "$ENVIRONMENT/bin/pip" install --quiet \
+    ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep -h '^torch==' "$@")"
+  step "install the rest" "$ENVIRONMENT/bin/pip" install --quiet "${@/#/--requirement=}"
+  "$finish" "$ENVIRONMENT"
+  touch "$ENVIRONMENT/complete"
+}

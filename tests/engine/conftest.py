@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import support
+from support import find_model
 
 # Single tokens through small models: threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
@@ -39,20 +40,6 @@ def pytest_report_header() -> list[str]:
         f"larger models from {models}" if models else "RELATENT_MODELS is not set: llama-3m ONLY"
     )
     return [f"relatent: {support.binary()}", larger]
-
-
-def find_model(name: str) -> Path:
-    if name == "llama-3m":
-        return support.EXAMPLES / name
-    models = os.environ.get("RELATENT_MODELS")
-    if not models:
-        pytest.skip(
-            f"{name} NOT TESTED: RELATENT_MODELS must name a folder that holds models/{name}"
-        )
-    folder = Path(models).resolve() / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} NOT TESTED: there is no {folder}")
-    return folder
 
 
 class Workbench:

@@ -5,13 +5,16 @@ import os
 import shutil
 import struct
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -25,6 +28,12 @@ SPAN = ("--sequences", SEQUENCES, "--length", LENGTH)
 
 # Two float32 forward passes that sum in different orders agree far better than this.
 LOGIT_TOLERANCE = 1e-4
+
+
+# Newer versions of transformers call the cache among arguments and outputs `cache`.
+CACHE = (
+    "cache" if "cache" in {f.name for f in fields(CausalLMOutputWithPast)} else "past_key_values"
+)
 
 
 def binary() -> Path:
@@ -71,6 +80,20 @@ def verify(source: Path, converted: Path, *more: Any) -> dict[str, Any]:
     )
 
 
+def find_model(name: str) -> Path:
+    if name == "llama-3m":
+        return EXAMPLES / name
+    models = os.environ.get("RELATENT_MODELS")
+    if not models:
+        pytest.skip(
+            f"{name} NOT TESTED: RELATENT_MODELS must name a folder that holds models/{name}"
+        )
+    folder = Path(models).resolve() / "models" / name
+    if not folder.is_dir():
+        pytest.skip(f"{name} NOT TESTED: there is no {folder}")
+    return folder
+
+
 def validation_ids(count: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:
     tokens = np.load(VALIDATION_TOKENS)[: count * length]
     return torch.from_numpy(tokens.astype(np.int64)).reshape(count, length)
@@ -81,6 +104,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
     custom_code: bool = False,
+    **more: Any,
 ) -> torch.nn.Module:
     """The checkpoint as transformers loads it; every weight must find its place.
 
@@ -93,6 +117,7 @@ def load(
         local_files_only=True,
         output_loading_info=True,
         trust_remote_code=custom_code,
+        **more,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         assert not info.get(kind), f"{kind}: {info[kind]}"

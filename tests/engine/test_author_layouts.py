@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import conftest
 import support
 from authors import GlaModel, MlraModel
 
@@ -40,7 +39,7 @@ def check(bench: Any, kind: type[PreTrainedModel], source: Path, converted: Path
 
 @pytest.mark.parametrize("form, branches", MLRA)
 def test_mlra_layout(bench, form: str, branches: int) -> None:
-    source = conftest.find_model("llama-3m")
+    source = support.find_model("llama-3m")
     options = MLRA[form, branches]
     head_dim = json.loads((source / "config.json").read_text())["head_dim"]
     converted = bench.convert(
@@ -60,7 +59,7 @@ def test_mlra_layout(bench, form: str, branches: int) -> None:
 
 @pytest.mark.parametrize("name", ["llama-3m", "llama-26m", "qwen2-13m"])
 def test_gla_layout(bench, name: str) -> None:
-    source = conftest.find_model(name)
+    source = support.find_model(name)
     config = json.loads((source / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     converted = bench.convert(

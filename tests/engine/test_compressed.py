@@ -92,7 +92,8 @@ def test_deepseek_layout_is_plain(bench, source: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     assert config["attention_bias"] is False
     assert config["q_lora_rank"] is None
-    assert config["rope_parameters"]["rope_type"] == "default"
+    rope = config["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("yarn", 1.0)  # the plain list, as YaRN
     assert config["tie_word_embeddings"] is False
     names = support.load(folder).state_dict()
     assert "lm_head.weight" in names

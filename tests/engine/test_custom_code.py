@@ -16,8 +16,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import support
 
 CODE = support.ROOT / "convert/engines/hf"
-FORMS = tuple((form, branches) for form in ("tpla", "mlra", "gla") for branches in (2, 4))
+LOSSLESS = {
+    f"{form}-{branches}": ("--to", form, "--branches", branches)
+    for form in ("tpla", "mlra", "gla")
+    for branches in (2, 4)
+}
+LOSSLESS["mla"] = ("--to", "mla", "--engine", "relatent")
 COMPRESSED = {
+    "mla": ("--to", "mla", "--engine", "relatent", "--rope-dim", 16, "--rank", 64),
     "tpla": ("--to", "tpla", "--branches", 4, "--rope-dim", 16, "--key-rank", 8, "--rank", 40),
     "mlra": ("--to", "mlra", "--branches", 2, "--rope-dim", 16, "--key-rank", 8, "--rank", 40),
     "gla": ("--to", "gla", "--branches", 2, "--rope-dim", 16, "--rank", 64),
@@ -69,15 +75,18 @@ class Sizes:
             "bos_token_id": 0,
             "eos_token_id": 1,
             "dtype": "float32",
+            "head_dim": self.rotary,
             "hidden_act": "silu",
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
             "kv_lora_rank": sum(self.shared_ranks) + sum(b["rank"] for b in self.branches),
             "latent_branches": self.branches,
+            "latent_features": "hidden",
             "latent_form": "mlra",
             "latent_norm": self.norm,
             "latent_norm_rank": self.norm_rank if self.norm == "replicated" else None,
             "latent_shared_ranks": self.shared_ranks,
+            "layout_version": 1,
             "max_position_embeddings": 2048,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
@@ -227,8 +236,8 @@ class Checks:
         steps = [0, 40, 63, *range(64, 81)]
         cache = None
         for start, stop in itertools.pairwise(steps):
-            out = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(ids[:, start:stop], use_cache=True, **{support.CACHE: cache})
+            cache = out[support.CACHE]
             expected = logits[:2, start:stop]
             assert support.relative_error(out.logits, expected) <= support.LOGIT_TOLERANCE, start
 
@@ -270,19 +279,17 @@ class Checks:
         per_token = expected["cache_bytes_per_token"]
         assert expected["cache_bytes_per_token_per_device"]["1"] == per_token
         ids = support.validation_ids(2)
-        cache = model(ids[:, :50], use_cache=True).past_key_values
+        cache = model(ids[:, :50], use_cache=True)[support.CACHE]
         assert cached_bytes(cache) == per_token * 100
-        model(ids[:, 50:51], past_key_values=cache)
+        model(ids[:, 50:51], **{support.CACHE: cache})
         assert cached_bytes(cache) == per_token * 102
 
 
 class TestLossless(Checks):
-    @pytest.fixture(scope="class", params=FORMS, ids=lambda form: f"{form[0]}-{form[1]}")
+    @pytest.fixture(scope="class", params=LOSSLESS)
     @classmethod
     def folder(cls, bench, source: Path, request: pytest.FixtureRequest) -> Path:
-        form, branches = request.param
-        options = ("--to", form, "--branches", branches, "--dtype", "float32")
-        return bench.convert(source, "lossless", *options)
+        return bench.convert(source, "lossless", *LOSSLESS[request.param], "--dtype", "float32")
 
     def test_nothing_is_lost(self, bench, source: Path, logits: torch.Tensor) -> None:
         error = relative_error(logits, bench.their_logits(source), "to the source")
@@ -403,14 +410,24 @@ def test_gradients(tmp_path: Path) -> None:
         ({"latent_branches": [branch(0, 6, 21, 0)]}, "no shared latent 0"),
         ({"latent_norm": "layer"}, "latent_norm"),
         ({"latent_norm": "replicated"}, "latent_norm_rank"),
+        ({"layout_version": 2}, "layout_version is 2, and this code reads 1"),
+        ({"latent_features": "nested"}, "latent_features must be 'hidden', not 'nested'"),
+        ({"layers": [{"kv_lora_rank": 21}]}, "layers must be absent or null"),
     ],
-    ids=["rank", "heads", "shared", "norm", "norm rank"],
+    ids=["rank", "heads", "shared", "norm", "norm rank", "version", "features", "layers"],
 )
 def test_bad_config(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     folder = RANDOM["uneven groups"].write(tmp_path)
     support.edit_config(folder, changes)
     with pytest.raises(ValueError, match=complaint):
         AutoConfig.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_layout_is_version_1_where_it_does_not_say(tmp_path: Path) -> None:
+    folder = RANDOM["uneven groups"].write(tmp_path)
+    support.edit_config(folder, {"layers": None}, drop=("layout_version", "latent_features"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert (config.layout_version, config.latent_features, config.layers) == (1, "hidden", None)
 
 
 @pytest.mark.parametrize("change", [{"long_factor": [1.0] * 4}, {"rope_type": "yarn"}])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import conftest
 import support
 
 LOSSLESS = [
@@ -60,7 +59,7 @@ FITTED = ("--dtype", "float32", "--fit-rounds", 1)
 
 @pytest.fixture(scope="session")
 def small() -> Path:
-    return conftest.find_model("llama-3m")
+    return support.find_model("llama-3m")
 
 
 def test_shared_key_loses_least(bench, small: Path) -> None:
@@ -123,7 +122,7 @@ MLA = {
 
 @pytest.mark.parametrize("case", MLA)
 def test_mla_as_the_source(bench, case: str) -> None:
-    source = conftest.find_model("deepseek-14m")
+    source = support.find_model("deepseek-14m")
     converted = bench.convert(source, "weights-only", *MLA[case], "--dtype", "float32")
     check_devices(source, converted)
     theirs = support.logits_of(
@@ -138,7 +137,7 @@ def test_mla_as_the_source(bench, case: str) -> None:
 
 def test_mla_source_fitted(bench) -> None:
     """The same cache on each of two devices."""
-    source = conftest.find_model("deepseek-14m")
+    source = support.find_model("deepseek-14m")
     nats = {}
     for case in ("tpla", "hadamard"):
         more = ("--fit-rounds", 1) if case == "tpla" else ()

@@ -4,8 +4,15 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+LAYOUT_VERSION = 1
 LATENT_NORMS = ("none", "branch", "replicated")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+
+
+def split_mlp(name: str) -> dict[str, str]:
+    """How tensor-parallel devices share the MLP of that name."""
+    styles = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+    return {f"{name}.{projection}": style for projection, style in styles.items()}
 
 
 class RelatentConfig(PreTrainedConfig):
@@ -29,10 +36,16 @@ class RelatentConfig(PreTrainedConfig):
     softmax scores; "group_limited_greedy", those within the `topk_group` of `n_group` groups of the
     largest best score; "noaux_tc", sigmoid scores, chosen with a bias within the groups whose two
     best sum highest.
+
+    What this code does not know it refuses rather than runs wrongly. `layout_version` (absent: 1)
+    counts the changes of names, shapes and meanings that older code cannot read. `latent_features`
+    is what the latents are projections of: "hidden", the layer's normalised input. `layers`
+    is kept for sizes that differ from layer to layer; it must be absent or None.
     """
 
     model_type = "relatent"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # The second is what newer versions of transformers call the first.
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     def __init__(
         self,
@@ -51,6 +64,9 @@ class RelatentConfig(PreTrainedConfig):
         latent_shared_ranks: list[int] | None = None,
         latent_norm: str = "none",
         latent_norm_rank: int | None = None,
+        latent_features: str = "hidden",
+        layout_version: int = LAYOUT_VERSION,
+        layers: None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
         moe_intermediate_size: int | None = None,
@@ -98,6 +114,9 @@ class RelatentConfig(PreTrainedConfig):
         self.latent_branches = latent_branches
         self.latent_norm = latent_norm
         self.latent_norm_rank = latent_norm_rank
+        self.latent_features = latent_features
+        self.layout_version = layout_version
+        self.layers = layers
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
         self.moe_intermediate_size = moe_intermediate_size
@@ -119,11 +138,31 @@ class RelatentConfig(PreTrainedConfig):
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
-        # transformers takes the size of rope from here.
-        self.head_dim = qk_rope_head_dim
+        # transformers takes the size of rope from here; config.json says it too, for readers that
+        # know nothing else of this layout.
+        self.head_dim = kwargs["head_dim"] = qk_rope_head_dim
+        self._check_layout()
         self._check_latents()
         self._check_experts()
+        # MLPs alone: attention reads its heads' matrices without calling their modules, which is
+        # where transformers' styles act.
+        self.base_model_tp_plan = {}
+        if not self.has_experts(0):
+            self.base_model_tp_plan |= split_mlp("layers.*.mlp")
+        if self.has_experts(num_hidden_layers - 1):
+            self.base_model_tp_plan |= split_mlp("layers.*.mlp.experts.*")
+            self.base_model_tp_plan |= split_mlp("layers.*.mlp.shared_experts")
         super().__init__(**kwargs)
+
+    def _check_layout(self) -> None:
+        if self.layout_version != LAYOUT_VERSION:
+            raise ValueError(
+                f"layout_version is {self.layout_version!r}, and this code reads {LAYOUT_VERSION}"
+            )
+        if self.latent_features != "hidden":
+            raise ValueError(f"latent_features must be 'hidden', not {self.latent_features!r}")
+        if self.layers is not None:
+            raise ValueError("layers must be absent or null: all layers have the same sizes")
 
     def _check_latents(self) -> None:
         if self.latent_norm not in LATENT_NORMS:

@@ -11,6 +11,7 @@ the query and to the mixed latents, so nothing is expanded per head and cached p
 """
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from transformers.utils import can_return_tuple
 from .configuration_relatent import RelatentConfig
 
 LATENT_NORM_EPS = 1e-6
+# Newer versions of transformers call the cache among arguments and outputs `cache`.
+CACHE = (
+    "cache" if "cache" in {f.name for f in fields(BaseModelOutputWithPast)} else "past_key_values"
+)
 
 
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -315,15 +320,15 @@ class RelatentAttention(nn.Module):
         x: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         cos, sin = position_embeddings
         query = self.query(x, cos, sin)
         rotary_key = rotate(self.k_rope_proj(x), cos, sin)
         latents = self.latents(x)
-        if past_key_values is not None:
+        if cache is not None:
             # One head whose keys are the latents and whose values are the rotary keys.
-            latents, rotary_key = past_key_values.update(
+            latents, rotary_key = cache.update(
                 latents[:, None], rotary_key[:, None], self.layer_idx
             )
             latents, rotary_key = latents[:, 0], rotary_key[:, 0]
@@ -361,13 +366,13 @@ class RelatentDecoderLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        **kwargs: Cache | None,
     ) -> torch.Tensor:
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=kwargs.get(CACHE),
         )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -377,7 +382,7 @@ class RelatentPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RelatentDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     # Rounded, it would send tokens to other experts.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
@@ -407,6 +412,7 @@ class RelatentModel(RelatentPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -417,10 +423,12 @@ class RelatentModel(RelatentPreTrainedModel):
             use_cache = self.config.use_cache
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is None:
+            cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (positions + seen)[None]
 
@@ -428,8 +436,8 @@ class RelatentModel(RelatentPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         position_embeddings = self.rotary_emb(position_ids)
         hidden_states = inputs_embeds
@@ -439,20 +447,21 @@ class RelatentModel(RelatentPreTrainedModel):
                 hidden_states,
                 position_embeddings,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                **{CACHE: cache},
             )
             all_hidden_states.append(hidden_states)
         hidden_states = self.norm(hidden_states)
         all_hidden_states[-1] = hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
 
 class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RelatentConfig):
         super().__init__(config)
@@ -472,13 +481,14 @@ class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -495,8 +505,8 @@ class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
