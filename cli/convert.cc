@@ -324,10 +324,11 @@ void add_convert(CLI::App& app, Command& chosen) {
   command->add_option("--rope-dim", convert.rope_dim,
                       "Size of the rotary key (default: the head size; with relatent and a budget, the best "
                       "of a few that are tried)");
-  command->add_option("--shape", options->shape,
-                      "mla: latent + rotary key as the kernels of an engine want them, e.g. 512+64 or 256+64; "
-                      "what --rank or --kv-budget leaves of it stays empty (default where the budget comes near "
-                      "one of these, or nothing is said)");
+  command->add_option(
+      "--shape", options->shape,
+      "mla: latent + rotary key as the kernels of an engine want them, e.g. 512+64 or 256+64; "
+      "what --rank or --kv-budget leaves of it stays empty (default where the budget comes near "
+      "one of these, or nothing is said)");
   command->add_option("--kv-budget", options->kv_budget,
                       "(rank + rotary) as a part of the source's cache, e.g. 0.25; auto: the smallest that "
                       "stays within --max-nats");
@@ -433,9 +434,10 @@ void add_convert(CLI::App& app, Command& chosen) {
       ->transform(CLI::AsSizeValue(true))
       ->default_str("5GB");
   command
-      ->add_option("--held-out", convert.held_out,
-                   "Calibration sequences that the fits leave alone and the result is measured on (default: one "
-                   "of 32, at most 4; 0: all are fitted on and nothing is measured)")
+      ->add_option(
+          "--held-out", convert.held_out,
+          "Calibration sequences that the fits leave alone and the result is measured on (default: one "
+          "of 32, at most 4; 0: all are fitted on and nothing is measured)")
       ->check(CLI::NonNegativeNumber);
   add_save_options(*command, convert.save);
   command->add_flag("--dry-run", options->dry_run,

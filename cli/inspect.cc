@@ -10,6 +10,7 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/engines/readers.h"
 #include "convert/forms/partition.h"
 #include "convert/model/model.h"
 
@@ -25,48 +26,71 @@ struct Options {
 
 // A form that the checkpoint could be converted to, in one size that shows what it costs.
 struct Target {
-  const char* name;
-  const char* form;
-  Index branches;
-  double part;  // of a grouped-query cache that one device keeps when there is a device for each latent
+  std::string name;
+  std::string form;
+  Index branches = 1;
+  // Per token and layer on each device, when there is a device for each latent.
+  Index rotary = 0;
+  Index numbers = 0;
 };
 
-constexpr std::array<Target, 5> targets = {{
-    {"MLA", "mla", 1, 0.5},
-    {"MLA", "mla", 1, 0.25},
-    {"GLA-2", "gla", 2, 0.25},
-    {"TPLA-2", "tpla", 2, 0.25},
-    {"TPLA-4 / MLRA-4", "tpla", 4, 0.1875},
-}};
-
-// Numbers per token and layer on each device. An MLA latent is divided as the published slices do.
-Index per_device_of(const ModelConfig& config, const Target& target) {
-  if (config.latent) {
-    return config.latent->qk_rope_head_dim + config.latent->kv_lora_rank / target.branches;
-  }
-  return static_cast<Index>(target.part * static_cast<double>(config.cache_numbers()));
-}
-
-std::string target_name(const ModelConfig& config, const Target& target) {
-  const double part =
-      100 * static_cast<double>(per_device_of(config, target)) / static_cast<double>(config.cache_numbers());
+std::string name_with_part(const std::string& name, Index numbers, const ModelConfig& config) {
   std::array<char, 64> text{};
-  std::snprintf(text.data(), text.size(), "%s %.4g %%", target.name, part);
+  std::snprintf(text.data(), text.size(), "%s %.4g %%", name.c_str(),
+                100 * static_cast<double>(numbers) / static_cast<double>(config.cache_numbers()));
   return text.data();
 }
 
-bool convertible(const ModelConfig& config, const Target& target) {
-  return config.gqa || (config.latent->branches.size() == 1 && target.branches > 1);
+// An MLA latent is divided as the published slices do. Of a result there is nothing more to make.
+std::vector<Target> targets_of(const ModelConfig& config) {
+  struct Example {
+    const char* name;
+    const char* form;
+    Index branches;
+    double part;  // of a grouped-query cache
+  };
+  constexpr std::array<Example, 5> examples = {{
+      {"MLA", "mla", 1, 0.5},
+      {"MLA", "mla", 1, 0.25},
+      {"GLA-2", "gla", 2, 0.25},
+      {"TPLA-2", "tpla", 2, 0.25},
+      {"TPLA-4 / MLRA-4", "tpla", 4, 0.1875},
+  }};
+  std::vector<Target> out;
+  if (config.latent && config.latent->branches.size() != 1) {
+    return out;
+  }
+  for (const CacheShape& shape : served_shapes) {
+    if (config.gqa && shape.numbers() < config.cache_numbers() &&
+        shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
+      const std::string name = "MLA " + std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
+      out.push_back({name_with_part(name, shape.numbers(), config), "mla", 1, shape.rotary, shape.numbers()});
+    }
+  }
+  for (const Example& example : examples) {
+    Target target{"", example.form, example.branches};
+    if (config.gqa) {
+      target.numbers = static_cast<Index>(example.part * static_cast<double>(config.cache_numbers()));
+      target.rotary = std::max<Index>(2, target.numbers / 6 * 2);
+    } else if (example.branches == 1) {
+      continue;
+    } else {
+      target.rotary = config.latent->qk_rope_head_dim;
+      target.numbers = target.rotary + config.latent->kv_lora_rank / example.branches;
+    }
+    target.name = name_with_part(example.name, target.numbers, config);
+    out.push_back(std::move(target));
+  }
+  return out;
 }
 
 // Bytes on each of tp devices; nothing where so many cannot share it.
 std::optional<Index> target_bytes(const ModelConfig& config, const Target& target, Index tp) {
-  const Index per_device = per_device_of(config, target);
   const Partition partition = *partition_of(target.form, target.branches);
   LatentShape shape;
   shape.heads = config.num_attention_heads;
-  shape.rope_dim = config.gqa ? std::max<Index>(2, per_device / 6 * 2) : config.latent->qk_rope_head_dim;
-  const Index latent = per_device - shape.rope_dim;
+  shape.rope_dim = target.rotary;
+  const Index latent = target.numbers - target.rotary;
   if (latent < 2 || partition.groups > shape.heads) {
     return std::nullopt;
   }
@@ -120,13 +144,12 @@ Json to_json(const Model& model) {
     out["cache_bytes_per_token_per_device"][std::to_string(tp)] =
         or_null(c.cache_bytes_per_token_on_device(tp));
   }
-  for (const Target& target : targets) {
+  for (const Target& target : targets_of(c)) {
     for (const Index tp : reported_tp) {
-      if (convertible(c, target)) {
-        out["targets"][target_name(c, target)][std::to_string(tp)] = or_null(target_bytes(c, target, tp));
-      }
+      out["targets"][target.name][std::to_string(tp)] = or_null(target_bytes(c, target, tp));
     }
   }
+  out["read_by"] = readers_of(c);
   return out;
 }
 
@@ -164,13 +187,15 @@ void print_table(const Options& options, const Model& model) {
     std::puts("");
   };
   line("as it is", [&](Index tp) { return c.cache_bytes_per_token_on_device(tp); });
+  const std::vector<Target> targets = targets_of(c);
   for (const Target& target : targets) {
-    if (convertible(c, target)) {
-      line(target_name(c, target).c_str(), [&](Index tp) { return target_bytes(c, target, tp); });
-    }
+    line(target.name.c_str(), [&](Index tp) { return target_bytes(c, target, tp); });
   }
-  if (convertible(c, targets.back())) {
+  if (!targets.empty()) {
     std::puts("(percentages: of this cache, on each device when there is one for each latent)");
+  }
+  for (const std::string& reader : readers_of(c)) {
+    std::printf("read by %s\n", reader.c_str());
   }
 }
 

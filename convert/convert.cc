@@ -1149,7 +1149,8 @@ std::vector<std::string> Conversion::loss_reasons() const {
   const double part =
       static_cast<double>(plan_.converted_cache_numbers) / static_cast<double>(plan_.source_cache_numbers);
   if (part < 1 && options_.method != Method::lossless) {
-    out.push_back("the cache is " + text(std::llround(100 * part)) + " % of the source's: allow it more with " +
+    out.push_back("the cache is " + text(std::llround(100 * part)) +
+                  " % of the source's: allow it more with " +
                   (options_.form == "mla" ? "--kv-budget, --rank or --shape" : "--per-device or --rank"));
   }
   if (calibration_) {

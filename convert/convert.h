@@ -39,9 +39,9 @@ struct ConvertOptions {
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
-  // The latent as it is stored and the rotary key, as an engine's kernels want them; --to mla only. Coordinates
-  // that the rank leaves over hold nothing (or steady the norm, where the engine normalises). Rank none = as
-  // large as fits.
+  // The latent as it is stored and the rotary key, as an engine's kernels want them; --to mla only.
+  // Coordinates that the rank leaves over hold nothing (or steady the norm, where the engine normalises).
+  // Rank none = as large as fits.
   std::optional<CacheShape> shape;
   // Instead: numbers per token and layer that each of partition.latents() devices caches.
   std::optional<Index> per_device;

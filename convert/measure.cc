@@ -42,9 +42,9 @@ std::string in_words(const Measurement& measured) {
   std::snprintf(text.data(), text.size(),
                 "lost %.4f nats on %lld %scalibration tokens%s: perplexity %.4g -> %.4g, same most likely "
                 "token %.1f %%",
-                measured.nats(), static_cast<long long>(logits.tokens),
-                measured.held_out ? "held-out " : "", measured.held_out ? "" : " that the fits have seen",
-                std::exp(logits.source_nll), std::exp(logits.converted_nll), 100 * logits.top1_agreement);
+                measured.nats(), static_cast<long long>(logits.tokens), measured.held_out ? "held-out " : "",
+                measured.held_out ? "" : " that the fits have seen", std::exp(logits.source_nll),
+                std::exp(logits.converted_nll), 100 * logits.top1_agreement);
   return text.data();
 }
 

@@ -103,6 +103,7 @@ RelatentConversion::Known RelatentConversion::know(GqaAttention attention, Index
     if (out.moments.diagonal.size() > 0) {
       out.moments.diagonal(out.moments.diagonal.size() - 1) = 0;
     } else {
+      out.moments.mean = out.moments.second.rightCols<1>().head(out.moments.second.rows() - 1);
       out.moments.second.rightCols<1>().setZero();
       out.moments.second.bottomRows<1>().setZero();
     }

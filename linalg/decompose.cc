@@ -161,8 +161,8 @@ SymmetricRoot symmetric_root(const MatrixD& a, double floor) {
 
 namespace {
 
-// Eigenpairs of a matrix that should be positive semi-definite and that Cholesky refused, with the reciprocals
-// of its eigenvalues, or 0 for those that cannot be told from rounding.
+// Eigenpairs of a matrix that should be positive semi-definite and that Cholesky refused, with the
+// reciprocals of its eigenvalues, or 0 for those that cannot be told from rounding.
 Eigenpairs<MatrixD> pseudo_inverse_pairs(const MatrixD& a) {
   Eigenpairs<MatrixD> out = symmetric_eigenpairs(a);
   const double largest = out.values(0);

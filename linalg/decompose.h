@@ -44,8 +44,8 @@ SymmetricRoot symmetric_root(const MatrixD& a, double floor);
 // cannot be told from it. Throws NumericalError when a is indefinite beyond rounding.
 MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge);
 
-// a⁻¹ of a symmetric positive semi-definite matrix (only its lower triangle is read), LAPACK dpotrf, dpotri; of
-// a singular one the pseudo-inverse. Throws as ridge_solve.
+// a⁻¹ of a symmetric positive semi-definite matrix (only its lower triangle is read), LAPACK dpotrf, dpotri;
+// of a singular one the pseudo-inverse. Throws as ridge_solve.
 MatrixD positive_inverse(MatrixD a);
 
 // Thin QR of a [n, m] with n >= m: returns Q [n, m] with orthonormal columns and R [m, m] upper triangular.

@@ -29,8 +29,9 @@ std::vector<std::string> readers_of(const ModelConfig& config) {
     return {"transformers, stock: deepseek_v3",
             served ? "vLLM, stock: vllm serve FOLDER --model-impl transformers" + on : "vLLM" + no_kernel};
   }
-  return {"transformers, stock: deepseek_v3", served ? "vLLM, stock: vllm serve FOLDER" + on : "vLLM" + no_kernel,
-          "llama.cpp, after its converter, which wants \"q_lora_rank\": 0 in config.json where there is null"};
+  return {
+      "transformers, stock: deepseek_v3", served ? "vLLM, stock: vllm serve FOLDER" + on : "vLLM" + no_kernel,
+      "llama.cpp, after its converter, which wants \"q_lora_rank\": 0 in config.json where there is null"};
 }
 
 }  // namespace relatent

@@ -107,6 +107,7 @@ class RelatentEngine final : public Engine {
     }
     out["attention_bias"] = shape.has_bias;
     out["dtype"] = torch_name(dtype);
+    out["head_dim"] = shape.rope_dim;  // what transformers takes for the size of the rotary embedding
     out["hidden_act"] = "silu";
     out["hidden_size"] = source.hidden_size;
     out["intermediate_size"] = source.intermediate_size;

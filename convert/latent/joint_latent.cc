@@ -54,8 +54,8 @@ MatrixD around(const Blocks& blocks, const MatrixD& m) {
 
 // Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the
 // variance is rounding against that of `whole`, the undiminished map. covariance: of what it measures.
-void normalise(Metric& metric, const MatrixD& covariance, const MatrixD& whole, MomentRef input,
-               double weight) {
+void normalise(Metric& metric, const Eigen::Ref<const MatrixD>& covariance, const MatrixD& whole,
+               MomentRef input, double weight) {
   double variance = 0;
   double total = 0;
   Index row = 0;
@@ -97,6 +97,13 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   // Centred: y - mean is the same map with another last column.
   y.col(hidden) -= mean;
   const MatrixD covariance = second_moment(y, moments);
+  // Keys are balanced against values by what of them the softmax does not forget, even where the latent has
+  // to carry the rest.
+  MatrixD felt_keys = covariance.topLeftCorner(keys, keys);
+  if (moments.mean.size() > 0) {
+    const VectorD constant = y.topLeftCorner(keys, hidden) * moments.mean;
+    felt_keys -= constant * constant.transpose();
+  }
 
   // M is block-diagonal with one d x d block per group and kind: keys, then values.
   Metric metric;
@@ -122,8 +129,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
       part.root.push_back(std::move(block.root));
       part.inverse.push_back(std::move(block.inverse));
     }
-    const Index offset = value ? keys : 0;
-    normalise(part, covariance.block(offset, offset, keys, keys),
+    normalise(part, value ? covariance.bottomRightCorner(keys, keys) : felt_keys,
               (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(),
               value ? (split ? options.value_weight : 1.0) : options.lambda);
     std::move(part.root.begin(), part.root.end(), std::back_inserter(metric.root));

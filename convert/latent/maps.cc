@@ -79,8 +79,7 @@ double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& map
     maps.q.weight += maps.q.bias.transpose() * w.transpose().cast<float>();
     maps.q.bias.resize(0);
   }
-  const double missed =
-      std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(second.topLeftCorner(hidden, hidden) * w));
+  const double missed = std::max(0.0, 1 - 2 * mean.dot(w) + w.dot(second.topLeftCorner(hidden, hidden) * w));
   VectorD key_bias = maps.k.rightCols<1>();
   const Index half = maps.pairs();
   for (Index g = 0; g < maps.kv_heads; ++g) {

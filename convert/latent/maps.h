@@ -82,6 +82,8 @@ struct Moments {
   VectorD diagonal;  // [D + 1], instead: its entries when it has no others
   // [H, T]: mean attention mass at distance Δ, rows summing to 1.
   MatrixD distance_mass;
+  // [D]: E[x] where x̃ = [x; 0] says nothing of it; empty otherwise.
+  VectorD mean{};
 
   MomentRef input() const { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
 };

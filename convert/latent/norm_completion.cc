@@ -12,12 +12,24 @@ namespace {
 
 // Every coordinate keeps at least this part of an equal share of ρ², so that its scale can be undone.
 constexpr double smallest_share = 1e-4;
-// Below this part of the mean square a coordinate is dead, and its scale means nothing.
-constexpr double dead = 1e-24;
+// Below this part of the largest mean square a coordinate is dead: its scale means nothing, and what rounding
+// and few tokens leave of it must not be blown up to a share of ρ².
+constexpr double dead = 1e-9;
+// Directions of the input that vary less than this part of the mean over directions are not brought to mean
+// square 1: on other tokens they may vary more.
+constexpr double least_variance = 1e-3;
+// Against directions that the inputs hardly ever take.
+constexpr double constant_ridge = 1e-6;
 constexpr int max_sweeps = 2000;
 constexpr double converged = 1e-9;
 // Rows of inputs taken at once.
 constexpr Index row_block = 4096;
+
+// The w of 1 ≈ wᵀ x̃ by least squares over the inputs.
+VectorD nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) {
+  const VectorD mean = inputs.colwise().sum().transpose().cast<double>() / static_cast<double>(inputs.rows());
+  return ridge_solve(input_moment, mean, constant_ridge);
+}
 
 MatrixF squares_of(const MatrixF& map, const MatrixF& inputs, Index first, Index rows) {
   MatrixF y(rows, map.rows());
@@ -64,10 +76,16 @@ NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const
   out.extra = MatrixD::Zero(extra_count, latent.cols());
   const Index found = std::min(extra_count, input_moment.rows());
   if (found > 0) {
+    const VectorD constant = nearest_to_one(inputs, input_moment);
+    const double square = constant.dot(input_moment * constant);
+    if (square > 0) {
+      out.extra.row(0) = constant.transpose() / std::sqrt(square);
+    }
     const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(input_moment, found);
-    for (Index i = 0; i < found; ++i) {
+    const double raised = least_variance * input_moment.diagonal().mean();
+    for (Index i = 0; i + 1 < found; ++i) {
       if (eigen.values(i) > dead * eigen.values(0)) {
-        out.extra.row(i) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i));
+        out.extra.row(i + 1) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i) + raised);
       }
     }
   }
@@ -95,8 +113,8 @@ NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const
   const VectorD t = bounded_least_squares(a, b, smallest_share / static_cast<double>(size));
   out.square.resize(size);
   for (Index j = 0; j < size; ++j) {
-    // A dead coordinate is zero for every token; any scale will do.
-    out.square(j) = unit(j) > 0 ? t(j) * unit(j) : 1;
+    // Of a dead coordinate any scale will do that leaves it dead.
+    out.square(j) = unit(j) > 0 ? t(j) * unit(j) : (largest > 0 ? 1 / largest : 1);
   }
   return out;
 }

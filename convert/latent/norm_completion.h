@@ -9,7 +9,7 @@ namespace relatent {
 // up-projection), and a few may be added that nothing reads, so what it divides by is ρ = √(Σ_j s_j² y_j²)
 // with y = [c; extra x̃] and any s. Non-negative least squares over tokens bring ρ² as near to 1 as they can.
 struct NormCompletion {
-  MatrixD extra;   // [e, D + 1], leading directions of the input with mean square 1
+  MatrixD extra;  // [e, D + 1] of mean square 1 at most: the linear map nearest to 1, then leading directions
   VectorD square;  // [r + e], s_j² > 0
 
   bool present() const { return square.size() > 0; }

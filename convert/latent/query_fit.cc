@@ -147,8 +147,8 @@ class QueryProblem {
     for (const LatentPart& part : group_.parts) {
       const Index width = p_ + group_.width(part);
       const MatrixF queries = gather_queries(u, heads, group_, part, p_);
-      // What all keys of a sequence have in common shifts a query's scores by a constant, and would drown what
-      // is left in rounding: published models have offsets a hundred times their variance.
+      // What all keys of a sequence have in common shifts a query's scores by a constant, and would drown
+      // what is left in rounding: published models have offsets a hundred times their variance.
       MatrixF keys = gather_keys(z, group_, part, p_, 0);
       keys.rowwise() -= keys.colwise().mean().eval();
       MatrixF pull(queries.rows(), queries.cols());

@@ -22,8 +22,8 @@ DroppedRotation expected_rotation(const LayerMaps& maps, const Moments& moments)
 // g = 1, what simply not rotating amounts to; its loss is 2 - 2 Re γ.
 DroppedRotation unit_rotation(const LayerMaps& maps, const Moments& moments);
 
-// By how much a constant in a group's keys varies once it is rotated, 1 - |γ|² averaged over the group's heads
-// by the energy of their queries: [K, d/2]. Near 0 for slow frequencies, where the softmax forgets it.
+// By how much a constant in a group's keys varies once it is rotated, 1 - |γ|² averaged over the group's
+// heads by the energy of their queries: [K, d/2]. Near 0 for slow frequencies, where the softmax forgets it.
 MatrixD constant_spread(const LayerMaps& maps, const Moments& moments);
 
 // Per frequency f, the combinations z = e^H D k_f of the K group keys by how much score variance is lost when

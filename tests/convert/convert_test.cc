@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "convert/verify/verify.h"
+#include "examples_path.h"
 #include "linalg/packed.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
@@ -522,6 +523,109 @@ ConvertOptions to_gla(ConvertOptions options) {
   options.form = "gla";
   options.branches = 2;
   return options;
+}
+
+// Coordinates that a shape leaves over hold nothing and change nothing.
+TEST_F(Convert, ShapesAreFilledUp) {
+  const ConvertOptions source = write(TinyOptions{.model_type = "qwen2"});
+  const fs::path moments = calibrated();
+  for (const char* engine : {"transformers", "relatent"}) {
+    SCOPED_TRACE(engine);
+    ConvertOptions options = source;
+    options.calibration = moments;
+    options.method = Method::relatent;
+    options.engine = engine;
+    options.rank = 10;
+    options.rope_dim = 8;
+    run(options);
+    const Verification narrow = verified();
+    options.rope_dim.reset();
+    options.shape = CacheShape{48, 8};
+    const ConvertReport report = run(options);
+    EXPECT_EQ(report.kv_rank, 10);
+    const Model written = Model::open(output());
+    EXPECT_EQ(written.config().latent->kv_lora_rank, 48);
+    EXPECT_EQ(written.config().latent->qk_rope_head_dim, 8);
+    const Verification wide = verified();
+    EXPECT_EQ(wide.converted_cache_bytes, (48 + 8) * 3 * 4);
+    EXPECT_NEAR(wide.nats, narrow.nats, kFloatNoise);
+    EXPECT_NEAR(wide.logits.rel_logit_error, narrow.logits.rel_logit_error, kFloatNoise);
+    // As much of it as there is to hold.
+    options.rank.reset();
+    EXPECT_EQ(Conversion(options).plan().shape.rank, 32);
+    options.kv_budget = 0.75;
+    EXPECT_EQ(Conversion(options).plan().shape.rank, 16);
+    EXPECT_EQ(Conversion(options).plan().converted_cache_numbers, 56);
+  }
+  ConvertOptions options = source;
+  options.calibration = moments;
+  options.method = Method::relatent;
+  options.engine = "deepseek";
+  options.shape = CacheShape{48, 8};
+  run(options);
+  EXPECT_EQ(Model::open(output()).config().latent->kv_lora_rank, 48);
+  EXPECT_EQ(Conversion(options).plan().shape.norm_coordinates, 16);
+}
+
+TEST_F(Convert, ShapesThatCannotBe) {
+  const ConvertOptions source = write(TinyOptions{});
+  const auto refused = [&](const std::vector<std::string>& parts,
+                           const std::function<void(ConvertOptions&)>& spoil) {
+    ConvertOptions options = source;
+    options.method = Method::weights_only;
+    options.shape = CacheShape{48, 8};
+    EXPECT_NO_THROW(Conversion{options});
+    spoil(options);
+    expect_error(ErrorKind::usage, parts, [&] { Conversion{options}; });
+  };
+  refused({"--shape 48+18", "at most 16"}, [](ConvertOptions& o) { o.shape = CacheShape{48, 18}; });
+  refused({"--shape 48+7", "even"}, [](ConvertOptions& o) { o.shape = CacheShape{48, 7}; });
+  refused({"--shape 16+8", "rank of 15"}, [](ConvertOptions& o) {
+    o.shape = CacheShape{16, 8};
+    o.rank = 16;
+  });
+  refused({"--shape 48+8", "--rope-dim 6"}, [](ConvertOptions& o) { o.rope_dim = 6; });
+  refused({"--shape", "lossless"}, [](ConvertOptions& o) { o.method = Method::lossless; });
+  refused({"--shape 48+8", "--to mla"}, [](ConvertOptions& o) {
+    o.form = "gla";
+    o.branches = 2;
+  });
+}
+
+TEST_F(Convert, ShapesOfKernelsAreTheDefault) {
+  ConvertOptions options = write(TinyOptions{.heads = 6, .kv_heads = 6, .head_dim = 64});
+  options.method = Method::weights_only;
+  const auto planned = [&] { return Conversion(options).plan(); };
+  EXPECT_EQ(planned().converted_cache_numbers, 576);
+  EXPECT_EQ(planned().shape.rank, 511);
+  EXPECT_TRUE(planned().warnings.empty());
+  // A budget that comes near one; one that does not.
+  options.kv_budget = 0.78;
+  EXPECT_EQ(planned().converted_cache_numbers, 576);
+  options.kv_budget = 0.42;
+  EXPECT_EQ(planned().converted_cache_numbers, 320);
+  options.kv_budget = 0.6;
+  EXPECT_EQ(planned().shape.dead_coordinates, 0);
+  options.kv_budget.reset();
+  options.shape = CacheShape{448, 64};
+  ASSERT_EQ(planned().warnings.size(), 1U);
+  EXPECT_NE(planned().warnings.front().find("fits no kernel"), std::string::npos);
+}
+
+TEST_F(Convert, MeasuresWhatItWrote) {
+  ConvertOptions options = small(write(TinyOptions{}), Method::relatent);
+  options.calibration = calibrated();
+  const ConvertReport report = run(options);
+  ASSERT_TRUE(report.measured);
+  EXPECT_TRUE(report.measured->held_out);
+  EXPECT_EQ(report.measured->logits.tokens, 39);
+  const Sequences last = last_sequences(random_sequences(1, 12, 40, 50), 1);
+  const Verification found = verify(Model::open(source()), Model::open(output()), last, ignore);
+  EXPECT_NEAR(report.measured->nats(), found.nats, kFloatNoise);
+  options.held_out = 0;
+  EXPECT_FALSE(run(options).measured);
+  // Nothing to measure on.
+  EXPECT_FALSE(run(small(write(TinyOptions{}), Method::weights_only)).measured);
 }
 
 TEST_F(Convert, RotaryListsOfOneBase) {

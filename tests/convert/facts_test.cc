@@ -53,7 +53,10 @@ TEST(Facts, NameEveryOptionThatDecidesTheResult) {
       {"--fit-stride", [](auto& o) { o.relatent.fit.stride = 7; }},
       {"--norm-coordinates", [](auto& o) { o.norm_coordinates = 7; }},
       {"--pad-rank", [](auto& o) { o.pad_rank = 7; }},
-      {"--shape", [](auto& o) { o.shape = CacheShape{512, 64}; }},
+      {"--shape",
+       [](auto& o) {
+         o.shape = CacheShape{512, 64};
+       }},
       {"--held-out", [](auto& o) { o.held_out = 7; }},
       {"--engine", [](auto& o) { o.engine = "deepseek"; }},
       {"--dtype", [](auto& o) { o.dtype = DType::f16; }},

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "convert/model/forward.h"
+#include "examples_path.h"
 #include "tests/support/samples.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"

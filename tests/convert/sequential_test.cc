@@ -8,6 +8,7 @@
 #include "convert/forms/mla.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/refit.h"
+#include "examples_path.h"
 #include "tests/support/reference.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "convert/latent/maps.h"
+#include "examples_path.h"
 #include "formats/npy.h"
 #include "tests/support/expect_error.h"
 

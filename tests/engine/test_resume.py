@@ -20,7 +20,7 @@ import pytest
 import support
 
 USAGE, MACHINE = 2, 4
-SPAN = ("--sequences", 8, "--length", 256)
+SPAN = ("--sequences", 9, "--length", 256)
 # Of the time that an undisturbed run takes; the last ones fall into the end of it or miss it.
 MOMENTS = (0.05, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 # Options that decide nothing of the result, or stand for others.
@@ -186,9 +186,9 @@ def test_refusals_of_calibrate(tmp_path: Path, llama: Path) -> None:
     unfinished(make, out, "layers")
     line = support.refused(USAGE, *make(out))
     assert str(partial(out)) in line and "--resume" in line
-    fewer = [7 if a == 8 else a for a in make(out)]
+    fewer = [7 if a == 9 else a for a in make(out)]
     line = support.refused(USAGE, *fewer, "--resume")
-    assert "--sequences was 8 and is 7 now" in line
+    assert "--sequences was 9 and is 7 now" in line
     tokens = tmp_path / "tokens.npy"
     np.save(tokens, np.load(support.CALIBRATION_TOKENS)[1:])
     swapped = [tokens if a == support.CALIBRATION_TOKENS else a for a in make(out)]

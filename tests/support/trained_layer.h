@@ -7,6 +7,7 @@
 #include "convert/calibrate/calibrate.h"
 #include "convert/model/forward.h"
 #include "convert/model/model.h"
+#include "examples_path.h"
 #include "tests/support/samples.h"
 
 namespace relatent::testing_support {

@@ -98,13 +98,31 @@ TEST(NormCompletion, ConstantNormIsFound) {
   EXPECT_LE(miss(squares(norm, sample)), 1e-10);
 }
 
+// What few tokens do not vary in, others do: their norm must not explode.
+TEST(NormCompletion, HoldsOnTokensThatItHasNotSeen) {
+  const Sample many = sample_of(6, 400, 20, 7);
+  Sample few = many;
+  few.inputs = many.inputs.topRows(10);
+  const MatrixD x = few.inputs.cast<double>();
+  few.moment = x.transpose() * x / 10.0;
+  // Coordinates that the few tokens do not have at all, but for rounding.
+  const Eigen::SelfAdjointEigenSolver<MatrixD> eigen(few.moment);
+  few.latent.row(0) = eigen.eigenvectors().col(3).transpose();
+  Sample unseen = many;
+  unseen.latent = few.latent;
+  const NormCompletion norm = complete_norm(few.latent, few.inputs, few.moment, 20);
+  EXPECT_LE(squares(norm, unseen).maxCoeff(), 1e4);
+}
+
 TEST(NormCompletion, DeadCoordinatesDoNoHarm) {
   Sample sample = sample_of(5);
   sample.latent.row(2).setZero();
   // More directions than the inputs have.
   const NormCompletion norm = complete_norm(sample.latent, sample.inputs, sample.moment, 30);
-  EXPECT_EQ(norm.square(2), 1);
-  EXPECT_TRUE(norm.extra.bottomRows(10).isZero(0));
+  EXPECT_GT(norm.square(2), 0);
+  EXPECT_LE(norm.square(2), norm.square.maxCoeff());
+  // The nearest map to 1, then the twenty there are.
+  EXPECT_TRUE(norm.extra.bottomRows(9).isZero(0));
   EXPECT_TRUE(norm.square.allFinite());
   EXPECT_TRUE(inverse_norm(norm, sample.latent, sample.inputs).allFinite());
 }

@@ -7,6 +7,7 @@
 #include <string>
 #include <variant>
 
+#include "examples_path.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"

@@ -1,0 +1,50 @@
+#include "convert/engines/readers.h"
+
+#include <gtest/gtest.h>
+
+namespace relatent {
+namespace {
+
+ModelConfig latent_model(const std::string& model_type, Index rank, Index rotary, bool bias) {
+  ModelConfig out;
+  out.model_type = model_type;
+  out.latent.emplace();
+  out.latent->kv_lora_rank = rank;
+  out.latent->qk_rope_head_dim = rotary;
+  out.latent->attention_bias = bias;
+  out.latent->branches = {{0, 4, rank, -1}};
+  return out;
+}
+
+bool says(const ModelConfig& config, const std::string& part) {
+  for (const std::string& line : readers_of(config)) {
+    if (line.find(part) != std::string::npos) {
+      return true;
+    }
+  }
+  return false;
+}
+
+TEST(Readers, OfAShapeThatKernelsHave) {
+  EXPECT_TRUE(
+      says(latent_model("deepseek_v3", 512, 64, true), "vllm serve FOLDER --model-impl transformers"));
+  EXPECT_FALSE(says(latent_model("deepseek_v3", 512, 64, true), "GPUs only"));
+  EXPECT_TRUE(says(latent_model("deepseek_v3", 256, 64, true), "GPUs only"));
+  EXPECT_TRUE(says(latent_model("deepseek_v3", 512, 64, false), "vLLM, stock: vllm serve FOLDER"));
+  EXPECT_FALSE(says(latent_model("deepseek_v3", 512, 64, false), "--model-impl"));
+  EXPECT_TRUE(says(latent_model("deepseek_v3", 512, 64, false), "llama.cpp"));
+  EXPECT_FALSE(says(latent_model("deepseek_v3", 512, 64, true), "llama.cpp"));
+}
+
+TEST(Readers, OfOtherSizesAndLayouts) {
+  EXPECT_TRUE(says(latent_model("deepseek_v3", 208, 64, true), "no kernel for 208 + 64"));
+  EXPECT_TRUE(says(latent_model("relatent", 208, 48, true), "relatent-vllm"));
+  EXPECT_FALSE(says(latent_model("relatent", 208, 48, true), "no kernel"));
+  ModelConfig source;
+  source.model_type = "llama";
+  source.gqa.emplace();
+  EXPECT_TRUE(readers_of(source).empty());
+}
+
+}  // namespace
+}  // namespace relatent
