@@ -250,7 +250,7 @@ int run(const Options& options) {
     }
     out["bias_fold_error"] = report.fold_error;
     out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
-    out["served_by"] = readers;
+    out["read_by"] = readers;
     out["warnings"] = conversion.plan().warnings;
     for (const std::string& warning : report.warnings) {
       out["warnings"].push_back(warning);
@@ -417,7 +417,12 @@ void add_convert(CLI::App& app, Command& chosen) {
             "relatent: a geometric list of rotary frequencies, each once"),
         closed);
   owned(command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too"), published);
-  command->add_option("--engine", convert.engine, "Who is to load the result")
+  command
+      ->add_option(
+          "--engine", convert.engine,
+          "Who is to load the result: transformers (stock, and vLLM with --model-impl transformers); "
+          "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
+          "deepseek (no biases: vLLM, SGLang, llama.cpp); mlra, gla (the authors' code)")
       ->check(CLI::IsMember({"transformers", "relatent", "deepseek", "mlra", "gla"}))
       ->capture_default_str();
   command

@@ -4,7 +4,7 @@
 #
 #   tests/bench/run.sh [FOLDER] [options of scale.py]      FOLDER is build/bench unless given
 #
-# PYTHON names the interpreter (default: that of .venv if tests/run.sh made it, else python3),
+# PYTHON names the interpreter (default python3; tests/run.sh keeps one with all it needs in ~/.cache/relatent),
 # RELATENT_BIN a binary, TMPDIR where the checkpoints go: about 9 GB as the options stand.
 set -euo pipefail
 # shellcheck disable=SC1091
@@ -16,13 +16,7 @@ if (($# > 0)) && [[ "$1" != -* ]]; then
 fi
 cd "$ROOT"
 
-python="${PYTHON:-}"
-if [[ -z "$python" ]]; then
-  python=python3
-  if [[ -x .venv/bin/python ]]; then
-    python=.venv/bin/python
-  fi
-fi
+python="${PYTHON:-python3}"
 missing=()
 for module in numpy scipy torch transformers; do
   if ! "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$module') is None)"; then

@@ -15,6 +15,8 @@ from experts import EXPERTS, write_experts
 
 full = pytest.mark.full
 NATIVE = "DeepseekV3ForCausalLM"
+# One without biases and one with.
+LARGER = ("llama-26m", "qwen2-13m")
 
 # Sizes for heads of 32 with four keys and values; of a head of 64 everything is twice that.
 FORMS = {
@@ -104,9 +106,10 @@ def test_four_devices(bench, tmp_path: Path, form: str, tp: int) -> None:
 
 
 @full
-def test_query_biases(bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ("mla", "tpla-2"))
+def test_query_biases(bench, tmp_path: Path, form: str) -> None:
     source = conftest.find_model("qwen2-13m")
-    converted = bench.convert(source, *FORMS["tpla-2"])
+    converted = bench.convert(source, *FORMS[form])
     check(source, converted, bench.score(converted, "--tp", 2), tmp_path, 2)
 
 
@@ -229,8 +232,9 @@ def test_native_class_without_its_kernel(bench, tmp_path: Path) -> None:
 
 @full
 @pytest.mark.parametrize("tp", (1, 2))
-def test_native_class(bench, tmp_path: Path, tp: int) -> None:
-    source = conftest.find_model("llama-26m")
+@pytest.mark.parametrize("model", LARGER)
+def test_native_class(bench, tmp_path: Path, model: str, tp: int) -> None:
+    source = conftest.find_model(model)
     converted = kernel_sized(bench, source, "deepseek")
     found = bench.score(converted, "--tp", tp, plugin=False)
     assert found["architecture"] == NATIVE
@@ -238,11 +242,13 @@ def test_native_class(bench, tmp_path: Path, tp: int) -> None:
 
 
 @full
-def test_stock_transformers_backend_larger(bench, tmp_path: Path) -> None:
-    source = conftest.find_model("llama-26m")
+@pytest.mark.parametrize("tp", (1, 2))
+@pytest.mark.parametrize("model", LARGER)
+def test_stock_transformers_backend_larger(bench, tmp_path: Path, model: str, tp: int) -> None:
+    source = conftest.find_model(model)
     converted = kernel_sized(bench, source, "transformers")
-    found = bench.score(converted, "--model-impl", "transformers", plugin=False)
-    check(source, converted, found, tmp_path, 1)
+    found = bench.score(converted, "--tp", tp, "--model-impl", "transformers", plugin=False)
+    check(source, converted, found, tmp_path, tp)
 
 
 PRETENCE = """
