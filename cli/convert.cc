@@ -420,7 +420,7 @@ void add_convert(CLI::App& app, Command& chosen) {
   command
       ->add_option(
           "--engine", convert.engine,
-          "Who is to load the result: transformers (stock, and vLLM with --model-impl transformers); "
+          "Who is to load the result: transformers (stock, and vLLM through its transformers backend); "
           "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
           "deepseek (no biases: vLLM, SGLang, llama.cpp); mlra, gla (the authors' code)")
       ->check(CLI::IsMember({"transformers", "relatent", "deepseek", "mlra", "gla"}))
