@@ -250,7 +250,7 @@ int run(const Options& options) {
     }
     out["bias_fold_error"] = report.fold_error;
     out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
-    out["read_by"] = readers;
+    out["readers"] = readers;
     out["warnings"] = conversion.plan().warnings;
     for (const std::string& warning : report.warnings) {
       out["warnings"].push_back(warning);
@@ -285,7 +285,7 @@ int run(const Options& options) {
                  report.measured ? in_words(*report.measured).c_str()
                                  : "not measured: `relatent verify` says how close it is");
     for (const std::string& reader : readers) {
-      std::fprintf(stderr, "read by %s\n", reader.c_str());
+      std::fprintf(stderr, "%s\n", reader.c_str());
     }
   }
   return 0;

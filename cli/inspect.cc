@@ -149,7 +149,7 @@ Json to_json(const Model& model) {
       out["targets"][target.name][std::to_string(tp)] = or_null(target_bytes(c, target, tp));
     }
   }
-  out["read_by"] = readers_of(c);
+  out["readers"] = readers_of(c);
   return out;
 }
 
@@ -195,7 +195,7 @@ void print_table(const Options& options, const Model& model) {
     std::puts("(percentages: of this cache, on each device when there is one for each latent)");
   }
   for (const std::string& reader : readers_of(c)) {
-    std::printf("read by %s\n", reader.c_str());
+    std::printf("%s\n", reader.c_str());
   }
 }
 
