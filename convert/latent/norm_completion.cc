@@ -2,7 +2,10 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
+#include <utility>
 
 #include "linalg/decompose.h"
 #include "linalg/moments.h"
@@ -12,23 +15,80 @@ namespace {
 
 // Every coordinate keeps at least this part of an equal share of ρ², so that its scale can be undone.
 constexpr double smallest_share = 1e-4;
-// Below this part of the largest mean square a coordinate is dead: its scale means nothing, and what rounding
-// and few tokens leave of it must not be blown up to a share of ρ².
+// Directions of the input that vary less than this part of the largest are not added.
 constexpr double dead = 1e-9;
-// Directions of the input that vary less than this part of the mean over directions are not brought to mean
-// square 1: on other tokens they may vary more.
+// A coordinate is taken to vary by at least this part of what it would if the inputs varied alike in all
+// directions: on other tokens those that the sample lacks may vary more.
 constexpr double least_variance = 1e-3;
-// Against directions that the inputs hardly ever take.
-constexpr double constant_ridge = 1e-6;
+// What is tried against fitting the sample more closely than other tokens: added to the diagonal, relative to
+// its mean. The map nearest to 1 and the shares of ρ² choose for themselves.
+constexpr std::array<double, 8> map_ridges = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1, 10};
+constexpr std::array<double, 6> share_ridges = {1e-5, 1e-3, 1e-2, 1e-1, 1, 10};
 constexpr int max_sweeps = 2000;
 constexpr double converged = 1e-9;
 // Rows of inputs taken at once.
 constexpr Index row_block = 4096;
 
+// Mean over rows [first, first + count) of x xᵀ and of x.
+struct MeanMoments {
+  MatrixD second;
+  VectorD mean;
+};
+
+MeanMoments moments_of(const MatrixF& x, Index first, Index count) {
+  MeanMoments out{MatrixD::Zero(x.cols(), x.cols()), VectorD::Zero(x.cols())};
+  for (Index start = first; start < first + count; start += row_block) {
+    const MatrixF rows = x.middleRows(start, std::min(row_block, first + count - start));
+    add_second_moment(rows, out.second);
+    out.mean += rows.cast<double>().colwise().sum().transpose();
+  }
+  mirror_lower(out.second);
+  const auto tokens = static_cast<double>(std::max<Index>(count, 1));
+  out.second /= tokens;
+  out.mean /= tokens;
+  return out;
+}
+
+// Rows of the first half: sequences lie one after another, so that no half knows all of the other's.
+Index first_half(const MatrixF& inputs) {
+  return inputs.rows() / 2;
+}
+
+// Mean of (1 - tᵀ x)² over the rows that these are the moments of.
+double miss(const MeanMoments& moments, const VectorD& t) {
+  return 1 - 2 * t.dot(moments.mean) + t.dot(moments.second * t);
+}
+
 // The w of 1 ≈ wᵀ x̃ by least squares over the inputs.
-VectorD nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) {
+struct NearestToOne {
+  VectorD map;
+  // The same from the first and the second half of the inputs, with the ridge that is best for the other
+  // half.
+  std::array<VectorD, 2> halves;
+};
+
+NearestToOne nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) {
+  const Index middle = first_half(inputs);
+  const std::array<MeanMoments, 2> halves = {moments_of(inputs, 0, middle),
+                                             moments_of(inputs, middle, inputs.rows() - middle)};
+  NearestToOne out;
+  double best = std::numeric_limits<double>::infinity();
+  double best_ridge = 0;
+  for (const double ridge : map_ridges) {
+    std::array<VectorD, 2> maps;
+    for (std::size_t i = 0; i < maps.size(); ++i) {
+      maps[i] = ridge_solve(halves[i].second, halves[i].mean, ridge);
+    }
+    const double missed = miss(halves[1], maps[0]) + miss(halves[0], maps[1]);
+    if (missed < best) {
+      best = missed;
+      best_ridge = ridge;
+      out.halves = std::move(maps);
+    }
+  }
   const VectorD mean = inputs.colwise().sum().transpose().cast<double>() / static_cast<double>(inputs.rows());
-  return ridge_solve(input_moment, mean, constant_ridge);
+  out.map = ridge_solve(input_moment, mean, best_ridge);
+  return out;
 }
 
 MatrixF squares_of(const MatrixF& map, const MatrixF& inputs, Index first, Index rows) {
@@ -68,53 +128,95 @@ VectorD bounded_least_squares(const MatrixD& a, const VectorD& b, double floor) 
   return t;
 }
 
+// The t >= floor of 1 ≈ tᵀ u, drawn towards shares in proportion to the mean of u, which is small where a
+// coordinate hardly varies on the sample: what it does on other tokens nobody knows.
+VectorD shares_of(const MeanMoments& moments, double ridge, double floor) {
+  const VectorD& drawn = moments.mean;
+  const double square = drawn.dot(moments.second * drawn);
+  const double share = square > 0 ? drawn.squaredNorm() / square : 1;
+  const double added = ridge * moments.second.diagonal().mean();
+  MatrixD a = moments.second;
+  a.diagonal().array() += added;
+  return bounded_least_squares(a, moments.mean + added * share * drawn, floor);
+}
+
+// Of each coordinate t_j, in units of what squares are of.
+VectorD shares_of(const std::array<MeanMoments, 2>& halves, const MeanMoments& all) {
+  const double floor = smallest_share / static_cast<double>(all.mean.size());
+  double best = std::numeric_limits<double>::infinity();
+  double best_ridge = 0;
+  for (const double ridge : share_ridges) {
+    const double missed = miss(halves[1], shares_of(halves[0], ridge, floor)) +
+                          miss(halves[0], shares_of(halves[1], ridge, floor));
+    if (missed < best) {
+      best = missed;
+      best_ridge = ridge;
+    }
+  }
+  return shares_of(all, best_ridge, floor);
+}
+
+// Adds the linear map nearest to 1 and the leading directions, as many as there are rows.
+// Returns the former as each half gives it, scaled as it is; empty where nothing is near to 1.
+std::array<VectorD, 2> add_extra(const MatrixF& inputs, const MatrixD& input_moment, MatrixD& extra) {
+  std::array<VectorD, 2> halves;
+  const Index found = std::min(extra.rows(), input_moment.rows());
+  if (found == 0) {
+    return halves;
+  }
+  NearestToOne constant = nearest_to_one(inputs, input_moment);
+  const double square = constant.map.dot(input_moment * constant.map);
+  if (square > 0) {
+    extra.row(0) = constant.map.transpose() / std::sqrt(square);
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+      halves[i] = constant.halves[i] / std::sqrt(square);
+    }
+  }
+  const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(input_moment, found);
+  const double raised = least_variance * input_moment.diagonal().mean();
+  for (Index i = 0; i + 1 < found; ++i) {
+    if (eigen.values(i) > dead * eigen.values(0)) {
+      extra.row(i + 1) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i) + raised);
+    }
+  }
+  return halves;
+}
+
 }  // namespace
 
 NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
                              Index extra_count) {
   NormCompletion out;
   out.extra = MatrixD::Zero(extra_count, latent.cols());
-  const Index found = std::min(extra_count, input_moment.rows());
-  if (found > 0) {
-    const VectorD constant = nearest_to_one(inputs, input_moment);
-    const double square = constant.dot(input_moment * constant);
-    if (square > 0) {
-      out.extra.row(0) = constant.transpose() / std::sqrt(square);
-    }
-    const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(input_moment, found);
-    const double raised = least_variance * input_moment.diagonal().mean();
-    for (Index i = 0; i + 1 < found; ++i) {
-      if (eigen.values(i) > dead * eigen.values(0)) {
-        out.extra.row(i + 1) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i) + raised);
-      }
-    }
-  }
+  const std::array<VectorD, 2> constants = add_extra(inputs, input_moment, out.extra);
   const MatrixF map = stacked(latent, out.extra);
   const Index size = map.rows();
-  MatrixD moment = MatrixD::Zero(size, size);
-  VectorD mean = VectorD::Zero(size);
-  for (Index first = 0; first < inputs.rows(); first += row_block) {
-    const MatrixF squares = squares_of(map, inputs, first, std::min(row_block, inputs.rows() - first));
-    add_second_moment(squares, moment);
-    mean += squares.cast<double>().colwise().sum().transpose();
+  const Index tokens = inputs.rows();
+  MatrixF squares = squares_of(map, inputs, 0, tokens);
+  const Index middle = first_half(inputs);
+  if (constants[0].size() > 0) {
+    // As on tokens that it was not fitted on: either half is shown the other's.
+    const VectorF first = constants[0].cast<float>();
+    const VectorF second = constants[1].cast<float>();
+    auto shown = squares.col(latent.rows());
+    shown.head(middle) = (inputs.topRows(middle) * second).array().square();
+    shown.tail(tokens - middle) = (inputs.bottomRows(tokens - middle) * first).array().square();
   }
-  mirror_lower(moment);
-  const auto tokens = static_cast<double>(inputs.rows());
-  moment /= tokens;
-  mean /= tokens;
-  // In units of each coordinate's mean square: t_j = s_j² mean_j, target 1.
-  const double largest = mean.maxCoeff();
+  // In units of each coordinate's mean square: t_j = s_j² unit_j.
+  const VectorD mean = squares.cast<double>().colwise().mean().transpose();
+  const double alike = least_variance * input_moment.diagonal().mean();
   VectorD unit(size);
   for (Index j = 0; j < size; ++j) {
-    unit(j) = mean(j) > dead * largest ? 1 / mean(j) : 0;
+    const double least = alike * static_cast<double>(map.row(j).squaredNorm());
+    unit(j) = mean(j) + least > 0 ? 1 / (mean(j) + least) : 0;
   }
-  const MatrixD a = unit.asDiagonal() * moment * unit.asDiagonal();
-  const VectorD b = unit.cwiseProduct(mean);
-  const VectorD t = bounded_least_squares(a, b, smallest_share / static_cast<double>(size));
+  squares *= unit.cast<float>().asDiagonal();
+  const VectorD t = shares_of({moments_of(squares, 0, middle), moments_of(squares, middle, tokens - middle)},
+                              moments_of(squares, 0, tokens));
   out.square.resize(size);
   for (Index j = 0; j < size; ++j) {
-    // Of a dead coordinate any scale will do that leaves it dead.
-    out.square(j) = unit(j) > 0 ? t(j) * unit(j) : (largest > 0 ? 1 / largest : 1);
+    // Of a coordinate that is always 0 any scale will do.
+    out.square(j) = unit(j) > 0 ? t(j) * unit(j) : 1;
   }
   return out;
 }

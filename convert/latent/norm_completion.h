@@ -15,8 +15,10 @@ struct NormCompletion {
   bool present() const { return square.size() > 0; }
 };
 
-// latent [r, D + 1]; inputs x̃ [tokens, D + 1] with their second moment; extra_count coordinates are added
-// (directions beyond the rank of the inputs are zero and do nothing).
+// latent [r, D + 1]; inputs x̃ [tokens, D + 1], sequence after sequence, with their second moment; extra_count
+// coordinates are added (directions beyond the rank of the inputs are zero and do nothing).
+// How closely the sample is fitted is chosen by what either half of it says of the other, so that the norm of
+// few tokens, or of the same words again and again, holds on other tokens.
 NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
                              Index extra_count);
 

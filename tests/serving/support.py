@@ -86,11 +86,17 @@ class Failed(Exception):
     """vLLM ended with an error; the text is what it wrote."""
 
 
-def score(folder: Path, work: Path, environment: dict[str, str], *options: Any) -> dict[str, Any]:
+def score(
+    folder: Path,
+    work: Path,
+    environment: dict[str, str],
+    *options: Any,
+    span: tuple = ("--tokens", VALIDATION_TOKENS, *SPAN),
+) -> dict[str, Any]:
     """Runs score.py on a folder in a process of its own."""
     output = work / "score.json"
     output.unlink(missing_ok=True)
-    command = [sys.executable, SCORE, folder, "--tokens", VALIDATION_TOKENS, *SPAN]
+    command = [sys.executable, SCORE, folder, *span]
     before = set(SHARED_MEMORY.glob("*"))
     with (work / "log.txt").open("w+") as log:
         process = subprocess.Popen(

@@ -87,9 +87,11 @@ def test_forms(bench, tmp_path: Path, form: str, tp: int) -> None:
 @full
 @pytest.mark.parametrize("tp", (1, 2))
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_a_larger_model(bench, tmp_path: Path, form: str, tp: int) -> None:
-    source = conftest.find_model("llama-26m")
-    converted = bench.convert(source, *twice(FORMS[form]))
+@pytest.mark.parametrize("model", LARGER)
+def test_forms_of_larger_models(bench, tmp_path: Path, model: str, form: str, tp: int) -> None:
+    source = conftest.find_model(model)
+    options = twice(FORMS[form]) if model == "llama-26m" else FORMS[form]
+    converted = bench.convert(source, *options)
     check(source, converted, bench.score(converted, "--tp", tp), tmp_path, tp)
 
 
@@ -103,14 +105,6 @@ def test_four_devices(bench, tmp_path: Path, form: str, tp: int) -> None:
     check(source, converted, found, tmp_path, tp)
     whole = bench.score(converted)["weight_bytes"][0]
     assert max(found["weight_bytes"]) < 0.6 * whole
-
-
-@full
-@pytest.mark.parametrize("form", ("mla", "tpla-2"))
-def test_query_biases(bench, tmp_path: Path, form: str) -> None:
-    source = conftest.find_model("qwen2-13m")
-    converted = bench.convert(source, *FORMS[form])
-    check(source, converted, bench.score(converted, "--tp", 2), tmp_path, 2)
 
 
 @full
@@ -212,9 +206,16 @@ def kernel_sized(bench: conftest.Workbench, source: Path, engine: str) -> Path:
     return bench.convert(source, "--engine", engine, "--shape", "512+64", sequences=32)
 
 
-@pytest.mark.parametrize("tp", (1, pytest.param(2, marks=full)))
-def test_stock_transformers_backend(bench, tmp_path: Path, tp: int) -> None:
-    source = conftest.find_model("llama-3m")
+@pytest.mark.parametrize(
+    ("model", "tp"),
+    [
+        pytest.param(model, tp, marks=() if (model, tp) == ("llama-3m", 1) else full)
+        for model in ("llama-3m", *LARGER)
+        for tp in (1, 2)
+    ],
+)
+def test_stock_transformers_backend(bench, tmp_path: Path, model: str, tp: int) -> None:
+    source = conftest.find_model(model)
     converted = kernel_sized(bench, source, "transformers")
     found = bench.score(converted, "--tp", tp, "--model-impl", "transformers", plugin=False)
     assert "Transformers" in found["architecture"]
@@ -238,16 +239,6 @@ def test_native_class(bench, tmp_path: Path, model: str, tp: int) -> None:
     converted = kernel_sized(bench, source, "deepseek")
     found = bench.score(converted, "--tp", tp, plugin=False)
     assert found["architecture"] == NATIVE
-    check(source, converted, found, tmp_path, tp)
-
-
-@full
-@pytest.mark.parametrize("tp", (1, 2))
-@pytest.mark.parametrize("model", LARGER)
-def test_stock_transformers_backend_larger(bench, tmp_path: Path, model: str, tp: int) -> None:
-    source = conftest.find_model(model)
-    converted = kernel_sized(bench, source, "transformers")
-    found = bench.score(converted, "--tp", tp, "--model-impl", "transformers", plugin=False)
     check(source, converted, found, tmp_path, tp)
 
 
