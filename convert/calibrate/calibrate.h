@@ -5,9 +5,9 @@
 #include <functional>
 
 #include "convert/model/model.h"
-#include "convert/unfinished.h"
 #include "formats/calibration_store.h"
 #include "formats/npy.h"
+#include "formats/resume.h"
 
 namespace relatent {
 

@@ -8,6 +8,10 @@
 
 namespace relatent {
 
+std::string to_string(const CacheShape& shape) {
+  return std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
+}
+
 LatentGeometry LatentShape::geometry() const {
   LatentGeometry out;
   out.form = form;

@@ -23,6 +23,8 @@ struct CacheShape {
   Index numbers() const { return latent + rotary; }
   bool operator==(const CacheShape&) const = default;
 };
+// "512+64"
+std::string to_string(const CacheShape& shape);
 // Those that serving engines have kernels for: vLLM's MLA backends take 576 or 320 numbers, FlashMLA,
 // FlashInfer and SGLang 512 + 64, and since Mistral Small 4 256 + 64. Largest first.
 inline constexpr std::array<CacheShape, 2> served_shapes = {{{512, 64}, {256, 64}}};
