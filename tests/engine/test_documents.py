@@ -1,12 +1,14 @@
-"""README.md and docs/: their commands run, their output is what the program prints, their links lead somewhere.
+"""README.md and docs/: commands run, print what is shown, and links lead somewhere.
 
-A block of sh behind a line `<!-- run -->` is run, one after the other for each document, in a temporary copy of
-what the repository offers a reader, with `relatent` on the path. It must exit with 0.
+A block of sh behind a line `<!-- run -->` is run, one after the other for each document, in a
+temporary copy of what the repository offers a reader, with `relatent` on the path. It must exit
+with 0.
 
-A block behind `<!-- output -->` is what the block before it prints. Its lines must be printed in that order;
-others may stand between them, such as progress, and a line `...` says that some do. Words are compared
-exactly. Numbers may differ by 2 % of themselves or 0.002, since processors round differently, and by
-anything where they are times, speeds, amounts of memory or checksums. Spaces do not count.
+A block behind `<!-- output -->` is what the block before it prints. Its lines must be printed in
+that order; others may stand between them, such as progress, and a line `...` says that some do.
+Words are compared exactly. Numbers may differ by 2 % of themselves or by 0.002, since processors
+round differently, and by anything where they are times, speeds, amounts of memory or checksums.
+Spaces do not count.
 """
 
 import math
@@ -17,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -28,13 +31,13 @@ RUNNABLE = ("README.md", "docs/tutorial.md")
 
 RELATIVE, ABSOLUTE = 2e-2, 2e-3
 
-# Where `relatent` does not stand for itself: options of other programs.
+# Of vLLM, SGLang and CMake.
 FOREIGN_OPTIONS = {
-    "vLLM": {"--model-impl", "--tensor-parallel-size", "--trust-remote-code", "--dcp-size"},
-    "CMake": {"--preset", "--build"},
+    *("--model-impl", "--tensor-parallel-size", "--dcp-size"),
+    *("--preset", "--build"),
 }
-# Of scripts of this repository, by the folder in which they are defined.
-SCRIPTS = ("tests/bench",)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 BLOCK = re.compile(r"(?:^<!-- (run|output) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w/-])--[a-z][a-z0-9-]*")
@@ -87,18 +90,14 @@ def first_missing(shown: list[str], printed: list[str]) -> str | None:
 def reader(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A folder as a reader has it, and an environment with `relatent` on the path."""
     copy = tmp_path / "copy"
-    shutil.copytree(
-        support.EXAMPLES, copy / "examples", ignore=shutil.ignore_patterns("out")
-    )
+    shutil.copytree(support.EXAMPLES, copy / "examples", ignore=shutil.ignore_patterns("out"))
     shutil.copyfile(support.ROOT / "LICENSE", copy / "LICENSE")
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "relatent").symlink_to(support.binary())
-    (programs / "python3").symlink_to(sys.executable)
-    # The interpreter's own folder, for a link alone would not find its packages.
-    python = str(Path(sys.executable).parent)
-    path = os.pathsep.join((str(programs), python, os.environ["PATH"]))
-    return copy, {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # python3 is the one that runs this, with its packages.
+    folders = (str(programs), str(Path(sys.executable).parent), os.environ["PATH"])
+    return copy, {**os.environ, "PATH": os.pathsep.join(folders)}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -122,50 +121,50 @@ def test_commands_do_what_is_shown(name: str, reader: tuple[Path, dict[str, str]
         assert missing is None, f"not printed: {missing}\nby\n{step.script}\nbut\n{done.stdout}"
 
 
-def help_of(*command: str) -> str:
-    return support.relatent(*command, "--help")
-
-
-def known_options() -> set[str]:
-    commands = re.findall(r"^  ([a-z]+)  ", help_of().split("Subcommands:")[1], re.MULTILINE)
-    texts = [help_of(), *(help_of(command) for command in commands)]
-    return {option for text in texts for option in OPTION.findall(text)} | {"--help"}
-
-
-def script_options() -> set[str]:
-    files = [f for folder in SCRIPTS for f in (support.ROOT / folder).glob("*.py")]
+@cache
+def command_options() -> dict[str, set[str]]:
+    """The options of every command, as its help names them, and those that stand before any."""
+    general = support.relatent("--help")
+    commands = re.findall(r"^  ([a-z]+)  ", general.split("Subcommands:")[1], re.MULTILINE)
     return {
-        option for f in files for option in re.findall(r'add_argument\(\s*"(--[a-z-]+)"', f.read_text())
+        command: {*OPTION.findall(general), *OPTION.findall(support.relatent(command, "--help"))}
+        for command in commands
     }
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_options_exist(document: Path) -> None:
-    text = document.read_text()
-    known = known_options()
-    anywhere = known | script_options() | set().union(*FOREIGN_OPTIONS.values())
-    assert not (unknown := set(OPTION.findall(text)) - anywhere), f"no such options: {unknown}"
-    # A command line of relatent has options of that command only.
-    for line in re.findall(r"\brelatent [a-z]+ .*--.*", text.replace("\\\n", " ")):
-        found = re.match(r"relatent ([a-z]+)\s+(?:[^#`]|`(?!,))*", line)
-        if found and found[1] in COMMANDS:
-            options = set(OPTION.findall(found[0].split("`")[0]))
-            unknown = options - set(OPTION.findall(help_of(found[1])))
-            assert not unknown, f"relatent {found[1]} has no {unknown}: {line}"
+@cache
+def script_options() -> set[str]:
+    files = (support.ROOT / "tests" / "bench").glob("*.py")
+    added = re.compile(r'add_argument\(\s*"(--[a-z-]+)"')
+    return {option for file in files for option in added.findall(file.read_text())}
 
 
-COMMANDS = ("inspect", "calibrate", "convert", "verify", "shard", "logits")
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_commands_exist(document: Path) -> None:
-    """In blocks of sh, what follows `relatent` at the beginning of a line is a command."""
-    for _, language, body in BLOCK.findall(document.read_text()):
+def command_lines(text: str) -> Iterator[str]:
+    """Lines of blocks of sh without their comments, and code within sentences."""
+    for _, language, body in BLOCK.findall(text):
         if language == "sh":
-            named = set(re.findall(r"^relatent (?:--threads \w+ )?(\w+)", body, re.MULTILINE))
-            assert named <= set(COMMANDS), f"no such commands: {named - set(COMMANDS)}"
-    for command in COMMANDS:
-        help_of(command)
+            for line in body.replace("\\\n", " ").splitlines():
+                yield line.split(" #")[0].strip()
+    for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text)):
+        yield " ".join(code.split())
+
+
+@each_document
+def test_commands_and_options_exist(document: Path) -> None:
+    text = document.read_text()
+    commands = command_options()
+    own = set().union(*commands.values())
+    unknown = set(OPTION.findall(text)) - own - script_options() - FOREIGN_OPTIONS
+    assert not unknown, f"no program has these options: {unknown}"
+    for line in command_lines(text):
+        named = re.match(r"relatent (?:--threads \w+ )?([a-z]\w*)(?=\s|$)", line)
+        if named is not None:
+            assert named[1] in commands, f"no such command: {line}"
+        # A sentence may leave out the program's name.
+        command = named[1] if named else line.split(" ")[0]
+        if command in commands:
+            unknown = set(OPTION.findall(line)) - commands[command]
+            assert not unknown, f"relatent {command} has no {unknown}: {line}"
 
 
 def anchor_of(heading: str) -> str:
@@ -173,7 +172,7 @@ def anchor_of(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@each_document
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text()
     for link in LINK.findall(text):
