@@ -65,7 +65,8 @@ def steps_of(text: str) -> list[Step]:
             steps.append(Step(body))
         elif mark == "output":
             assert steps, f"an output with nothing before it:\n{body}"
-            steps[-1].output = [line for line in body.splitlines() if line.strip() not in ("", "...")]
+            lines = body.splitlines()
+            steps[-1].output = [line for line in lines if line.strip() not in ("", "...")]
     return steps
 
 
