@@ -6,7 +6,6 @@
 #include <utility>
 #include <vector>
 
-#include "convert/engines/deepseek.h"
 #include "formats/error.h"
 
 namespace relatent {
