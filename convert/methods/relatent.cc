@@ -279,10 +279,15 @@ Index RelatentConversion::resume(const std::filesystem::path& path, Index layers
   return next_;
 }
 
-std::unique_ptr<ConversionMethod> make_relatent(const ConvertPlan& plan, const ConvertInputs& inputs) {
+std::unique_ptr<ConversionMethod> make_relatent_on(const Sequences& sequences, const ConvertPlan& plan,
+                                                   const ConvertInputs& inputs) {
   return std::make_unique<RelatentConversion>(
-      inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); },
-      fit_sequences(plan.options, inputs), relatent_options(plan.options, inputs, plan.shape));
+      inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); }, sequences,
+      relatent_options(plan.options, inputs, plan.shape));
+}
+
+std::unique_ptr<ConversionMethod> make_relatent(const ConvertPlan& plan, const ConvertInputs& inputs) {
+  return make_relatent_on(fit_sequences(plan.options, inputs), plan, inputs);
 }
 
 }  // namespace relatent

@@ -90,4 +90,8 @@ class RelatentConversion final : public ConversionMethod {
   double fold_error_ = 0;
 };
 
+// That conversion of a plan, fitted on these sequences; empty for the closed forms alone.
+std::unique_ptr<ConversionMethod> make_relatent_on(const Sequences& sequences, const ConvertPlan& plan,
+                                                   const ConvertInputs& inputs);
+
 }  // namespace relatent

@@ -4,9 +4,7 @@
 namespace relatent {
 
 std::unique_ptr<ConversionMethod> make_weights_only(const ConvertPlan& plan, const ConvertInputs& inputs) {
-  return std::make_unique<RelatentConversion>(
-      inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); }, Sequences{},
-      relatent_options(plan.options, inputs, plan.shape));
+  return make_relatent_on(Sequences{}, plan, inputs);
 }
 
 }  // namespace relatent

@@ -15,10 +15,6 @@
 namespace relatent {
 namespace {
 
-std::string text(Index n) {
-  return std::to_string(n);
-}
-
 // Why a source tensor is not in the output, or nothing when it is.
 std::string_view redundant(Role role, const ModelConfig& config) {
   if (role == Role::inv_freq) {
@@ -45,14 +41,15 @@ void leave_out_prediction(std::vector<PlacedTensor>& tensors, const ModelConfig&
   }
   std::erase_if(tensors, [](const PlacedTensor& tensor) { return tensor.role == Role::prediction; });
   for (const auto& [layer_idx, tensors_of_layer] : count) {
-    plan.left_out.push_back("model.layers." + text(layer_idx) + ".*: " + text(tensors_of_layer) +
+    plan.left_out.push_back("model.layers." + std::to_string(layer_idx) +
+                            ".*: " + std::to_string(tensors_of_layer) +
                             " tensors of a layer that predicts further tokens, behind the " +
-                            text(config.num_hidden_layers) + " layers of the model");
+                            std::to_string(config.num_hidden_layers) + " layers of the model");
   }
   if (!count.empty()) {
     plan.warnings.emplace_back(
         "layers of the source that predict further tokens are left out (model.layers." +
-        text(count.begin()->first) + (count.size() > 1 ? " and on" : "") + ")");
+        std::to_string(count.begin()->first) + (count.size() > 1 ? " and on" : "") + ")");
   }
 }
 
@@ -66,7 +63,8 @@ std::string few_tokens(const ConvertOptions& options, const ConvertInputs& input
   const Index value_dim = config.gqa ? config.gqa->head_dim : config.latent->v_head_dim;
   const Index wanted = 8 * std::max(config.num_attention_heads * value_dim, config.hidden_size);
   if (tokens < wanted) {
-    return "the calibration has " + text(tokens) + " tokens and the fits want at least " + text(wanted) +
+    return "the calibration has " + std::to_string(tokens) + " tokens and the fits want at least " +
+           std::to_string(wanted) +
            " for this model: they are held back (larger ridges), and the "
            "result will be worse than with more tokens";
   }
@@ -207,7 +205,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.plain_list = out.plain_list || !traits.any_frequencies;
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
-  out.query_bias = inputs.engine->traits().query_bias;
+  out.query_bias = traits.query_bias;
   if (config.gqa && !traits.normed_query) {
     out.q_rank = shape.q_rank;
   }

@@ -11,10 +11,6 @@
 namespace relatent {
 namespace {
 
-std::string text(Index n) {
-  return std::to_string(n);
-}
-
 // What the latents of a lossless form hold: the values that each group's heads read.
 void choose_lossless(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
                      LatentShape& shape) {
@@ -68,30 +64,33 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
   if (options.per_device) {
     const Index own = *options.per_device - rope_dim - out.key_rank;
     if (own <= 0) {
-      fail_usage("--per-device " + text(*options.per_device) +
-                 " leaves no room for values beside a rotary key of " + text(rope_dim) +
-                 (out.key_rank > 0 ? " and shared coordinates of " + text(out.key_rank) : ""));
+      fail_usage("--per-device " + std::to_string(*options.per_device) +
+                 " leaves no room for values beside a rotary key of " + std::to_string(rope_dim) +
+                 (out.key_rank > 0 ? " and shared coordinates of " + std::to_string(out.key_rank) : ""));
     }
     out.rank = out.key_rank + partition.parts * own;
     return out;
   }
   const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, config) - rope_dim;
   if (!options.rank && total <= 0) {
-    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(rope_dim));
+    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim));
   }
   if (options.rank && total % partition.groups != 0) {
-    fail_usage("--rank " + text(total) + " does not divide into " + text(partition.groups) + " latents");
+    fail_usage("--rank " + std::to_string(total) + " does not divide into " +
+               std::to_string(partition.groups) + " latents");
   }
   out.rank = total / partition.groups;
   if (options.relatent.order != LatentOrder::shared && out.rank % partition.parts != 0) {
-    fail_usage("--rank " + text(out.rank) + " does not divide into " + text(partition.parts) + " slices");
+    fail_usage("--rank " + std::to_string(out.rank) + " does not divide into " +
+               std::to_string(partition.parts) + " slices");
   }
   if (total <= 0) {
-    fail_usage("--rank " + text(total) + " must be at least 1");
+    fail_usage("--rank " + std::to_string(total) + " must be at least 1");
   }
   if (out.rank - out.key_rank < partition.parts) {
-    fail_usage("--rank " + text(total) +
-               " leaves less than one coordinate for each latent beside --key-rank " + text(out.key_rank));
+    fail_usage("--rank " + std::to_string(total) +
+               " leaves less than one coordinate for each latent beside --key-rank " +
+               std::to_string(out.key_rank));
   }
   return out;
 }
@@ -111,7 +110,8 @@ void choose_from_mla(const ConvertOptions& options, const Partition& partition, 
     fail_usage("the source is MLA already: give --to gla, tpla or mlra");
   }
   if (options.rope_dim && *options.rope_dim != latent.qk_rope_head_dim) {
-    fail_usage("--rope-dim: an MLA source keeps its rotary key of " + text(latent.qk_rope_head_dim));
+    fail_usage("--rope-dim: an MLA source keeps its rotary key of " +
+               std::to_string(latent.qk_rope_head_dim));
   }
   if (options.relatent.plain_list) {
     fail_usage("--plain-list: an MLA source keeps its own list of rotary frequencies");
@@ -128,16 +128,16 @@ void choose_from_mla(const ConvertOptions& options, const Partition& partition, 
     shape.norm = LatentNorm::branch;
     if (group.rank != latent.kv_lora_rank) {
       fail_usage("--order " + std::string(order_name(options.relatent.order)) +
-                 " slices the whole latent of " + text(latent.kv_lora_rank) + ", so each of " +
-                 text(partition.parts) + " devices caches " +
-                 text(latent.kv_lora_rank / partition.parts + shape.rope_dim));
+                 " slices the whole latent of " + std::to_string(latent.kv_lora_rank) + ", so each of " +
+                 std::to_string(partition.parts) + " devices caches " +
+                 std::to_string(latent.kv_lora_rank / partition.parts + shape.rope_dim));
     }
   }
   if (group.rank > 2 * latent.kv_lora_rank) {
-    fail_usage("latents of " + text(group.rank) +
+    fail_usage("latents of " + std::to_string(group.rank) +
                " coordinates for each group of heads are more than twice the "
                "source's " +
-               text(latent.kv_lora_rank));
+               std::to_string(latent.kv_lora_rank));
   }
   lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
 }
@@ -166,15 +166,15 @@ void choose_sizes(const ConvertOptions& options, const Partition& partition, con
   shape.nope_dim = gqa.head_dim;
   shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
   if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
-    fail_usage("--rope-dim " + text(shape.rope_dim) +
-               " must be an even number from 2 to num_key_value_heads * head_dim = " + text(keys));
+    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+               " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
   }
   const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
   const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
   if (group.rank <= 0 || group.rank > full) {
     const Index found = group.rank * partition.groups;
-    fail_usage("--rank " + text(found) + " must lie between 1 and the full rank " +
-               text(full * partition.groups));
+    fail_usage("--rank " + std::to_string(found) + " must lie between 1 and the full rank " +
+               std::to_string(full * partition.groups));
   }
   lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
   if (options.method == Method::transmla) {
@@ -203,9 +203,10 @@ void fit_to_base(double wanted, const ModelConfig& config, ConvertOptions& optio
   const Index p = options.rope_dim.value_or(0);
   if (!exact || whole > d || p <= 0 || p % 2 != 0 || whole % p != 0) {
     const std::string why = "--engine " + options.engine + " has rotary frequencies of base " +
-                            text(static_cast<Index>(wanted)) + " only, and the source's are of base " +
-                            text(static_cast<Index>(base));
-    fail_usage(!exact || whole > d ? why : why + ": --rope-dim must be an even divisor of " + text(whole));
+                            std::to_string(static_cast<Index>(wanted)) +
+                            " only, and the source's are of base " + std::to_string(static_cast<Index>(base));
+    fail_usage(
+        !exact || whole > d ? why : why + ": --rope-dim must be an even divisor of " + std::to_string(whole));
   }
   options.relatent.list_stride = whole / p;
 }
@@ -258,19 +259,19 @@ void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, Convert
   // A plain list holds each frequency of a head once.
   const Index most = traits.any_frequencies ? keys : config.gqa->head_dim;
   if (shape.rotary % 2 != 0 || shape.rotary > most) {
-    fail_usage(given + ": the rotary key must be an even number of at most " + text(most) +
+    fail_usage(given + ": the rotary key must be an even number of at most " + std::to_string(most) +
                " for this checkpoint and engine");
   }
   if (options.rope_dim.value_or(shape.rotary) != shape.rotary) {
-    fail_usage(given + " and --rope-dim " + text(*options.rope_dim) + " contradict each other");
+    fail_usage(given + " and --rope-dim " + std::to_string(*options.rope_dim) + " contradict each other");
   }
   options.rope_dim = shape.rotary;
   const Index own = traits.undoes_norm ? traits.own_coordinates
                                        : options.norm_coordinates.value_or(default_norm_coordinates);
   const Index room = shape.latent - own;
   if (room < 1 || options.rank.value_or(1) > room) {
-    fail_usage(given + " has room for a rank of " + text(std::max<Index>(0, room)) + " beside the " +
-               text(own) + " coordinates that the layout needs for itself");
+    fail_usage(given + " has room for a rank of " + std::to_string(std::max<Index>(0, room)) +
+               " beside the " + std::to_string(own) + " coordinates that the layout needs for itself");
   }
   if (options.rank && options.kv_budget) {
     return;  // refused where sizes are chosen
@@ -281,7 +282,8 @@ void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, Convert
     if (options.kv_budget) {
       options.rank = std::min(*options.rank, budget_numbers(*options.kv_budget, config) - shape.rotary);
       if (*options.rank < 1) {
-        fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + text(shape.rotary));
+        fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " +
+                   std::to_string(shape.rotary));
       }
       options.kv_budget.reset();
     }
@@ -298,8 +300,8 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   const EngineTraits traits = engine.traits();
   const bool plain = options.relatent.plain_list || !traits.any_frequencies;
   if (options.method == Method::relatent && config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
-    fail_usage("--rope-dim " + text(shape.rope_dim) +
-               " is more than a plain list holds, head_dim = " + text(config.gqa->head_dim));
+    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+               " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
   }
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
@@ -318,7 +320,8 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {
     if (*options.pad_rank < shape.rank) {
-      fail_usage("--pad-rank " + text(*options.pad_rank) + " is below the rank " + text(shape.rank));
+      fail_usage("--pad-rank " + std::to_string(*options.pad_rank) + " is below the rank " +
+                 std::to_string(shape.rank));
     }
     shape.norm_coordinates = *options.pad_rank - shape.rank;
   }
@@ -357,8 +360,8 @@ LatentShape choose_shape(const ConvertOptions& options, const Partition& partiti
   }
   shape.form = options.form;
   if (partition.groups > shape.heads) {
-    fail_usage("--branches " + text(partition.groups) + " is more than the model's " + text(shape.heads) +
-               " heads");
+    fail_usage("--branches " + std::to_string(partition.groups) + " is more than the model's " +
+               std::to_string(shape.heads) + " heads");
   }
   shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
                    source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
@@ -366,7 +369,8 @@ LatentShape choose_shape(const ConvertOptions& options, const Partition& partiti
   if (shape.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {
-      fail_usage("--q-rank " + text(*shape.q_rank) + " must lie between 1 and the full rank " + text(full));
+      fail_usage("--q-rank " + std::to_string(*shape.q_rank) + " must lie between 1 and the full rank " +
+                 std::to_string(full));
     }
   }
   fit_to_engine(options, config, engine, shape);

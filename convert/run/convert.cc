@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <sstream>
 #include <stdexcept>
 
@@ -22,6 +23,8 @@ constexpr const char* fold_entry = "fold";
 constexpr const char* fold_error_entry = "fold error";
 constexpr const char* measured_entry = "measured";
 
+using WriteLayer = std::function<void(Index, const LatentAttention&)>;
+
 // What engines write once for all layers must be what each of them has.
 void check_rotary(const Rotary& all, const LatentAttention& layer) {
   if (layer.rotary.inv_freq != all.inv_freq || layer.rotary.attention_factor != all.attention_factor) {
@@ -31,10 +34,9 @@ void check_rotary(const Rotary& all, const LatentAttention& layer) {
 
 // Side by side, as many layers as memory allows.
 void convert_independently(const ConversionMethod& method, const ConvertPlan& plan,
-                           const ConvertInputs& inputs, Index first, const LayerProgress& progress,
+                           const ConvertInputs& inputs, Index first, const WriteLayer& write,
                            ConvertedOutput& output) {
   const Index layers = inputs.source.config().num_hidden_layers;
-  const Rotary rotary = method.rotary();
   std::vector<std::optional<LatentAttention>> converted(static_cast<std::size_t>(layers));
   run_layer_pipeline(first, layers, layers_at_once(plan.layer_bytes),
                      {.moments = [&](Index layer_idx) { return input_moments(inputs, layer_idx); },
@@ -46,10 +48,8 @@ void convert_independently(const ConversionMethod& method, const ConvertPlan& pl
                       .finish =
                           [&](Index layer_idx) {
                             auto& layer = converted[static_cast<std::size_t>(layer_idx)];
-                            check_rotary(rotary, *layer);
-                            output.write_layer(layer_idx, *layer);
+                            write(layer_idx, *layer);
                             layer.reset();
-                            progress(layer_idx + 1, layers);
                             if (layer_idx + 1 < layers) {
                               output.save(layer_idx + 1, {});
                             }
@@ -59,15 +59,11 @@ void convert_independently(const ConversionMethod& method, const ConvertPlan& pl
 
 // Every layer depends on those before it.
 void convert_in_sequence(ConversionMethod& method, const ConvertInputs& inputs, Index first,
-                         const LayerProgress& progress, ConvertedOutput& output) {
+                         const WriteLayer& write, ConvertedOutput& output) {
   const Index layers = inputs.source.config().num_hidden_layers;
-  const Rotary rotary = method.rotary();
   output.copy_tensors();
   for (Index i = first; i < layers; ++i) {
-    const LatentAttention converted = method.next();
-    check_rotary(rotary, converted);
-    output.write_layer(i, converted);
-    progress(i + 1, layers);
+    write(i, method.next());
     return_freed_memory();
     if (i + 1 < layers) {
       output.save(i + 1, [&](const std::filesystem::path& path) { method.save(path); });
@@ -81,16 +77,23 @@ void write_output(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFold
   ConvertedOutput output(plan, inputs, work);
   const std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
   // One layer at least is converted again, so that there is progress to report.
-  const Index done = std::min(output.layers_done(), inputs.source.config().num_hidden_layers - 1);
+  const Index layers = inputs.source.config().num_hidden_layers;
+  const Index done = std::min(output.layers_done(), layers - 1);
   const Index first = method->resume(output.state_file(), done);
   output.keep_layers(first);
+  const Rotary rotary = method->rotary();
+  const WriteLayer write = [&](Index layer_idx, const LatentAttention& attention) {
+    check_rotary(rotary, attention);
+    output.write_layer(layer_idx, attention);
+    progress(layer_idx + 1, layers);
+  };
   if (method->independent()) {
-    convert_independently(*method, plan, inputs, first, progress, output);
+    convert_independently(*method, plan, inputs, first, write, output);
   } else {
-    convert_in_sequence(*method, inputs, first, progress, output);
+    convert_in_sequence(*method, inputs, first, write, output);
   }
   report.fold_error = method->fold_error();
-  output.finish(method->rotary());
+  output.finish(rotary);
   report.bytes_written = output.bytes_written();
 }
 
@@ -113,8 +116,11 @@ std::uint64_t weight_bytes(const std::filesystem::path& folder) {
 
 // The fold that all layers share: given, chosen by the run that is continued, or chosen now.
 std::optional<Index> settled_fold(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work) {
-  if (plan.options.method != Method::transmla || plan.options.fold) {
-    return plan.options.method == Method::transmla ? plan.options.fold : std::nullopt;
+  if (plan.options.method != Method::transmla) {
+    return std::nullopt;
+  }
+  if (plan.options.fold) {
+    return plan.options.fold;
   }
   if (work.journal().last(fold_entry)) {
     return work.journal().last_number(fold_entry);

@@ -6,10 +6,6 @@
 namespace relatent {
 namespace {
 
-std::string text(long long n) {
-  return std::to_string(n);
-}
-
 std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInputs& inputs) {
   const ConvertOptions& options = plan.options;
   const EngineTraits traits = inputs.engine->traits();
@@ -27,14 +23,14 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
   const double part =
       static_cast<double>(plan.converted_cache_numbers) / static_cast<double>(plan.source_cache_numbers);
   if (part < 1 && options.method != Method::lossless) {
-    out.push_back("the cache is " + text(std::llround(100 * part)) +
+    out.push_back("the cache is " + std::to_string(std::llround(100 * part)) +
                   " % of the source's: allow it more with " +
                   (options.form == "mla" ? "--kv-budget, --rank or --shape" : "--per-device or --rank"));
   }
   if (inputs.calibration) {
     const Sequences sequences = inputs.calibration->sequences();
     if (sequences.count * sequences.length < 65536) {
-      out.push_back("the calibration has " + text(sequences.count * sequences.length) +
+      out.push_back("the calibration has " + std::to_string(sequences.count * sequences.length) +
                     " tokens, and 65536 and more are better");
     }
   }

@@ -10,10 +10,6 @@ namespace {
 
 constexpr const char* trial_entry = "trial";
 
-std::string text(Index n) {
-  return std::to_string(n);
-}
-
 // Trials that an interrupted search recorded.
 std::vector<SizeTrial> recorded_trials(const WorkFolder* work) {
   std::vector<SizeTrial> out;
@@ -54,8 +50,8 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
       fit_sequences(options, inputs), relatent_options(options, inputs, {}),
       [&](const SizeTrial& trial) {
         if (work) {
-          work->record(trial_entry, text(trial.rope_dim) + " " + text(trial.rank) + " " +
-                                        text(trial.key_rank) + " " + exact_text(trial.nats));
+          work->record(trial_entry, std::to_string(trial.rope_dim) + " " + std::to_string(trial.rank) + " " +
+                                        std::to_string(trial.key_rank) + " " + exact_text(trial.nats));
         }
         if (watch) {
           watch(trial);
@@ -81,7 +77,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   } else {
     const Index total = budget_numbers(*options.kv_budget, config) / size_step * size_step;
     if (total < 2 * size_step) {
-      fail_usage("--kv-budget leaves less than " + text(2 * size_step) +
+      fail_usage("--kv-budget leaves less than " + std::to_string(2 * size_step) +
                  " numbers: give --rope-dim and --rank for a cache that small");
     }
     chosen = search.rotary_for(total);

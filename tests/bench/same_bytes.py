@@ -9,6 +9,7 @@ others. For changes of the code that are not to change a result. Exit status 1 n
 
 import argparse
 import filecmp
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -72,19 +73,24 @@ def differing(old: Path, new: Path) -> list[str]:
 
 def compare(programs: list[Path], model: Path, tokens: Path, work: Path) -> int:
     mla = "deepseek" in model.name
-    calibrations = [work / f"{i}.h5" for i in range(2)]
-    for program, out in zip(programs, calibrations, strict=True):
-        span = ("--sequences", 12, "--length", 256)
-        said = run(program, "calibrate", model, "--tokens", tokens, *span, "-o", out, "--quiet")
+    calibrations = []
+    for i, program in enumerate(programs):
+        folder = work / f"calibration-{i}"
+        folder.mkdir()
+        calibrations.append(folder / "calibration.h5")
+        span = ("--sequences", 12, "--length", 256, "-o", calibrations[-1], "--quiet")
+        said = run(program, "calibrate", model, "--tokens", tokens, *span)
         if said:
             sys.exit(f"{program} calibrate: {said}")
-    count = 0
+    wrong = differing(*(path.parent for path in calibrations))
+    print(f"{'DIFFERENT ' if wrong else ''}{model.name}, calibration: {', '.join(wrong) or 'the same'}")
+    count = len(wrong)
     for name, options in (MLA if mla else GQA).items():
         given = "weights-only" not in options and "lossless" not in options
         said, outputs = [], []
         for i, program in enumerate(programs):
             calibration = ("--calibration", calibrations[0]) if given else ()
-            outputs.append(work / f"{count}-{i}-{name}".replace(" ", "_"))
+            outputs.append(work / f"{i}-{name}".replace(" ", "_"))
             said.append(run(program, "convert", model, "-o", outputs[-1], *options, *calibration, "--quiet"))
         if said[0] != said[1]:
             result = f"{said}"
@@ -96,7 +102,7 @@ def compare(programs: list[Path], model: Path, tokens: Path, work: Path) -> int:
         print(f"{'DIFFERENT ' if wrong else ''}{model.name}, {name}: {result}", flush=True)
         count += wrong
         for output in outputs:
-            subprocess.run(["rm", "-rf", output], check=True)
+            shutil.rmtree(output, ignore_errors=True)
     return count
 
 

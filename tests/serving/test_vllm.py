@@ -69,13 +69,7 @@ def check(
     assert abs(found["perplexity"] / expected - 1) <= support.PERPLEXITY_TOLERANCE
     if cache:
         assert held == [promised] * tp
-    check_text(converted, found, work)
-
-
-def check_text(converted: Path, found: dict[str, Any], work: Path) -> None:
-    """Every token of the text is what our forward pass finds most likely after those before it."""
-    for prompt, continuation in zip(found["prompts"], found["greedy"], strict=True):
-        assert continuation == support.greedy_choices(converted, prompt, continuation, work)
+    support.check_text(converted, found, work)
 
 
 @pytest.mark.parametrize(("form", "tp"), [in_small_set(f, tp) for f in FORMS for tp in (1, 2)])
@@ -147,7 +141,7 @@ def test_pipeline_stages(bench, tmp_path: Path) -> None:
     found = bench.score(converted, "--pp", 2, "--compile")
     promised = support.inspect(converted)["cache_bytes_per_token"]
     assert [device["bytes_per_token"] for device in found["cache"]] == [promised / 2] * 2
-    check_text(converted, found, tmp_path)
+    support.check_text(converted, found, tmp_path)
 
 
 @full
