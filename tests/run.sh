@@ -36,6 +36,7 @@ run_tests() {
 
 install_packages "${BUILD_PACKAGES[@]}" python3 python3-venv
 build_release all
+step "includes go one way" python3 tests/check_includes.py
 step "unit tests" ctest --preset release
 
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
