@@ -142,6 +142,10 @@ WorkFolder::~WorkFolder() {
   ::close(lock_);
 }
 
+std::filesystem::path WorkFolder::complete_output() const {
+  return is_there(output()) ? output() : path_;
+}
+
 void WorkFolder::refuse(const std::string& problem, const std::string& next_step) const {
   fail_usage(folder_.string() + ": " + problem + " (" + next_step + ")");
 }

@@ -41,6 +41,8 @@ class WorkFolder {
   // Nothing is left to do but commit().
   bool complete() const { return complete_; }
   std::filesystem::path output() const { return folder_ / "output"; }
+  // Where the output of a complete run lies: at its place already when the run ended after the rename.
+  std::filesystem::path complete_output() const;
   std::filesystem::path file(const std::string& name) const { return folder_ / name; }
   const Journal& journal() const { return *journal_; }
   // Appends to the journal: worth keeping from now on.

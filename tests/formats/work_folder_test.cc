@@ -197,6 +197,7 @@ TEST_F(Work, EndsBetweenTheLastStepsAreTidiedUp) {
       {
         const auto work = open(true, kind);
         EXPECT_TRUE(work->complete());
+        EXPECT_EQ(work->complete_output(), renamed ? out() : partial() / "output");
         work->commit();
       }
       EXPECT_EQ(read_bytes(kind == OutputKind::file ? out() : out() / "a"), "text");

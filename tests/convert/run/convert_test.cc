@@ -1052,6 +1052,22 @@ TEST_F(Convert, StartsAnewWhereShardsAreNotWhatTheJournalSays) {
   EXPECT_TRUE(contents(output()) == expected);
 }
 
+TEST_F(Convert, ARunThatEndedAfterItsRenameIsTidiedUp) {
+  ConvertOptions options = small(write({.layers = 3}), Method::weights_only);
+  options.save.every = 0;
+  EXPECT_THROW(Conversion(options).run(failing_at(2)), Error);
+  const fs::path partial = output().string() + ".partial";
+  fs::copy_file(partial / "journal", folder_ / "journal");
+  options.save.resume = true;
+  const ConvertReport whole = Conversion(options).run(ignore);
+  fs::create_directory(partial);
+  fs::copy_file(folder_ / "journal", partial / "journal");
+  Journal::open(partial / "journal").append("complete", "");
+  const ConvertReport report = Conversion(options, {}, true).run(ignore);
+  EXPECT_EQ(report.bytes_written, whole.bytes_written);
+  EXPECT_FALSE(fs::exists(partial));
+}
+
 TEST_F(Convert, CalibrationOfAnotherModelIsRefused) {
   write({.seed = 7});
   const fs::path moments = calibrated();
