@@ -37,7 +37,8 @@ GgufMetadata gguf_tokenizer(const std::filesystem::path& folder, const nlohmann:
                             const std::string& pre, std::int64_t vocab_size);
 
 // The same for a file without a tokenizer, whose engine takes and gives token ids alone: model "no_vocab".
-// Such a file needs the key "<architecture>.vocab_size" besides.
+// Such a file needs the key "<architecture>.vocab_size" besides. llama.cpp's server
+// loads it, but aborts on the first completion, for which it wants text.
 GgufMetadata gguf_no_vocab();
 
 }  // namespace relatent
