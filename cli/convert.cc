@@ -11,7 +11,6 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
-#include "convert/engines/readers.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -301,7 +300,7 @@ void add_convert(CLI::App& app, Command& chosen) {
           "--to", convert.form,
           "mla: one latent, whole on every device; gla: a latent for each group of heads; tpla, mlra: "
           "latents that all heads read and devices split")
-      ->check(CLI::IsMember({"mla", "gla", "tpla", "mlra"}))
+      ->check(CLI::IsMember(form_names()))
       ->capture_default_str();
   command
       ->add_option("--branches", convert.branches,
@@ -422,7 +421,7 @@ void add_convert(CLI::App& app, Command& chosen) {
           "Who is to load the result: transformers (stock, and vLLM through its transformers backend); "
           "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
           "deepseek (no biases: vLLM, SGLang, llama.cpp); mlra, gla (the authors' code)")
-      ->check(CLI::IsMember({"transformers", "relatent", "deepseek", "mlra", "gla"}))
+      ->check(CLI::IsMember(engine_names()))
       ->capture_default_str();
   command
       ->add_option("--norm-coordinates", convert.norm_coordinates,

@@ -11,8 +11,9 @@
 #include "cli/commands.h"
 #include "cli/progress.h"
 #include "convert/engines/engine.h"
-#include "convert/engines/readers.h"
-#include "convert/forms/partition.h"
+#include "convert/forms/form.h"
+#include "convert/latent/lay_out.h"
+#include "convert/model/families/family.h"
 #include "convert/model/model.h"
 
 namespace relatent {
@@ -28,7 +29,7 @@ struct Options {
 // A form that the checkpoint could be converted to, in one size that shows what it costs.
 struct Target {
   std::string name;
-  std::string form;
+  const Form* form = nullptr;
   Index branches = 1;
   // Per token and layer on each device, when there is a device for each latent.
   Index rotary = 0;
@@ -42,21 +43,22 @@ std::string name_with_part(const std::string& name, Index numbers, const ModelCo
   return text.data();
 }
 
-// An MLA latent is divided as the published slices do. Of a result there is nothing more to make.
+// An MLA latent is divided as the published slices do.
+Target target_of(const Form& form, const FormExample& example, const ModelConfig& config) {
+  Target out{"", &form, example.branches};
+  if (config.gqa) {
+    out.numbers = static_cast<Index>(example.part * static_cast<double>(config.cache_numbers()));
+    out.rotary = std::max<Index>(2, out.numbers / 6 * 2);
+  } else {
+    out.rotary = config.latent->qk_rope_head_dim;
+    out.numbers = out.rotary + config.latent->kv_lora_rank / example.branches;
+  }
+  out.name = name_with_part(std::string(example.name), out.numbers, config);
+  return out;
+}
+
+// Of a result there is nothing more to make.
 std::vector<Target> targets_of(const ModelConfig& config) {
-  struct Example {
-    const char* name;
-    const char* form;
-    Index branches;
-    double part;  // of a grouped-query cache
-  };
-  constexpr std::array<Example, 5> examples = {{
-      {"MLA", "mla", 1, 0.5},
-      {"MLA", "mla", 1, 0.25},
-      {"GLA-2", "gla", 2, 0.25},
-      {"TPLA-2", "tpla", 2, 0.25},
-      {"TPLA-4 / MLRA-4", "tpla", 4, 0.1875},
-  }};
   std::vector<Target> out;
   if (config.latent && config.latent->branches.size() != 1) {
     return out;
@@ -65,29 +67,23 @@ std::vector<Target> targets_of(const ModelConfig& config) {
     if (config.gqa && shape.numbers() < config.cache_numbers() &&
         shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
       const std::string name = "MLA " + std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
-      out.push_back({name_with_part(name, shape.numbers(), config), "mla", 1, shape.rotary, shape.numbers()});
+      out.push_back(
+          {name_with_part(name, shape.numbers(), config), &mla_form(), 1, shape.rotary, shape.numbers()});
     }
   }
-  for (const Example& example : examples) {
-    Target target{"", example.form, example.branches};
-    if (config.gqa) {
-      target.numbers = static_cast<Index>(example.part * static_cast<double>(config.cache_numbers()));
-      target.rotary = std::max<Index>(2, target.numbers / 6 * 2);
-    } else if (example.branches == 1) {
-      continue;
-    } else {
-      target.rotary = config.latent->qk_rope_head_dim;
-      target.numbers = target.rotary + config.latent->kv_lora_rank / example.branches;
+  for (const Form* form : forms()) {
+    for (const FormExample& example : form->examples) {
+      if (config.gqa || form->latent_source) {
+        out.push_back(target_of(*form, example, config));
+      }
     }
-    target.name = name_with_part(example.name, target.numbers, config);
-    out.push_back(std::move(target));
   }
   return out;
 }
 
 // Bytes on each of tp devices; nothing where so many cannot share it.
 std::optional<Index> target_bytes(const ModelConfig& config, const Target& target, Index tp) {
-  const Partition partition = *partition_of(target.form, target.branches);
+  const Partition partition = *target.form->partition(target.branches);
   LatentShape shape;
   shape.heads = config.num_attention_heads;
   shape.rope_dim = target.rotary;
@@ -114,6 +110,7 @@ Json to_json(const Model& model) {
   const ModelConfig& c = model.config();
   Json out;
   out["model_type"] = c.model_type;
+  out["family"] = c.family->name;
   out["attention"] = c.gqa ? "gqa" : c.latent->form;
   out["num_hidden_layers"] = c.num_hidden_layers;
   out["hidden_size"] = c.hidden_size;
@@ -156,8 +153,8 @@ Json to_json(const Model& model) {
 
 void print_table(const Options& options, const Model& model) {
   const ModelConfig& c = model.config();
-  std::printf("%s: %s, %td layers, hidden %td, vocabulary %td\n", options.model.c_str(), c.model_type.c_str(),
-              c.num_hidden_layers, c.hidden_size, c.vocab_size);
+  std::printf("%s: %s, %td layers, hidden %td, vocabulary %td\n", options.model.c_str(),
+              std::string(c.family->name).c_str(), c.num_hidden_layers, c.hidden_size, c.vocab_size);
   if (c.gqa) {
     std::printf("attention: GQA, %td query heads on %td key/value heads of %td\n", c.num_attention_heads,
                 c.gqa->num_key_value_heads, c.gqa->head_dim);

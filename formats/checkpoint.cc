@@ -9,16 +9,13 @@
 #include <utility>
 
 #include "formats/error.h"
-#include "formats/hash.h"
 #include "formats/json_text.h"
+#include "formats/narrowing.h"
 #include "linalg/stages.h"
-#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
-// Values of one piece of work.
-constexpr std::size_t kDecodedAtOnce = std::size_t{1} << 20U;
 constexpr std::size_t kLargestConfig = std::size_t{16} << 20U;
 constexpr const char* kSingleName = "model.safetensors";
 
@@ -201,50 +198,8 @@ std::span<const std::byte> Checkpoint::bytes(const std::string& name) const {
   return file_of(name).bytes(info(name));
 }
 
-MatrixF Checkpoint::read_matrix(const std::string& name) const {
-  const TensorInfo& tensor = info(name);
-  const std::filesystem::path& file = file_of(name).path();
-  if (!is_float(tensor.dtype)) {
-    fail_input({.file = file,
-                .tensor = name,
-                .problem = "dtype",
-                .expected = "BF16, F16, F32 or F64",
-                .found = std::string(safetensors_name(tensor.dtype))});
-  }
-  const std::size_t dimensions = tensor.shape.size();
-  if (dimensions < 1 || dimensions > 3) {
-    fail_input({.file = file,
-                .tensor = name,
-                .problem = "shape",
-                .expected = "one to three dimensions",
-                .found = shape_text(tensor.shape)});
-  }
-  Index rows = 1;
-  for (std::size_t i = 0; i + 1 < dimensions; ++i) {
-    rows *= tensor.shape[i];
-  }
-  MatrixF matrix(rows, tensor.shape.back());
-  const std::span<const std::byte> stored = bytes(name);
-  const std::size_t size = size_of(tensor.dtype);
-  const auto count = static_cast<std::size_t>(matrix.size());
-  parallel_for((count + kDecodedAtOnce - 1) / kDecodedAtOnce, [&](std::size_t i) {
-    const std::size_t first = i * kDecodedAtOnce;
-    const std::size_t here = std::min(kDecodedAtOnce, count - first);
-    decode_floats(tensor.dtype, stored.subspan(first * size, here * size), {matrix.data() + first, here});
-  });
-  return matrix;
-}
-
 void Checkpoint::release(const std::string& name) const {
   file_of(name).release(info(name));
-}
-
-std::uint64_t Checkpoint::tensor_bytes() const {
-  std::uint64_t sum = 0;
-  for (const auto& [name, place] : where_) {
-    sum += place.second->bytes;
-  }
-  return sum;
 }
 
 std::vector<std::filesystem::path> Checkpoint::side_files() const {
@@ -265,25 +220,6 @@ std::vector<std::filesystem::path> Checkpoint::side_files() const {
   }
   std::sort(files.begin(), files.end());
   return files;
-}
-
-std::string Checkpoint::fingerprint() const {
-  Hasher hasher;
-  hasher.add_number(where_.size());
-  for (const auto& [name, place] : where_) {
-    const auto& [file_idx, tensor] = place;
-    hasher.add_text(name);
-    hasher.add_text(safetensors_name(tensor->dtype));
-    hasher.add_number(tensor->shape.size());
-    for (const std::int64_t dimension : tensor->shape) {
-      hasher.add_number(static_cast<std::uint64_t>(dimension));
-    }
-    const std::span<const std::byte> data = files_[file_idx].bytes(*tensor);
-    hasher.add(data);
-    files_[file_idx].release(*tensor);
-  }
-  hasher.add_text(nlohmann::json(*config_).dump());
-  return hasher.hexadecimal();
 }
 
 std::vector<std::vector<TensorSpec>> CheckpointWriter::cut(const std::vector<TensorSpec>& specs,
@@ -357,8 +293,7 @@ void CheckpointWriter::write(const std::string& name, std::span<const std::byte>
 void CheckpointWriter::copy(const std::string& name, const Checkpoint& source,
                             const std::string& source_name) {
   const Stage stage("copy");
-  const std::string& from = source_name.empty() ? name : source_name;
-  writer_of(name).copy(name, source.file_of(from), source.info(from));
+  writer_of(name).copy(name, source.file_of(source_name), source.info(source_name));
 }
 
 void CheckpointWriter::write_floats(const std::string& name, std::span<const float> values) {
@@ -366,31 +301,8 @@ void CheckpointWriter::write_floats(const std::string& name, std::span<const flo
   SafetensorsWriter& writer = writer_of(name);
   const TensorSpec& spec = specs_.at(name);
   const std::filesystem::path file = folder_ / file_names_[shard_of_.at(name)];
-  const std::string dtype(safetensors_name(spec.dtype));
-  const auto bad =
-      std::find_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
-  if (bad != values.end()) {
-    fail_input({.file = file,
-                .tensor = name,
-                .problem = "a value to be written is not a number",
-                .expected = "finite values",
-                .found = std::to_string(*bad) + " at index " + std::to_string(bad - values.begin())});
-  }
-  if (spec.dtype == DType::f32) {
-    writer.write(name, std::as_bytes(values));
-    return;
-  }
-  std::vector<std::byte> encoded(spec.bytes());
-  const std::size_t overflows = encode_floats(spec.dtype, values, encoded);
-  if (overflows != 0) {
-    fail_input({.file = file,
-                .tensor = name,
-                .problem = "values are too large for " + dtype,
-                .expected = "none",
-                .found = std::to_string(overflows) + " of " + std::to_string(values.size()),
-                .next_step = "choose a wider dtype"});
-  }
-  writer.write(name, encoded);
+  std::vector<std::byte> encoded;
+  writer.write(name, narrow_floats(file, name, spec.dtype, values, encoded));
 }
 
 void CheckpointWriter::finish() {

@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "formats/safetensors.h"
-#include "linalg/matrix.h"
+#include "formats/tensor_sink.h"
+#include "formats/tensor_source.h"
 
 namespace relatent {
 
@@ -22,7 +23,7 @@ inline constexpr const char* kIndexName = "model.safetensors.index.json";
 // More bytes than any checkpoint's index takes.
 inline constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
 
-class Checkpoint {
+class Checkpoint final : public TensorSource {
  public:
   // Reads config.json and every header; touches no weights. A folder needs model.safetensors, or
   // model.safetensors.index.json with its shards. Refused (Error, input): neither or both present, a missing
@@ -32,41 +33,31 @@ class Checkpoint {
   static Checkpoint open(const std::filesystem::path& folder);
   Checkpoint(Checkpoint&&) noexcept;
   Checkpoint& operator=(Checkpoint&&) noexcept;
-  ~Checkpoint();
+  ~Checkpoint() override;
 
+  const std::filesystem::path& path() const override { return folder_; }
   const std::filesystem::path& folder() const { return folder_; }
-  std::filesystem::path config_path() const { return folder_ / "config.json"; }
-  const nlohmann::ordered_json& config() const { return *config_; }
+  std::filesystem::path config_path() const override { return folder_ / "config.json"; }
+  const nlohmann::ordered_json& config() const override { return *config_; }
   // The weight files in order of their names.
   const std::vector<SafetensorsFile>& files() const { return files_; }
   // Nothing for a checkpoint of a single file, which needs no index.
   std::optional<std::filesystem::path> index_path() const;
 
-  // All tensor names, sorted.
-  std::vector<std::string> tensor_names() const;
-  bool contains(const std::string& name) const { return where_.contains(name); }
-  // Throws Error (input) naming the folder and the tensor when there is none of that name.
-  const TensorInfo& info(const std::string& name) const;
+  std::vector<std::string> tensor_names() const override;
+  bool contains(const std::string& name) const override { return where_.contains(name); }
+  const TensorInfo& info(const std::string& name) const override;
   const SafetensorsFile& file_of(const std::string& name) const;
-  std::span<const std::byte> bytes(const std::string& name) const;
-  // A floating tensor of one to three dimensions, widened to float32: one gives a single row, of three the
-  // first two are its rows.
-  // Throws Error (input) when it is not floating or has another number of dimensions.
-  MatrixF read_matrix(const std::string& name) const;
-  void release(const std::string& name) const;
-
-  // Sum of all tensors' bytes.
-  std::uint64_t tensor_bytes() const;
+  const std::filesystem::path& path_of(const std::string& name) const override {
+    return file_of(name).path();
+  }
+  std::span<const std::byte> bytes(const std::string& name) const override;
+  void release(const std::string& name) const override;
 
   // Regular files of the folder that are neither config.json nor weights nor index: what a converted
   // checkpoint carries along untouched. Sorted; symbolic links to regular files count (hub caches are made of
   // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not.
   std::vector<std::filesystem::path> side_files() const;
-
-  // XXH3-128 in hexadecimal over every tensor's name, dtype, shape and bytes in name order, followed by the
-  // parsed config serialised with sorted keys: the same weights give the same fingerprint however they are
-  // cut into shards. Reads everything once.
-  std::string fingerprint() const;
 
  private:
   Checkpoint();
@@ -81,7 +72,7 @@ class Checkpoint {
 // order, and writes them into a folder with names and index as transformers expects: model.safetensors alone
 // when one shard suffices, else model-00001-of-0000N.safetensors and model.safetensors.index.json (written by
 // finish(), last).
-class CheckpointWriter {
+class CheckpointWriter final : public TensorSink {
  public:
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
                    std::uint64_t max_shard_bytes);
@@ -90,19 +81,13 @@ class CheckpointWriter {
   static std::unique_ptr<CheckpointWriter> reopen(std::filesystem::path folder,
                                                   const std::vector<TensorSpec>& specs,
                                                   std::uint64_t max_shard_bytes);
-  // Counts a tensor of reopened shards as written.
-  void mark_written(const std::string& name) { writer_of(name).mark_written(name); }
-  // What was written so far is on the disk when this returns, and outlives this object.
-  void flush();
+  void mark_written(const std::string& name) override { writer_of(name).mark_written(name); }
+  void flush() override;
   void write(const std::string& name, std::span<const std::byte> bytes);
-  // The bytes of the source's tensor of that name, or of source_name when given.
-  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name = "");
-  // Narrows float32 values to the tensor's dtype and writes them. Throws Error (input) when a value is not
-  // finite or overflows the dtype, naming the tensor.
-  void write_floats(const std::string& name, std::span<const float> values);
-  void finish();
-  // Size of the shards.
-  std::uint64_t bytes_written() const;
+  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override;
+  void write_floats(const std::string& name, std::span<const float> values) override;
+  void finish() override;
+  std::uint64_t bytes_written() const override;
 
  private:
   explicit CheckpointWriter(std::filesystem::path folder) : folder_(std::move(folder)) {}

@@ -85,4 +85,14 @@ void fail_system(const std::filesystem::path& file, std::string_view problem, in
   throw Error(about_the_input ? ErrorKind::input : ErrorKind::machine, one_line(sentence));
 }
 
+std::string join_words(const std::vector<std::string>& words, std::string_view last) {
+  std::string out;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const bool behind = i > 0 && i + 1 == words.size();
+    out += behind ? " " + std::string(last) + " " : std::string(i > 0 ? ", " : "");
+    out += words[i];
+  }
+  return out;
+}
+
 }  // namespace relatent

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace relatent {
 
@@ -42,5 +43,8 @@ std::string to_sentence(const Complaint& complaint);
 [[noreturn]] void fail_usage(const std::string& sentence);
 // "FILE: PROBLEM: <text of error_number>", kind machine; ENOENT, ENOTDIR, EISDIR become kind input.
 [[noreturn]] void fail_system(const std::filesystem::path& file, std::string_view problem, int error_number);
+
+// "a, b and c"
+std::string join_words(const std::vector<std::string>& words, std::string_view last = "and");
 
 }  // namespace relatent

@@ -15,29 +15,14 @@ class DeepseekEngine final : public Engine {
  public:
   std::string_view name() const override { return "deepseek"; }
 
+  std::string_view family() const override { return "deepseek_v3"; }
+
   EngineTraits traits() const override {
-    return {.any_frequencies = false,
+    return {.forms = {"mla"},
+            .any_frequencies = false,
             .query_bias = false,
-            .pads_latent = true,
-            .undoes_norm = false,
-            .tied_head = false};
-  }
-
-  Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }
-
-  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
-                                            Index layer_idx, DType dtype) const override {
-    const Index rank = stored_rank(shape);
-    std::vector<TensorSpec> out;
-    const auto add = [&](const char* rest, std::vector<std::int64_t> size) {
-      out.push_back({attention_name(layer_idx, rest), dtype, std::move(size)});
-    };
-    add("q_proj.weight", {shape.heads * (shape.nope_dim + shape.rope_dim), source.hidden_size});
-    add("kv_a_proj_with_mqa.weight", {rank + shape.rope_dim, source.hidden_size});
-    add("kv_a_layernorm.weight", {rank});
-    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), rank});
-    add("o_proj.weight", {source.hidden_size, shape.heads * shape.v_dim});
-    return out;
+            .normed_latent = true,
+            .pads_latent = true};
   }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
@@ -59,12 +44,8 @@ class DeepseekEngine final : public Engine {
     return out;
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType /*dtype*/,
-                       CheckpointWriter& out) const override {
-    const auto put = [&](const char* rest, const auto& values) {
-      out.write_floats(attention_name(layer_idx, rest),
-                       {values.data(), static_cast<std::size_t>(values.size())});
-    };
+  void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
+                       const LayerWriter& out) const override {
     const LatentBranch& branch = a.branches.front();
     if (a.q.bias.size() > 0 || a.o.bias.size() > 0 || branch.down.bias.size() > 0 ||
         a.rotary_key.bias.size() > 0 || !branch.norm.present()) {
@@ -78,15 +59,27 @@ class DeepseekEngine final : public Engine {
     for (Index h = 0; h < a.heads; ++h) {
       to_pairs(q, h * (n + p) + n, p);
     }
-    put("q_proj.weight", q);
+    out.put(Role::q_weight, q);
     const Index rank = stored_rank(shape);
     MatrixF kv_a(rank + p, branch.down.weight.cols());
     kv_a << branch.down.weight, a.rotary_key.weight;
     to_pairs(kv_a, rank, p);
-    put("kv_a_proj_with_mqa.weight", kv_a);
-    put("kv_a_layernorm.weight", branch.norm.gain);
-    put("kv_b_proj.weight", branch.up);
-    put("o_proj.weight", a.o.weight);
+    out.put(Role::kv_a_weight, kv_a);
+    out.put(Role::kv_a_norm, branch.norm.gain);
+    out.put(Role::kv_b_weight, branch.up);
+    out.put(Role::o_weight, a.o.weight);
+  }
+
+  std::vector<std::string> readers(const ModelConfig& config) const override {
+    const LatentGeometry& latent = *config.latent;
+    if (latent.attention_bias || config.rotary.rope_type == "longrope") {
+      return {};
+    }
+    return {
+        "read by transformers, stock: deepseek_v3",
+        vllm_line({latent.kv_lora_rank, latent.qk_rope_head_dim}, "vllm serve FOLDER"),
+        "read by llama.cpp, after its converter, which wants \"q_lora_rank\": 0 in config.json where there "
+        "is null"};
   }
 
  private:

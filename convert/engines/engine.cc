@@ -1,36 +1,122 @@
 #include "convert/engines/engine.h"
 
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <utility>
+
 #include "convert/engines/deepseek.h"
 #include "convert/engines/gla.h"
 #include "convert/engines/mlra.h"
 #include "convert/engines/relatent.h"
 #include "convert/engines/transformers.h"
+#include "convert/model/families/family.h"
+#include "formats/files.h"
 
 namespace relatent {
+namespace {
+
+std::vector<std::unique_ptr<Engine>> all_engines() {
+  std::vector<std::unique_ptr<Engine>> out;
+  out.push_back(make_transformers_engine());
+  out.push_back(make_relatent_engine());
+  out.push_back(make_deepseek_engine());
+  out.push_back(make_mlra_engine());
+  out.push_back(make_gla_engine());
+  return out;
+}
+
+// Weights, and when they are complete what goes beside them.
+class FolderSink final : public TensorSink {
+ public:
+  FolderSink(std::unique_ptr<CheckpointWriter> writer, const OutputPlan& plan, std::vector<ExtraFile> extra)
+      : writer_(std::move(writer)),
+        folder_(plan.path),
+        config_(plan.config),
+        side_files_(plan.side_files),
+        extra_(std::move(extra)) {}
+
+  void write_floats(const std::string& name, std::span<const float> values) override {
+    writer_->write_floats(name, values);
+  }
+  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override {
+    writer_->copy(name, source, source_name);
+  }
+  void mark_written(const std::string& name) override { writer_->mark_written(name); }
+  void flush() override { writer_->flush(); }
+  std::uint64_t bytes_written() const override { return writer_->bytes_written(); }
+
+  void finish() override {
+    writer_->finish();
+    for (const std::filesystem::path& file : side_files_) {
+      copy_whole_file(file, folder_ / file.filename());
+    }
+    write_text(folder_ / "config.json", config_.dump(2) + "\n");
+    for (const ExtraFile& file : extra_) {
+      write_text(folder_ / file.name, std::string(file.text));
+    }
+  }
+
+ private:
+  std::unique_ptr<CheckpointWriter> writer_;
+  std::filesystem::path folder_;
+  nlohmann::ordered_json config_;
+  std::vector<std::filesystem::path> side_files_;
+  std::vector<ExtraFile> extra_;
+};
+
+}  // namespace
 
 std::string to_string(const CacheShape& shape) {
   return std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
 }
 
-std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {
-  // What stock transformers has no class for is run by the code that goes with our own layout.
-  if (name == "relatent" || (name == "transformers" && form != "mla")) {
-    return make_relatent_engine();
-  }
-  if (name == "transformers") {
-    return make_transformers_engine();
-  }
-  if (name == "deepseek" && form == "mla") {
-    return make_deepseek_engine();
-  }
-  if (name == "mlra" && (form == "mlra" || form == "gla")) {
-    return make_mlra_engine();
-  }
-  return name == "gla" && form == "gla" ? make_gla_engine() : nullptr;
+ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
+                                   const LatentShape& shape, DType dtype) const {
+  const std::filesystem::path nowhere = "config.json";
+  const Rotary plain = parse_rotary({{"rope_theta", 10000.0}}, shape.rope_dim, nowhere);
+  return parse_config(config(source_config, source, shape, plain, dtype), nowhere);
 }
 
-std::string_view known_engines() {
-  return "transformers, relatent, deepseek, mlra, gla";
+std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reopen) const {
+  std::unique_ptr<CheckpointWriter> writer =
+      reopen ? CheckpointWriter::reopen(plan.path, plan.tensors, plan.max_shard_bytes)
+             : std::make_unique<CheckpointWriter>(plan.path, plan.tensors, plan.max_shard_bytes);
+  return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
+}
+
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {
+  for (std::unique_ptr<Engine>& engine : all_engines()) {
+    if (engine->name() != name) {
+      continue;
+    }
+    const EngineTraits traits = engine->traits();
+    if (std::find(traits.forms.begin(), traits.forms.end(), form) != traits.forms.end()) {
+      return std::move(engine);
+    }
+    return traits.other_forms.empty() ? nullptr : make_engine(traits.other_forms, form);
+  }
+  return nullptr;
+}
+
+std::vector<std::string> engine_names(bool (*has)(const EngineTraits&)) {
+  std::vector<std::string> out;
+  for (const std::unique_ptr<Engine>& engine : all_engines()) {
+    if (has == nullptr || has(engine->traits())) {
+      out.emplace_back(engine->name());
+    }
+  }
+  return out;
+}
+
+std::vector<std::string> readers_of(const ModelConfig& config) {
+  std::vector<std::string> out;
+  for (const std::unique_ptr<Engine>& engine : all_engines()) {
+    if (engine->family() == config.family->name) {
+      const std::vector<std::string> lines = engine->readers(config);
+      out.insert(out.end(), lines.begin(), lines.end());
+    }
+  }
+  return out;
 }
 
 }  // namespace relatent

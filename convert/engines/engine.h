@@ -2,18 +2,21 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
+#include <filesystem>
 #include <memory>
-#include <nlohmann/json_fwd.hpp>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "convert/engines/layer_writer.h"
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
-#include "convert/model/families.h"
 #include "convert/model/latent_shape.h"
 #include "formats/checkpoint.h"
+#include "formats/work_folder.h"
 
 namespace relatent {
 
@@ -33,22 +36,34 @@ inline constexpr std::array<CacheShape, 2> served_shapes = {{{512, 64}, {256, 64
 
 // What an engine's layout can hold.
 struct EngineTraits {
-  bool any_frequencies = true;  // else base^(-2i/p), pairs in order
-  bool query_bias = true;       // has a place for a query bias that the source does not have
-  bool pads_latent = false;     // MLA: kernels want certain sizes, and dead coordinates are harmless
-  Index own_coordinates = 0;    // of the stored latent, that the layout needs for itself
-  bool undoes_norm = true;      // writes a latent without a norm so that the engine's norm does nothing
-  bool tied_head = true;        // reads tie_word_embeddings
-  std::optional<double> fixed_base{};  // of the plain list; none = the config's
-  bool normed_query = false;           // the query passes a normalised latent as wide as the input
-  bool latent_source = true;           // what an MLA source's norm becomes has a place
-  bool must_tie = false;               // the output head is the embedding
-  std::optional<double> norm_eps{};    // of the layers' norms; none = the config's
+  std::vector<std::string_view> forms;  // that it has a layout for
+  std::string_view other_forms{};       // the engine that writes the others instead; empty: none does
+  bool any_frequencies = true;          // else base^(-2i/p), pairs in order
+  std::optional<double> fixed_base{};   // of the plain list; none = the config's
+  bool query_bias = true;               // has a place for a query bias that the source does not have
+  bool normed_latent = false;           // normalises every latent, and the method must fit it to that
+  Index own_coordinates = 0;            // of the stored latent, that the layout needs for itself
+  bool pads_latent = false;             // MLA: dead coordinates of the latent are harmless
+  bool any_cache_shape = false;         // its readers have no kernels of certain sizes
+  bool normed_query = false;            // the query passes a normalised latent as wide as the input
+  bool latent_source = true;            // what an MLA source's norm becomes has a place
+  bool must_tie = false;                // the output head is the embedding
+  std::optional<double> norm_eps{};     // of the layers' norms; none = the config's
 };
 
 struct ExtraFile {
   std::string name;
   std::string_view text;
+};
+
+// A converted checkpoint before its first tensor is written.
+struct OutputPlan {
+  std::filesystem::path path;       // of the folder, which is there, or of the file
+  std::vector<TensorSpec> tensors;  // in the order in which they lie
+  nlohmann::ordered_json config;    // what Engine::config gave
+  const Checkpoint* source = nullptr;
+  std::vector<std::filesystem::path> side_files;  // of the source, to go along
+  std::uint64_t max_shard_bytes = 0;
 };
 
 class Engine {
@@ -59,6 +74,9 @@ class Engine {
   virtual ~Engine() = default;
 
   virtual std::string_view name() const = 0;
+  // Of the family (model/families) that reads what it writes. Its rules say what the tensors are called and
+  // how large they are.
+  virtual std::string_view family() const = 0;
   virtual EngineTraits traits() const = 0;
   // Why the engine's layout cannot hold the shape: a sentence, empty when it can.
   virtual std::string why_not(const ModelConfig& /*source*/, const LatentShape& /*shape*/) const {
@@ -69,29 +87,38 @@ class Engine {
   virtual std::optional<Index> default_rank(const ModelConfig& /*source*/) const { return std::nullopt; }
   // What the query must be compressed to; none = it need not.
   virtual std::optional<Index> query_rank(const ModelConfig& /*source*/) const { return std::nullopt; }
-  // What a tensor that is carried over is called. name: what the source calls it.
-  virtual std::string carried_name(Role /*role*/, Index /*layer_idx*/, const std::string& name) const {
-    return name;
+  // In which dtype a tensor of that shape is stored, when `wanted` is asked for.
+  virtual DType stored_dtype(Role /*role*/, const std::vector<std::int64_t>& /*shape*/, DType wanted) const {
+    return wanted;
   }
-  // Numbers per token and layer that the engine caches for this shape.
-  virtual Index cache_numbers(const LatentShape& shape) const = 0;
-  // The attention tensors of one layer in the order in which they are written.
-  virtual std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
-                                                    Index layer_idx, DType dtype) const = 0;
-  // config.json of the converted checkpoint. source_config is the source's.
+  // What is said of the converted model beside its tensors: config.json. source_config is the source's.
+  // Throws Error (input) when the layout has no place for the rotary list.
   virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config,
                                         const ModelConfig& source, const LatentShape& shape,
                                         const Rotary& rotary, DType dtype) const = 0;
+  // What reads the output takes it for, but for its rotary list, on which no tensor depends.
+  ModelConfig written_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
+                             const LatentShape& shape, DType dtype) const;
   // Files that go beside the weights.
   virtual std::vector<ExtraFile> extra_files() const { return {}; }
-  // Writes all attention tensors of a layer. `shape` says which there are: a layer may lack a bias that
-  // others have.
-  virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, Index layer_idx,
-                               DType dtype, CheckpointWriter& out) const = 0;
+  // A folder of weights, config.json and the side files, or a single file.
+  virtual OutputKind output_kind() const { return OutputKind::new_folder; }
+  // reopen: goes on with what an earlier process left there; nullptr when that is not there, or not of this
+  // plan. Throws Error (machine, input).
+  virtual std::unique_ptr<TensorSink> open_output(const OutputPlan& plan, bool reopen) const;
+  // Writes all attention tensors of a layer. A layer may lack a bias that `shape` has.
+  virtual void write_attention(const LatentAttention& attention, const LatentShape& shape, DType dtype,
+                               const LayerWriter& out) const = 0;
+  // Who runs a checkpoint of its family, one line each, and what refuses it only for its sizes. Empty when it
+  // is not in this engine's layout.
+  virtual std::vector<std::string> readers(const ModelConfig& /*config*/) const { return {}; }
 };
 
 // The engine of that name for a form; nullptr when there is no engine of that name, or none for that form.
 std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form);
-std::string_view known_engines();
+// Those for which `has` is true of their traits, all of them without; in the order in which they are listed.
+std::vector<std::string> engine_names(bool (*has)(const EngineTraits&) = nullptr);
+// Engine::readers of every engine of the config's family.
+std::vector<std::string> readers_of(const ModelConfig& config);
 
 }  // namespace relatent

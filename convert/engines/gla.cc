@@ -24,12 +24,10 @@ class GlaEngine final : public Engine {
  public:
   std::string_view name() const override { return "gla"; }
 
-  EngineTraits traits() const override {
-    return {.any_frequencies = false, .tied_head = false, .latent_source = false};
-  }
+  std::string_view family() const override { return "gla"; }
 
-  Index cache_numbers(const LatentShape& shape) const override {
-    return latents * stored_rank(shape.nope_dim) + shape.rope_dim;
+  EngineTraits traits() const override {
+    return {.forms = {"gla"}, .any_frequencies = false, .latent_source = false};
   }
 
   // One coordinate of each latent is the constant that undoes its norm.
@@ -53,33 +51,6 @@ class GlaEngine final : public Engine {
       }
     }
     return "";
-  }
-
-  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
-                                            Index layer_idx, DType dtype) const override {
-    const Index hidden = source.hidden_size;
-    const Index rank = stored_rank(shape.nope_dim);
-    const Index q_rank = stored_q_rank(shape.nope_dim);
-    std::vector<TensorSpec> out;
-    const auto add = [&](const std::string& rest, std::vector<std::int64_t> size) {
-      out.push_back({attention_name(layer_idx, rest.c_str()), dtype, std::move(size)});
-    };
-    const auto add_linear = [&](const std::string& rest, Index rows, Index columns) {
-      add(rest + ".weight", {rows, columns});
-      add(rest + ".bias", {rows});
-    };
-    add_linear("W_dQ", q_rank, hidden);
-    add("q_norm.weight", {q_rank});
-    add_linear("W_uQ_rope", shape.heads * (shape.nope_dim + shape.rope_dim), q_rank);
-    add_linear("W_dKV", latents * rank + shape.rope_dim, hidden);
-    for (Index b = 1; b <= latents; ++b) {
-      add("kv_norm_" + std::to_string(b) + ".weight", {rank});
-    }
-    for (Index b = 1; b <= latents; ++b) {
-      add_linear("W_ukv_" + std::to_string(b), shape.heads * shape.nope_dim, rank);
-    }
-    add_linear("o_proj", hidden, shape.heads * shape.v_dim);
-    return out;
   }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
@@ -115,21 +86,17 @@ class GlaEngine final : public Engine {
     return out;
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, Index layer_idx, DType dtype,
-                       CheckpointWriter& out) const override {
-    const auto put = [&](const std::string& rest, const auto& values) {
-      out.write_floats(attention_name(layer_idx, rest.c_str()),
-                       {values.data(), static_cast<std::size_t>(values.size())});
-    };
+  void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, DType dtype,
+                       const LayerWriter& out) const override {
     const Index n = a.nope_dim;
     const Index p = a.rope_dim;
     const Index rank = stored_rank(n);
     const StoredQuery query = store_query(a, stored_q_rank(n), dtype);
-    put("W_dQ.weight", query.down);
-    put("W_dQ.bias", query.down_bias);
-    put("q_norm.weight", query.gain);
-    put("W_uQ_rope.weight", query.up);
-    put("W_uQ_rope.bias", RowVectorF(RowVectorF::Zero(query.up.rows())));
+    out.put(Role::q_a_weight, query.down);
+    out.put(Role::q_a_bias, query.down_bias);
+    out.put(Role::q_a_norm, query.gain);
+    out.put(Role::q_weight, query.up);
+    out.put(Role::q_bias, RowVectorF(RowVectorF::Zero(query.up.rows())));
     MatrixF down = MatrixF::Zero(latents * rank + p, a.rotary_key.weight.cols());
     RowVectorF bias = RowVectorF::Zero(down.rows());
     for (Index b = 0; b < latents; ++b) {
@@ -143,18 +110,18 @@ class GlaEngine final : public Engine {
       bias((b + 1) * rank - 1) = static_cast<float>(undo.beta);
       RowVectorF gain = RowVectorF::Constant(rank, static_cast<float>(undo.gain));
       gain(rank - 1) = 0;  // nothing reads the constant
-      put("kv_norm_" + std::to_string(b + 1) + ".weight", gain);
+      out.put(Role::kv_a_norm, gain, b);
       MatrixF up = MatrixF::Zero(branch.up.rows(), rank);
       up.leftCols(used) = branch.up * static_cast<float>(undo.correction);
-      put("W_ukv_" + std::to_string(b + 1) + ".weight", up);
-      put("W_ukv_" + std::to_string(b + 1) + ".bias", RowVectorF(RowVectorF::Zero(up.rows())));
+      out.put(Role::kv_b_weight, up, b);
+      out.put(Role::kv_b_bias, RowVectorF(RowVectorF::Zero(up.rows())), b);
     }
     down.bottomRows(p) = a.rotary_key.weight;
     bias.tail(p) = bias_or_zero(a.rotary_key);
-    put("W_dKV.weight", down);
-    put("W_dKV.bias", bias);
-    put("o_proj.weight", a.o.weight);
-    put("o_proj.bias", bias_or_zero(a.o));
+    out.put(Role::kv_a_weight, down);
+    out.put(Role::kv_a_bias, bias);
+    out.put(Role::o_weight, a.o.weight);
+    out.put(Role::o_bias, bias_or_zero(a.o));
   }
 };
 

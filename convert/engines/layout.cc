@@ -14,10 +14,6 @@ double round_to(DType dtype, double value) {
 
 }  // namespace
 
-std::string attention_name(Index layer_idx, const char* rest) {
-  return "model.layers." + std::to_string(layer_idx) + ".self_attn." + rest;
-}
-
 void to_pairs(MatrixF& m, Index first, Index p) {
   const MatrixF halves = m.middleRows(first, p);
   for (Index j = 0; j < p / 2; ++j) {
@@ -28,6 +24,15 @@ void to_pairs(MatrixF& m, Index first, Index p) {
 
 RowVectorF bias_or_zero(const Linear& linear) {
   return linear.bias.size() > 0 ? linear.bias : RowVectorF(RowVectorF::Zero(linear.out()));
+}
+
+std::string vllm_line(const CacheShape& shape, const std::string& command) {
+  if (std::find(served_shapes.begin(), served_shapes.end(), shape) == served_shapes.end()) {
+    return "not read by vLLM: no kernel for " + std::to_string(shape.latent) + " + " +
+           std::to_string(shape.rotary) + " numbers, convert with --shape 512+64 or 256+64";
+  }
+  return "read by vLLM, stock: " + command +
+         (shape == served_shapes.front() ? "" : " (GPUs only: its CPU backend takes 512 + 64)");
 }
 
 nlohmann::ordered_json deepseek_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,

@@ -8,9 +8,6 @@
 
 namespace relatent {
 
-// "model.layers.<i>.self_attn.<rest>"
-std::string attention_name(Index layer_idx, const char* rest);
-
 // Halves (j, j + p/2) of rows first ... first + p to interleaved pairs (2j, 2j + 1).
 void to_pairs(MatrixF& m, Index first, Index p);
 
@@ -45,6 +42,9 @@ struct StoredQuery {
   MatrixF up;            // [heads * (n + p), size], rescaled
 };
 StoredQuery store_query(const LatentAttention& attention, Index size, DType dtype);
+
+// Whether vLLM takes a latent and rotary key of these sizes, with which command: one line.
+std::string vllm_line(const CacheShape& shape, const std::string& command);
 
 // config.json of a dense deepseek_v3 model; what differs between engines is left out: attention_bias,
 // kv_lora_rank, q_lora_rank, rope_parameters, tie_word_embeddings.

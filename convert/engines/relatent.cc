@@ -44,52 +44,10 @@ class RelatentEngine final : public Engine {
  public:
   std::string_view name() const override { return "relatent"; }
 
-  EngineTraits traits() const override { return {.pads_latent = true}; }
+  std::string_view family() const override { return "relatent"; }
 
-  Index cache_numbers(const LatentShape& shape) const override {
-    return shape.rank + shape.dead_coordinates + shape.rope_dim;
-  }
-
-  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
-                                            Index layer_idx, DType dtype) const override {
-    const Index hidden = source.hidden_size;
-    const Index q_rows = shape.heads * (shape.nope_dim + shape.rope_dim);
-    std::vector<TensorSpec> out;
-    const auto add = [&](const std::string& rest, std::vector<std::int64_t> size) {
-      out.push_back({attention_name(layer_idx, rest.c_str()), dtype, std::move(size)});
-    };
-    const auto add_linear = [&](const std::string& rest, Index rows, Index columns) {
-      add(rest + ".weight", {rows, columns});
-      if (shape.has_bias) {
-        add(rest + ".bias", {rows});
-      }
-    };
-    if (shape.q_rank) {
-      add_linear("q_a_proj", *shape.q_rank, hidden);
-      add("q_a_layernorm.weight", {*shape.q_rank});
-      add("q_b_proj.weight", {q_rows, *shape.q_rank});
-    } else {
-      add_linear("q_proj", q_rows, hidden);
-    }
-    add_linear("k_rope_proj", shape.rope_dim, hidden);
-    if (shape.norm == LatentNorm::replicated) {
-      add("kv_norm_proj.weight", {shape.norm_rank, hidden});
-    }
-    for (std::size_t s = 0; s < shape.shared_ranks.size(); ++s) {
-      add_linear("kv_shared_proj." + std::to_string(s), shape.shared_ranks[s], hidden);
-    }
-    for (std::size_t b = 0; b < shape.branches.size(); ++b) {
-      const BranchGeometry& branch = shape.branches[b];
-      const Index rank = branch.whole_rank(shape.shared_ranks) + shape.dead_coordinates;
-      const std::string index = "." + std::to_string(b);
-      add_linear("kv_a_proj" + index, branch.rank + shape.dead_coordinates, hidden);
-      if (shape.norm == LatentNorm::branch) {
-        add("kv_a_layernorm" + index + ".weight", {rank});
-      }
-      add("kv_b_proj" + index + ".weight", {branch.head_count * (shape.nope_dim + shape.v_dim), rank});
-    }
-    add_linear("o_proj", hidden, shape.heads * shape.v_dim);
-    return out;
+  EngineTraits traits() const override {
+    return {.forms = {"mla", "gla", "tpla", "mlra"}, .pads_latent = true, .any_cache_shape = true};
   }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
@@ -147,47 +105,49 @@ class RelatentEngine final : public Engine {
     return {{"configuration_relatent.py", hf_configuration()}, {"modeling_relatent.py", hf_modeling()}};
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType /*dtype*/,
-                       CheckpointWriter& out) const override {
-    const auto put = [&](const std::string& rest, const auto& values) {
-      out.write_floats(attention_name(layer_idx, rest.c_str()),
-                       {values.data(), static_cast<std::size_t>(values.size())});
-    };
-    const auto put_linear = [&](const std::string& rest, const Linear& linear, float factor = 1) {
-      put(rest + ".weight", MatrixF(linear.weight * factor));
+  std::vector<std::string> readers(const ModelConfig& /*config*/) const override {
+    return {"read by vLLM with the relatent-vllm plug-in: vllm serve FOLDER",
+            "read by transformers with the code beside the weights: trust_remote_code=True"};
+  }
+
+  void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
+                       const LayerWriter& out) const override {
+    const auto put_linear = [&](Role weight, Role bias, const Linear& linear, Index part = -1,
+                                float factor = 1) {
+      out.put(weight, MatrixF(linear.weight * factor), part);
       if (shape.has_bias) {
-        put(rest + ".bias", RowVectorF(bias_or_zero(linear) * factor));
+        out.put(bias, RowVectorF(bias_or_zero(linear) * factor), part);
       }
     };
     // The reader multiplies scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
     const auto rescale = static_cast<float>(static_cast<double>(a.scale) *
                                             std::sqrt(static_cast<double>(shape.nope_dim + shape.rope_dim)));
     if (shape.q_rank) {
-      put_linear("q_a_proj", a.q_down);
-      put("q_a_layernorm.weight", a.q_norm.gain);
-      put("q_b_proj.weight", MatrixF(a.q.weight * rescale));
+      put_linear(Role::q_a_weight, Role::q_a_bias, a.q_down);
+      out.put(Role::q_a_norm, a.q_norm.gain);
+      out.put(Role::q_weight, MatrixF(a.q.weight * rescale));
     } else {
-      put_linear("q_proj", a.q, rescale);
+      put_linear(Role::q_weight, Role::q_bias, a.q, -1, rescale);
     }
-    put_linear("k_rope_proj", a.rotary_key);
+    put_linear(Role::k_rope_weight, Role::k_rope_bias, a.rotary_key);
     if (shape.norm == LatentNorm::replicated) {
-      put("kv_norm_proj.weight", a.norm_rows);
+      out.put(Role::kv_norm_weight, a.norm_rows);
     }
     for (std::size_t s = 0; s < a.shared.size(); ++s) {
-      put_linear("kv_shared_proj." + std::to_string(s), a.shared[s]);
+      put_linear(Role::kv_shared_weight, Role::kv_shared_bias, a.shared[s], static_cast<Index>(s));
     }
     for (std::size_t b = 0; b < a.branches.size(); ++b) {
       const LatentBranch& branch = a.branches[b];
-      const std::string index = "." + std::to_string(b);
-      put_linear("kv_a_proj" + index, padded_rows(branch.down, shape.dead_coordinates));
+      const auto part = static_cast<Index>(b);
+      put_linear(Role::kv_a_weight, Role::kv_a_bias, padded_rows(branch.down, shape.dead_coordinates), part);
       if (shape.norm == LatentNorm::branch) {
-        put("kv_a_layernorm" + index + ".weight", branch.norm.gain);
+        out.put(Role::kv_a_norm, branch.norm.gain, part);
       }
       MatrixF up = MatrixF::Zero(branch.up.rows(), branch.up.cols() + shape.dead_coordinates);
       up.leftCols(branch.up.cols()) = branch.up;
-      put("kv_b_proj" + index + ".weight", up);
+      out.put(Role::kv_b_weight, up, part);
     }
-    put_linear("o_proj", a.o);
+    put_linear(Role::o_weight, Role::o_bias, a.o);
   }
 };
 

@@ -15,38 +15,15 @@ class TransformersEngine final : public Engine {
  public:
   std::string_view name() const override { return "transformers"; }
 
+  std::string_view family() const override { return "deepseek_v3"; }
+
   EngineTraits traits() const override {
-    return {.query_bias = false, .pads_latent = true, .own_coordinates = 1};
-  }
-
-  Index cache_numbers(const LatentShape& shape) const override { return stored_rank(shape) + shape.rope_dim; }
-
-  std::vector<TensorSpec> attention_tensors(const ModelConfig& source, const LatentShape& shape,
-                                            Index layer_idx, DType dtype) const override {
-    const Index hidden = source.hidden_size;
-    const Index q_rows = shape.heads * (shape.nope_dim + shape.rope_dim);
-    const Index rank = stored_rank(shape);
-    const Index kv_rows = rank + shape.rope_dim;
-    std::vector<TensorSpec> out;
-    const auto add = [&](const char* rest, std::vector<std::int64_t> size) {
-      out.push_back({attention_name(layer_idx, rest), dtype, std::move(size)});
-    };
-    const std::optional<Index> q_rank = stored_q_rank(shape, hidden);
-    if (q_rank) {
-      add("q_a_proj.weight", {*q_rank, hidden});
-      add("q_a_proj.bias", {*q_rank});
-      add("q_a_layernorm.weight", {*q_rank});
-      add("q_b_proj.weight", {q_rows, *q_rank});
-    } else {
-      add("q_proj.weight", {q_rows, hidden});
-    }
-    add("kv_a_proj_with_mqa.weight", {kv_rows, hidden});
-    add("kv_a_proj_with_mqa.bias", {kv_rows});
-    add("kv_a_layernorm.weight", {rank});
-    add("kv_b_proj.weight", {shape.heads * (shape.nope_dim + shape.v_dim), rank});
-    add("o_proj.weight", {hidden, shape.heads * shape.v_dim});
-    add("o_proj.bias", {hidden});
-    return out;
+    return {.forms = {"mla"},
+            // What stock transformers has no class for is run by the code that goes with our own layout.
+            .other_forms = "relatent",
+            .query_bias = false,
+            .own_coordinates = 1,
+            .pads_latent = true};
   }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
@@ -61,13 +38,9 @@ class TransformersEngine final : public Engine {
     return out;
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& shape, Index layer_idx, DType dtype,
-                       CheckpointWriter& out) const override {
-    const auto put = [&](const char* rest, const auto& values) {
-      out.write_floats(attention_name(layer_idx, rest),
-                       {values.data(), static_cast<std::size_t>(values.size())});
-    };
-    write_query(a, shape, dtype, put);
+  void write_attention(const LatentAttention& a, const LatentShape& shape, DType dtype,
+                       const LayerWriter& out) const override {
+    write_query(a, shape, dtype, out);
 
     const LatentBranch& branch = a.branches.front();
     // The latent, dead coordinates, the constant.
@@ -89,12 +62,23 @@ class TransformersEngine final : public Engine {
     gain(size - 1) = 0;  // nothing reads the constant, so an absorbed cache holds a zero there
     MatrixF kv_b = MatrixF::Zero(branch.up.rows(), size);
     kv_b.leftCols(rank) = branch.up * static_cast<float>(undo.correction);
-    put("kv_a_proj_with_mqa.weight", kv_a);
-    put("kv_a_proj_with_mqa.bias", kv_a_bias);
-    put("kv_a_layernorm.weight", gain);
-    put("kv_b_proj.weight", kv_b);
-    put("o_proj.weight", a.o.weight);
-    put("o_proj.bias", bias_or_zero(a.o));
+    out.put(Role::kv_a_weight, kv_a);
+    out.put(Role::kv_a_bias, kv_a_bias);
+    out.put(Role::kv_a_norm, gain);
+    out.put(Role::kv_b_weight, kv_b);
+    out.put(Role::o_weight, a.o.weight);
+    out.put(Role::o_bias, bias_or_zero(a.o));
+  }
+
+  // Biases and free frequencies need transformers' own classes.
+  std::vector<std::string> readers(const ModelConfig& config) const override {
+    const LatentGeometry& latent = *config.latent;
+    if (!latent.attention_bias && config.rotary.rope_type != "longrope") {
+      return {};
+    }
+    return {"read by transformers, stock: deepseek_v3",
+            vllm_line({latent.kv_lora_rank, latent.qk_rope_head_dim},
+                      "vllm serve FOLDER --model-impl transformers")};
   }
 
  private:
@@ -109,8 +93,8 @@ class TransformersEngine final : public Engine {
     return shape.has_q_bias ? std::optional<Index>(hidden + 1) : std::nullopt;
   }
 
-  template <typename Put>
-  static void write_query(const LatentAttention& a, const LatentShape& shape, DType dtype, const Put& put) {
+  static void write_query(const LatentAttention& a, const LatentShape& shape, DType dtype,
+                          const LayerWriter& out) {
     const Index n = a.nope_dim;
     const Index p = a.rope_dim;
     const bool compressed = a.q_down.out() > 0;
@@ -119,17 +103,17 @@ class TransformersEngine final : public Engine {
       for (Index h = 0; h < a.heads; ++h) {
         to_pairs(q, h * (n + p) + n, p);
       }
-      put("q_proj.weight", q);
+      out.put(Role::q_weight, q);
       return;
     }
     StoredQuery query = store_query(a, a.q.weight.cols() + 1, dtype);
     for (Index h = 0; h < a.heads; ++h) {
       to_pairs(query.up, h * (n + p) + n, p);
     }
-    put("q_a_proj.weight", query.down);
-    put("q_a_proj.bias", query.down_bias);
-    put("q_a_layernorm.weight", query.gain);
-    put("q_b_proj.weight", query.up);
+    out.put(Role::q_a_weight, query.down);
+    out.put(Role::q_a_bias, query.down_bias);
+    out.put(Role::q_a_norm, query.gain);
+    out.put(Role::q_weight, query.up);
   }
 };
 

@@ -1,9 +1,6 @@
 // How the heads of a layer and the latents that they read are divided.
 #pragma once
 
-#include <optional>
-#include <string_view>
-
 #include "linalg/matrix.h"
 
 namespace relatent {
@@ -20,14 +17,12 @@ struct Partition {
   Index parts = 1;   // latents of each group's heads
 
   Index latents() const { return groups * parts; }
+  // A single latent that every head reads: MLA.
+  bool whole() const { return latents() == 1; }
   // Heads first_head(g) ... first_head(g + 1) - 1 belong to group g; as even as can be.
   Index first_head(Index group, Index heads) const { return cut_at(group, groups, heads); }
   // Latent of a part of a group, as MLRA's authors number them.
   Index latent(Index group, Index part) const { return part * groups + group; }
 };
-
-// mla: 1 group, 1 part. gla: `branches` groups. tpla: `branches` parts. mlra: 4 parts, or 2 groups of 2 parts
-// (MLRA-2). Nothing for a form or a number of branches that there is not.
-std::optional<Partition> partition_of(std::string_view form, Index branches);
 
 }  // namespace relatent

@@ -1,7 +1,7 @@
 #include "convert/latent/lossless.h"
 
-#include "convert/forms/mla.h"
-#include "convert/forms/partition.h"
+#include "convert/latent/assemble.h"
+#include "convert/latent/lay_out.h"
 #include "convert/methods/method.h"
 #include "convert/methods/naming_layer.h"
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/from_mla.h"
 #include "convert/latent/joint_latent.h"

@@ -1,6 +1,6 @@
 #include "convert/latent/transmla.h"
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "convert/methods/method.h"
 #include "convert/methods/naming_layer.h"
 #include "convert/model/forward.h"

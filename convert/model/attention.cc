@@ -17,7 +17,7 @@ constexpr Index query_block = 128;
 
 struct SoftmaxShape {
   float scale = 1;
-  Index window = 0;
+  std::optional<Index> window{};
 };
 
 // out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. mass_by_age,
@@ -30,13 +30,13 @@ void attend(const ConstBlock& q, const ConstBlock& k, const ConstBlock& v, Softm
   for (Index first = 0; first < length; first += query_block) {
     const Index rows = std::min(query_block, length - first);
     const Index cols = first + rows;
-    const Index from = shape.window > 0 ? std::max<Index>(0, first - shape.window + 1) : 0;
+    const Index from = shape.window ? std::max<Index>(0, first - *shape.window + 1) : 0;
     const Index width = cols - from;
     scratch.resize(rows, width);
     scratch.noalias() = q.middleRows(first, rows) * k.middleRows(from, width).transpose();
     for (Index i = 0; i < rows; ++i) {
       const Index m = first + i;
-      const Index lowest = shape.window > 0 ? std::max<Index>(0, m - shape.window + 1) - from : 0;
+      const Index lowest = shape.window ? std::max<Index>(0, m - *shape.window + 1) - from : 0;
       auto row = scratch.row(i).segment(lowest, m + 1 - from - lowest).array();
       const float peak = row.maxCoeff();
       row = ((row - peak) * shape.scale).exp();
@@ -198,8 +198,7 @@ MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const Rota
       key.leftCols(n) = expanded.middleCols(i * (n + w), n);
       by_age.setZero();
       attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w),
-             {attention.scale, 0}, scratch, mass != nullptr ? by_age.data() : nullptr,
-             out.middleCols(h * w, w));
+             {attention.scale}, scratch, mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * w, w));
       if (mass != nullptr) {
         const auto share = static_cast<double>(std::count_if(
             attention.branches.begin(), attention.branches.end(), [&](const LatentBranch& other) {

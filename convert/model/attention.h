@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <variant>
 #include <vector>
 
@@ -41,13 +42,13 @@ struct GqaAttention {
   Index heads = 0;
   Index kv_heads = 0;
   Index head_dim = 0;
-  Index window = 0;  // positions a query sees, its own included; 0 = all
-  float scale = 0;   // of q·k before the softmax
-  Linear q;          // [heads * head_dim, hidden]
-  Linear k;          // [kv_heads * head_dim, hidden]
-  Linear v;          // [kv_heads * head_dim, hidden]
-  Linear o;          // [hidden, heads * head_dim]
-  Rotary rotary;     // over head_dim
+  std::optional<Index> window;  // positions a query sees, its own included; none = all
+  float scale = 0;              // of q·k before the softmax
+  Linear q;                     // [heads * head_dim, hidden]
+  Linear k;                     // [kv_heads * head_dim, hidden]
+  Linear v;                     // [kv_heads * head_dim, hidden]
+  Linear o;                     // [hidden, heads * head_dim]
+  Rotary rotary;                // over head_dim
 
   Index group_of(Index head) const { return head / (heads / kv_heads); }
 };

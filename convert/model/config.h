@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "convert/model/rotary.h"
-#include "formats/checkpoint.h"
 #include "linalg/dtype.h"
 
 namespace relatent {
@@ -46,6 +45,7 @@ enum class LatentNorm {
 };
 // As config.json says it.
 std::string_view norm_name(LatentNorm norm);
+std::optional<LatentNorm> latent_norm_of(std::string_view name);
 
 // Latent attention: DeepSeek-V2/V3's MLA is one branch, the partitioned forms have several.
 struct LatentGeometry {
@@ -57,7 +57,6 @@ struct LatentGeometry {
   std::optional<Index> q_lora_rank;
   bool attention_bias = false;
   bool rope_interleave = true;  // rotary rows come as pairs (2i, 2i+1) rather than halves
-  double scale_factor = 1;      // multiplies (n + p)^-1/2; YaRN's mscale squared
   std::vector<Index> shared_ranks;
   std::vector<BranchGeometry> branches;
   LatentNorm norm = LatentNorm::branch;
@@ -90,8 +89,18 @@ struct ExpertsGeometry {
   double scale = 1;            // of what a token's experts add
 };
 
+// How the attention of one layer scores.
+struct AttentionSpec {
+  float scale = 0;  // of q·k before the softmax
+  // A query sees at most this many positions, its own included; none = all.
+  std::optional<Index> window{};
+};
+
+struct Family;
+
 struct ModelConfig {
-  std::string model_type;
+  const Family* family = nullptr;  // families/family.h
+  std::string model_type;          // as config.json says it
   Index hidden_size = 0;
   Index num_hidden_layers = 0;
   Index num_attention_heads = 0;
@@ -100,10 +109,9 @@ struct ModelConfig {
   Index max_position_embeddings = 0;
   double rms_norm_eps = 0;
   bool tie_word_embeddings = false;
-  // A query sees at most this many positions, its own included; none = all.
-  std::optional<Index> sliding_window;
-  DType dtype = DType::f32;  // what config.json says the weights are
-  Rotary rotary;             // over head_dim (GQA) or qk_rope_head_dim (MLA)
+  std::vector<AttentionSpec> attention;  // one for each layer
+  DType dtype = DType::f32;              // what config.json says the weights are
+  Rotary rotary;                         // over head_dim (GQA) or qk_rope_head_dim (MLA)
   std::optional<GqaGeometry> gqa;
   std::optional<LatentGeometry> latent;
   std::optional<ExpertsGeometry> experts;  // none = every MLP is dense

@@ -3,15 +3,15 @@
 
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
-#include "convert/model/families.h"
+#include "convert/model/layer_reader.h"
 #include "convert/model/mlp.h"
+#include "convert/model/placement.h"
 #include "formats/checkpoint.h"
 
 namespace relatent {
@@ -37,11 +37,9 @@ class Model {
   const Checkpoint& checkpoint() const { return checkpoint_; }
   const std::vector<PlacedTensor>& tensors() const { return tensors_; }
   // part: which latent or expert, of roles that have several.
-  bool has(Role role, Index layer_idx, Index part = -1) const {
-    return names_.contains({role, layer_idx, part});
-  }
+  bool has(Role role, Index layer_idx, Index part = -1) const { return names_.has(role, layer_idx, part); }
   const std::string& name_of(Role role, Index layer_idx, Index part = -1) const {
-    return names_.at({role, layer_idx, part});
+    return names_.at(role, layer_idx, part);
   }
 
   // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
@@ -57,8 +55,8 @@ class Model {
   Attention attention(Index layer_idx) const;
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
-  RmsNorm input_norm(Index layer_idx) const { return norm(Role::input_norm, layer_idx); }
-  RmsNorm final_norm() const { return norm(Role::final_norm, -1); }
+  RmsNorm input_norm(Index layer_idx) const { return reader(layer_idx).norm(Role::input_norm); }
+  RmsNorm final_norm() const { return reader(-1).norm(Role::final_norm); }
   // Rows of the embedding for these ids: [ids, hidden].
   MatrixF embed(const std::vector<std::int32_t>& ids) const;
   // Rows [first, first + count) of the output head: [count, hidden].
@@ -66,29 +64,20 @@ class Model {
 
  private:
   Model(Checkpoint checkpoint, ModelConfig config);
-  MatrixF matrix(Role role, Index layer_idx, Index part = -1) const;
-  RowVectorF vector_or_empty(Role role, Index layer_idx, Index part = -1) const;
-  Linear linear(Role weight, Role bias, Index layer_idx, Index part = -1) const;
-  Linear packed(Role weight, Role bias, Index layer_idx) const;
-  [[noreturn]] void fail_not_finite(const std::string& name) const;
-  RmsNorm norm(Role role, Index layer_idx) const;
-  GqaAttention gqa_geometry() const;
-  GqaAttention gqa(Index layer_idx) const;
-  LatentAttention latent(Index layer_idx) const;
-  void read_joint_latents(Index layer_idx, LatentAttention& out) const;
+  LayerReader reader(Index layer_idx) const { return {checkpoint_, names_, config_, layer_idx}; }
+  GqaAttention gqa_geometry(Index layer_idx) const;
   Mlp mlp(Index layer_idx) const;
+  Experts experts(Index layer_idx) const;
   // Work that is left to do on `out`, for parallel_for; it refers to `out`.
   using Work = std::vector<std::function<void()>>;
   template <typename Projections>
   void pack_projections(const Projections& projections, Index layer_idx, Work& work) const;
   void pack_mlp(Index layer_idx, MlpHalf& out, Work& work) const;
-  Experts experts(Index layer_idx) const;
-  void read_branches(Index layer_idx, LatentAttention& out) const;
 
   Checkpoint checkpoint_;
   ModelConfig config_;
   std::vector<PlacedTensor> tensors_;
-  std::map<std::tuple<Role, Index, Index>, std::string> names_;
+  TensorNames names_;
 };
 
 }  // namespace relatent

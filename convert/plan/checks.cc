@@ -30,12 +30,14 @@ void check_source(const Model& source) {
     fail_input({path, "", "attention_bias", "false", "true",
                 "the norm of a latent with biases cannot be kept when the latent is divided"});
   }
-  if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
-    fail_input(
-        {path, "", "sliding_window", "none, or at least max_position_embeddings",
-         std::to_string(*config.sliding_window),
-         "latent engines attend to every position: set max_position_embeddings to the window, within which "
-         "the two are the same"});
+  for (const AttentionSpec& layer : config.attention) {
+    if (layer.window && *layer.window < config.max_position_embeddings) {
+      fail_input(
+          {path, "", "sliding_window", "none, or at least max_position_embeddings",
+           std::to_string(*layer.window),
+           "latent engines attend to every position: set max_position_embeddings to the window, within which "
+           "the two are the same"});
+    }
   }
   for (const PlacedTensor& tensor : source.tensors()) {
     if (is_mlp_bias(tensor.role)) {
@@ -45,7 +47,9 @@ void check_source(const Model& source) {
   }
 }
 
-void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
+void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const Model& source = inputs.source;
+  const EngineTraits traits = inputs.engine->traits();
   if (!traits.latent_source && source.config().latent) {
     fail_usage("--engine " + options.engine +
                " normalises every latent on its own, which is not what an MLA source does: --engine "
@@ -55,13 +59,14 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
     fail_input({source.checkpoint().config_path(), "", "tie_word_embeddings",
                 "true, since --engine " + options.engine + " has no output head of its own", "false", ""});
   }
-  if (!traits.any_frequencies && options.engine != "deepseek") {
+  if (!traits.any_frequencies && !traits.normed_latent) {
     check_plain_rotary(source);
   }
-  if (traits.undoes_norm) {
+  if (!traits.normed_latent) {
     if (options.norm_coordinates || options.pad_rank) {
-      fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek and mlra, not to " +
-                 options.engine);
+      fail_usage("--norm-coordinates and --pad-rank belong to --engine " +
+                 join_words(engine_names([](const EngineTraits& t) { return t.normed_latent; })) +
+                 ", not to " + options.engine);
     }
     if (!traits.any_frequencies && options.method == Method::lossless) {
       fail_usage(
@@ -79,7 +84,7 @@ void check_engine(const ConvertOptions& options, const Model& source, const Engi
     fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
   }
-  if (options.pad_rank && options.form != "mla") {
+  if (options.pad_rank && !inputs.partition.whole()) {
     fail_usage("--pad-rank is the size of one latent, --to mla: give --norm-coordinates");
   }
   if (options.pad_rank && options.norm_coordinates) {

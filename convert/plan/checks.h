@@ -4,6 +4,7 @@
 #include <string>
 
 #include "convert/model/model.h"
+#include "convert/plan/inputs.h"
 #include "convert/plan/options.h"
 
 namespace relatent {
@@ -13,6 +14,6 @@ void check_source(const Model& source);
 
 // Throws Error when the engine cannot hold the source or what is asked for, whatever the sizes: usage, or
 // input where the source is to blame.
-void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits);
+void check_engine(const ConvertOptions& options, const ConvertInputs& inputs);
 
 }  // namespace relatent

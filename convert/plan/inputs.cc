@@ -19,25 +19,26 @@ constexpr Index most_held_out = 4;
 }  // namespace
 
 ConvertInputs open_inputs(const ConvertOptions& options) {
-  ConvertInputs out{Model::open(options.source), make_engine(options.engine, options.form), {}, {}};
-  if (!out.engine) {
-    bool known = false;
-    for (const char* form : {"mla", "gla", "tpla", "mlra"}) {
-      known = known || make_engine(options.engine, form) != nullptr;
-    }
-    fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
-                     : "--engine " + options.engine + " is not one of: " + std::string(known_engines()));
+  ConvertInputs out{Model::open(options.source),
+                    make_engine(options.engine, options.form),
+                    {},
+                    find_form(options.form),
+                    {}};
+  if (out.form == nullptr) {
+    fail_usage("--to " + options.form + " is not one of: " + join_words(form_names(), "or"));
   }
-  const std::optional<Partition> partition =
-      partition_of(options.form, options.branches.value_or(options.form == "mla" ? 1 : 0));
+  if (!out.engine) {
+    const std::vector<std::string> names = engine_names();
+    const bool known = std::find(names.begin(), names.end(), options.engine) != names.end();
+    fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
+                     : "--engine " + options.engine + " is not one of: " + join_words(names, "or"));
+  }
+  const std::optional<Partition> partition = out.form->partition(options.branches);
   if (!partition) {
-    fail_usage("--to " + options.form +
-               (options.form == "mla"    ? " has one latent: leave out --branches"
-                : options.form == "mlra" ? " needs --branches 2 or 4"
-                                         : " needs --branches, at least 2"));
+    fail_usage("--to " + options.form + " " + std::string(out.form->branches));
   }
   out.partition = *partition;
-  if (options.method == Method::transmla && options.form != "mla") {
+  if (options.method == Method::transmla && !out.partition.whole()) {
     fail_usage("--method transmla writes --to mla only");
   }
   if ((options.method == Method::transmla || options.method == Method::relatent) && !options.calibration) {

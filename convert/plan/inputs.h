@@ -6,6 +6,7 @@
 
 #include "convert/calibrate/calibrate.h"
 #include "convert/engines/engine.h"
+#include "convert/forms/form.h"
 #include "convert/latent/maps.h"
 #include "convert/model/model.h"
 #include "convert/plan/options.h"
@@ -16,7 +17,8 @@ struct ConvertInputs {
   Model source;
   std::unique_ptr<Engine> engine;
   std::optional<CalibrationFile> calibration;
-  Partition partition;  // of the form that is asked for
+  const Form* form = nullptr;  // that is asked for
+  Partition partition;         // of its latents
 };
 
 // Throws Error: usage when engine, form, branches, method and calibration do not go together, input when the

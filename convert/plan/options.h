@@ -8,9 +8,9 @@
 #include <string_view>
 
 #include "convert/engines/engine.h"
-#include "convert/forms/tpla.h"
 #include "convert/latent/attention_fit.h"
 #include "convert/latent/partition.h"
+#include "convert/latent/published_slices.h"
 #include "convert/latent/transmla.h"
 #include "formats/resume.h"
 #include "linalg/dtype.h"

@@ -5,7 +5,9 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <tuple>
 
+#include "convert/model/families/family.h"
 #include "convert/plan/checks.h"
 #include "convert/plan/memory.h"
 #include "convert/plan/sizes.h"
@@ -15,7 +17,7 @@
 namespace relatent {
 namespace {
 
-// Why a source tensor is not in the output, or nothing when it is.
+// Why a source tensor need not be in the output; empty when it must.
 std::string_view redundant(Role role, const ModelConfig& config) {
   if (role == Role::inv_freq) {
     return "a buffer that the config repeats";
@@ -29,6 +31,20 @@ std::string_view redundant(Role role, const ModelConfig& config) {
 // Rounding a router's bias would send tokens to other experts, and engines keep it in float32 too.
 DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) {
   return role == Role::router_bias ? stored : wanted.value_or(stored);
+}
+
+// The source's tensor `from` as the engine stores it.
+PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& options,
+                          const ExpectedTensor& to, const std::string& from) {
+  const TensorInfo& info = inputs.source.checkpoint().info(from);
+  const DType dtype =
+      inputs.engine->stored_dtype(to.role, info.shape, output_dtype(to.role, info.dtype, options.dtype));
+  return {{to.name, dtype, info.shape},
+          to.role,
+          to.layer_idx,
+          to.part,
+          dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
+          from};
 }
 
 // Layers that predict further tokens read the stream of a model that is not there any more.
@@ -85,12 +101,9 @@ std::string other_eps(const ConvertOptions& options, const Model& source, const 
 
 // What is written, layer by layer, the converted attention in the place of the old one, and what is left out.
 // Returns the most values that the attention of one layer has.
-std::uint64_t plan_tensors(const ConvertInputs& inputs, ConvertPlan& plan) {
+std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& converted, ConvertPlan& plan) {
   const Model& source = inputs.source;
   const ModelConfig& config = source.config();
-  const Engine& engine = *inputs.engine;
-  const ConvertOptions& options = plan.options;
-  std::uint64_t most = 0;
   std::vector<PlacedTensor> ordered = source.tensors();
   leave_out_prediction(ordered, config, plan);
   const auto rank_of = [&](const PlacedTensor& t) {
@@ -99,39 +112,47 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, ConvertPlan& plan) {
   };
   std::stable_sort(ordered.begin(), ordered.end(),
                    [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
+  std::map<std::tuple<Role, Index, Index>, ExpectedTensor> kept;
+  std::vector<std::vector<ExpectedTensor>> attention(static_cast<std::size_t>(config.num_hidden_layers));
+  for (ExpectedTensor& tensor : expected_tensors(converted)) {
+    if (is_attention(tensor.role)) {
+      attention[static_cast<std::size_t>(tensor.layer_idx)].push_back(std::move(tensor));
+    } else {
+      kept.emplace(std::tuple(tensor.role, tensor.layer_idx, tensor.part), std::move(tensor));
+    }
+  }
+  std::uint64_t most = 0;
   Index attention_done = -1;
   for (const PlacedTensor& tensor : ordered) {
     if (is_attention(tensor.role)) {
       if (attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
-        for (TensorSpec& spec : engine.attention_tensors(config, plan.shape, tensor.layer_idx, plan.dtype)) {
+        for (const ExpectedTensor& to : attention[static_cast<std::size_t>(tensor.layer_idx)]) {
+          TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
-          plan.tensors.push_back({std::move(spec), TensorAction::convert, ""});
+          plan.tensors.push_back(
+              {std::move(spec), to.role, to.layer_idx, to.part, TensorAction::convert, ""});
         }
         most = std::max(most, values);
       }
       continue;
     }
     const std::string_view reason = redundant(tensor.role, config);
+    const auto to = kept.find({tensor.role, tensor.layer_idx, tensor.part});
     if (!reason.empty()) {
       plan.left_out.push_back(tensor.name + ": " + std::string(reason));
-      continue;
+    } else if (to == kept.end()) {
+      fail_input({source.checkpoint().folder(), tensor.name, "has no place in the layout",
+                  "a tensor of " + std::string(converted.family->name), "one that it does not have", ""});
+    } else {
+      plan.tensors.push_back(kept_tensor(inputs, plan.options, to->second, tensor.name));
     }
-    const TensorInfo& info = source.checkpoint().info(tensor.name);
-    const DType dtype = output_dtype(tensor.role, info.dtype, options.dtype);
-    plan.tensors.push_back(
-        {{engine.carried_name(tensor.role, tensor.layer_idx, tensor.name), dtype, info.shape},
-         dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
-         tensor.name});
   }
-  if (!engine.traits().tied_head && config.tie_word_embeddings) {
-    const std::string& embedding = source.name_of(Role::embed_tokens, -1);
-    const TensorInfo& info = source.checkpoint().info(embedding);
-    const DType dtype = options.dtype.value_or(info.dtype);
-    plan.tensors.push_back({{"lm_head.weight", dtype, info.shape},
-                            dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
-                            embedding});
+  const auto head = kept.find({Role::lm_head, -1, -1});
+  if (config.tie_word_embeddings && head != kept.end() && head->second.presence == Presence::required) {
+    plan.tensors.push_back(
+        kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, -1)));
   }
   return most;
 }
@@ -191,8 +212,8 @@ ConvertOptions with_compute_type(const ConvertOptions& options, const ConvertInp
 
 ConvertOptions completed(const ConvertOptions& options, const ConvertInputs& inputs) {
   check_source(inputs.source);
-  check_engine(options, inputs.source, inputs.engine->traits());
-  return with_engine_sizes(with_compute_type(options, inputs), inputs.source.config(), *inputs.engine);
+  check_engine(options, inputs);
+  return with_engine_sizes(with_compute_type(options, inputs), inputs);
 }
 
 RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInputs& inputs,
@@ -209,7 +230,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   if (config.gqa && !traits.normed_query) {
     out.q_rank = shape.q_rank;
   }
-  if (!traits.undoes_norm) {
+  if (traits.normed_latent) {
     out.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
     out.pad_rank = options.pad_rank;
   }
@@ -221,9 +242,9 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   const Engine& engine = *inputs.engine;
   ConvertPlan plan;
   plan.options = options;
-  plan.shape = choose_shape(options, inputs.partition, source, engine);
-  for (std::string warning :
-       {other_eps(options, source, engine.traits()), few_tokens(options, inputs), unserved_shape(options)}) {
+  plan.shape = choose_shape(options, inputs);
+  for (std::string warning : {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
+                              unserved_shape(options, engine.traits())}) {
     if (!warning.empty()) {
       plan.warnings.push_back(std::move(warning));
     }
@@ -231,9 +252,11 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   const ModelConfig& config = source.config();
   plan.dtype = options.dtype.value_or(source.checkpoint().info(source.name_of(Role::o_weight, 0)).dtype);
   plan.source_cache_numbers = config.cache_numbers();
-  plan.converted_cache_numbers = engine.cache_numbers(plan.shape);
+  const ModelConfig converted =
+      engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
+  plan.converted_cache_numbers = converted.cache_numbers();
 
-  plan_cost(inputs, plan_tensors(inputs, plan), plan);
+  plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);
   return plan;
 }
 

@@ -32,8 +32,9 @@ void choose_lossless(const ConvertOptions& options, const Partition& partition, 
 }
 
 // Coordinates of each group's latents, from whichever option gives them.
-GroupSizes choose_group(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
-                        Index rope_dim) {
+GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inputs, Index rope_dim) {
+  const Partition& partition = inputs.partition;
+  const ModelConfig& config = inputs.source.config();
   const int given = (options.rank ? 1 : 0) + (options.kv_budget ? 1 : 0) + (options.per_device ? 1 : 0);
   if (given != 1) {
     fail_usage(given == 0
@@ -43,7 +44,7 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
   }
   GroupSizes out;
   if (options.relatent.order != LatentOrder::shared) {
-    if (options.form != "tpla") {
+    if (!inputs.form->slices) {
       fail_usage("--order belongs to --to tpla");
     }
     if (options.key_rank) {
@@ -96,8 +97,9 @@ GroupSizes choose_group(const ConvertOptions& options, const Partition& partitio
 }
 
 // Sizes for an MLA source: its rotary key stays as it is.
-void choose_from_mla(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
-                     LatentShape& shape) {
+void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs, LatentShape& shape) {
+  const Partition& partition = inputs.partition;
+  const ModelConfig& config = inputs.source.config();
   const LatentGeometry& latent = *config.latent;
   if (options.method == Method::transmla || options.method == Method::lossless) {
     fail_usage(
@@ -106,7 +108,7 @@ void choose_from_mla(const ConvertOptions& options, const Partition& partition, 
             : "--method lossless cannot split an MLA latent: scores and values of every head read all of it, "
               "so each device would keep the whole");
   }
-  if (options.form == "mla") {
+  if (!inputs.form->latent_source) {
     fail_usage("the source is MLA already: give --to gla, tpla or mlra");
   }
   if (options.rope_dim && *options.rope_dim != latent.qk_rope_head_dim) {
@@ -120,7 +122,7 @@ void choose_from_mla(const ConvertOptions& options, const Partition& partition, 
   shape.rope_dim = latent.qk_rope_head_dim;
   shape.v_dim = latent.v_head_dim;
   shape.q_rank = latent.q_lora_rank;
-  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
+  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
   if (options.relatent.order == LatentOrder::shared) {
     shape.norm = LatentNorm::replicated;
     shape.norm_rank = latent.kv_lora_rank;
@@ -143,10 +145,11 @@ void choose_from_mla(const ConvertOptions& options, const Partition& partition, 
 }
 
 // Decides rank and rotary size from the options.
-void choose_sizes(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
-                  LatentShape& shape) {
+void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, LatentShape& shape) {
+  const Partition& partition = inputs.partition;
+  const ModelConfig& config = inputs.source.config();
   if (config.latent) {
-    choose_from_mla(options, partition, config, shape);
+    choose_from_mla(options, inputs, shape);
     return;
   }
   const GqaGeometry& gqa = *config.gqa;
@@ -169,7 +172,7 @@ void choose_sizes(const ConvertOptions& options, const Partition& partition, con
     fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
                " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
   }
-  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
+  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
   const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
   if (group.rank <= 0 || group.rank > full) {
     const Index found = group.rank * partition.groups;
@@ -232,8 +235,10 @@ std::optional<CacheShape> default_shape(const ConvertOptions& options, const Mod
 
 // Turns the shape of the cache, given or chosen, into rotary size and rank. What the rank leaves of the
 // latent is filled up by the layout.
-void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, ConvertOptions& options) {
-  const bool can = options.form == "mla" && traits.pads_latent && config.gqa;
+void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
+  const ModelConfig& config = inputs.source.config();
+  const EngineTraits traits = inputs.engine->traits();
+  const bool can = inputs.partition.whole() && traits.pads_latent && config.gqa;
   if (!options.shape && can) {
     options.shape = default_shape(options, config);
   }
@@ -243,8 +248,10 @@ void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, Convert
   const CacheShape shape = *options.shape;
   const std::string given = "--shape " + to_string(shape);
   if (!can) {
-    fail_usage(options.form != "mla" ? given + " is the size of one latent, --to mla: give --per-device"
-                                     : given + " belongs to --engine transformers, relatent and deepseek");
+    fail_usage(!inputs.partition.whole()
+                   ? given + " is the size of one latent, --to mla: give --per-device"
+                   : given + " belongs to --engine " +
+                         join_words(engine_names([](const EngineTraits& t) { return t.pads_latent; })));
   }
   if (options.method == Method::lossless) {
     fail_usage("--method lossless fixes rank and rotary size: leave out --shape");
@@ -266,8 +273,8 @@ void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, Convert
     fail_usage(given + " and --rope-dim " + std::to_string(*options.rope_dim) + " contradict each other");
   }
   options.rope_dim = shape.rotary;
-  const Index own = traits.undoes_norm ? traits.own_coordinates
-                                       : options.norm_coordinates.value_or(default_norm_coordinates);
+  const Index own = traits.normed_latent ? options.norm_coordinates.value_or(default_norm_coordinates)
+                                         : traits.own_coordinates;
   const Index room = shape.latent - own;
   if (room < 1 || options.rank.value_or(1) > room) {
     fail_usage(given + " has room for a rank of " + std::to_string(std::max<Index>(0, room)) +
@@ -288,7 +295,7 @@ void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, Convert
       options.kv_budget.reset();
     }
   }
-  if (!traits.undoes_norm) {
+  if (traits.normed_latent) {
     options.pad_rank = shape.latent;
     options.norm_coordinates.reset();
   }
@@ -311,10 +318,10 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   } else if (!shape.q_rank && config.gqa) {
     shape.q_rank = engine.query_rank(config);
   }
-  if (options.shape && traits.undoes_norm) {
+  if (options.shape && !traits.normed_latent) {
     shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
   }
-  if (traits.undoes_norm) {
+  if (!traits.normed_latent) {
     return;
   }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
@@ -336,8 +343,9 @@ Index budget_numbers(double budget, const ModelConfig& config) {
   return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_numbers())));
 }
 
-ConvertOptions with_engine_sizes(const ConvertOptions& options, const ModelConfig& config,
-                                 const Engine& engine) {
+ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const ModelConfig& config = inputs.source.config();
+  const Engine& engine = *inputs.engine;
   const EngineTraits traits = engine.traits();
   ConvertOptions out = options;
   if (traits.fixed_base) {
@@ -346,12 +354,13 @@ ConvertOptions with_engine_sizes(const ConvertOptions& options, const ModelConfi
   if (!out.rank && !out.kv_budget && !out.per_device && config.gqa) {
     out.rank = engine.default_rank(config);
   }
-  fit_to_shape(config, traits, out);
+  fit_to_shape(inputs, out);
   return out;
 }
 
-LatentShape choose_shape(const ConvertOptions& options, const Partition& partition, const Model& source,
-                         const Engine& engine) {
+LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const Model& source = inputs.source;
+  const Partition& partition = inputs.partition;
   const ModelConfig& config = source.config();
   LatentShape shape;
   shape.heads = config.num_attention_heads;
@@ -365,7 +374,7 @@ LatentShape choose_shape(const ConvertOptions& options, const Partition& partiti
   }
   shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
                    source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
-  choose_sizes(options, partition, config, shape);
+  choose_sizes(options, inputs, shape);
   if (shape.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*shape.q_rank <= 0 || *shape.q_rank > full) {
@@ -373,12 +382,12 @@ LatentShape choose_shape(const ConvertOptions& options, const Partition& partiti
                  std::to_string(full));
     }
   }
-  fit_to_engine(options, config, engine, shape);
+  fit_to_engine(options, config, *inputs.engine, shape);
   return shape;
 }
 
-std::string unserved_shape(const ConvertOptions& options) {
-  if (!options.shape || options.engine == "relatent" ||
+std::string unserved_shape(const ConvertOptions& options, const EngineTraits& traits) {
+  if (!options.shape || traits.any_cache_shape ||
       std::find(served_shapes.begin(), served_shapes.end(), *options.shape) != served_shapes.end()) {
     return "";
   }

@@ -74,14 +74,14 @@ void convert_in_sequence(ConversionMethod& method, const ConvertInputs& inputs, 
 // Converts and writes all layers and the files beside them.
 void write_output(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work,
                   const LayerProgress& progress, ConvertReport& report) {
-  ConvertedOutput output(plan, inputs, work);
   const std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
+  const Rotary rotary = method->rotary();
+  ConvertedOutput output(plan, inputs, rotary, work);
   // One layer at least is converted again, so that there is progress to report.
   const Index layers = inputs.source.config().num_hidden_layers;
   const Index done = std::min(output.layers_done(), layers - 1);
   const Index first = method->resume(output.state_file(), done);
   output.keep_layers(first);
-  const Rotary rotary = method->rotary();
   const WriteLayer write = [&](Index layer_idx, const LatentAttention& attention) {
     check_rotary(rotary, attention);
     output.write_layer(layer_idx, attention);
@@ -93,7 +93,7 @@ void write_output(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFold
     convert_in_sequence(*method, inputs, first, write, output);
   }
   report.fold_error = method->fold_error();
-  output.finish(rotary);
+  output.finish();
   report.bytes_written = output.bytes_written();
 }
 

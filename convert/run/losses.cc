@@ -13,7 +13,7 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
   if (options.method != Method::relatent) {
     out.emplace_back("--method relatent loses less");
   }
-  if (!traits.undoes_norm) {
+  if (traits.normed_latent) {
     const bool biased =
         plan.shape.has_q_bias || inputs.source.has(Role::k_bias, 0) || inputs.source.has(Role::v_bias, 0);
     out.push_back("--engine " + options.engine + " has " +
@@ -25,7 +25,7 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
   if (part < 1 && options.method != Method::lossless) {
     out.push_back("the cache is " + std::to_string(std::llround(100 * part)) +
                   " % of the source's: allow it more with " +
-                  (options.form == "mla" ? "--kv-budget, --rank or --shape" : "--per-device or --rank"));
+                  (inputs.partition.whole() ? "--kv-budget, --rank or --shape" : "--per-device or --rank"));
   }
   if (inputs.calibration) {
     const Sequences sequences = inputs.calibration->sequences();

@@ -42,37 +42,53 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
   attention.q_norm = {RowVectorF::Ones(hidden), 1e-6F};
 }
 
+std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
+  std::vector<PlacedTensor> out;
+  for (const PlannedTensor& tensor : plan.tensors) {
+    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx, tensor.part});
+  }
+  return out;
+}
+
 }  // namespace
 
-ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work)
+ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, const Rotary& rotary,
+                                 WorkFolder& work)
     : plan_(plan),
       inputs_(inputs),
       work_(work),
+      names_(places_of(plan)),
       copy_clock_(std::min(record_every, plan.options.save.every)),
       layer_clock_(std::min(record_every, plan.options.save.every)),
       state_clock_(plan.options.save.every) {
-  open_writer();
+  open_writer(rotary);
 }
 
 std::filesystem::path ConvertedOutput::state_file() const {
   return work_.file(state_name);
 }
 
-void ConvertedOutput::open_writer() {
-  std::vector<TensorSpec> specs;
-  specs.reserve(plan_.tensors.size());
+void ConvertedOutput::open_writer(const Rotary& rotary) {
+  const Model& source = inputs_.source;
+  const Engine& engine = *inputs_.engine;
+  OutputPlan output{
+      work_.output(),
+      {},
+      engine.config(source.checkpoint().config(), source.config(), plan_.shape, rotary, plan_.dtype),
+      &source.checkpoint(),
+      plan_.side_files,
+      plan_.options.max_shard_bytes};
   for (const PlannedTensor& tensor : plan_.tensors) {
-    specs.push_back(tensor.spec);
+    output.tensors.push_back(tensor.spec);
   }
-  const std::uint64_t most = plan_.options.max_shard_bytes;
   tensors_done_ = work_.journal().last_number(copied_entry);
   layers_done_ = work_.journal().last_number(layers_entry);
   if (tensors_done_ > 0 || layers_done_ > 0) {
-    writer_ = CheckpointWriter::reopen(work_.output(), specs, most);
+    writer_ = engine.open_output(output, true);
     if (writer_) {
       return;
     }
-    // The shards are not what the journal speaks of.
+    // The weights are not what the journal speaks of.
     work_.record(copied_entry, Index{0});
     work_.record(layers_entry, Index{0});
   }
@@ -81,7 +97,7 @@ void ConvertedOutput::open_writer() {
   std::error_code none;
   std::filesystem::remove(state_file(), none);
   flush_folder(state_file().parent_path());
-  writer_ = std::make_unique<CheckpointWriter>(work_.output(), specs, most);
+  writer_ = engine.open_output(output, false);
 }
 
 void ConvertedOutput::copy_tensors() {
@@ -110,22 +126,22 @@ void ConvertedOutput::copy_tensors() {
 }
 
 void ConvertedOutput::keep_layers(Index count) {
-  const ModelConfig& config = inputs_.source.config();
-  for (Index i = 0; i < count; ++i) {
-    for (const TensorSpec& spec : inputs_.engine->attention_tensors(config, plan_.shape, i, plan_.dtype)) {
-      writer_->mark_written(spec.name);
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.action == TensorAction::convert && tensor.layer_idx < count) {
+      writer_->mark_written(tensor.spec.name);
     }
   }
 }
 
 void ConvertedOutput::write_layer(Index layer_idx, const LatentAttention& attention) {
   const Engine& engine = *inputs_.engine;
+  const LayerWriter writer(names_, layer_idx, *writer_);
   if (engine.traits().normed_query) {
     LatentAttention passed = attention;
     pass_query_through_norm(inputs_.source, layer_idx, plan_.dtype, passed);
-    engine.write_attention(passed, plan_.shape, layer_idx, plan_.dtype, *writer_);
+    engine.write_attention(passed, plan_.shape, plan_.dtype, writer);
   } else {
-    engine.write_attention(attention, plan_.shape, layer_idx, plan_.dtype, *writer_);
+    engine.write_attention(attention, plan_.shape, plan_.dtype, writer);
   }
 }
 
@@ -157,20 +173,6 @@ bool ConvertedOutput::state_written(const WriteState& write_state) const {
       throw;
     }
     return false;
-  }
-}
-
-void ConvertedOutput::finish(const Rotary& rotary) {
-  writer_->finish();
-  for (const std::filesystem::path& file : plan_.side_files) {
-    copy_whole_file(file, work_.output() / file.filename());
-  }
-  const Model& source = inputs_.source;
-  const nlohmann::ordered_json config =
-      inputs_.engine->config(source.checkpoint().config(), source.config(), plan_.shape, rotary, plan_.dtype);
-  write_text(work_.output() / "config.json", config.dump(2) + "\n");
-  for (const ExtraFile& file : inputs_.engine->extra_files()) {
-    write_text(work_.output() / file.name, std::string(file.text));
   }
 }
 

@@ -8,7 +8,7 @@
 #include <mutex>
 
 #include "convert/plan/plan.h"
-#include "formats/checkpoint.h"
+#include "formats/tensor_sink.h"
 #include "formats/work_folder.h"
 
 namespace relatent {
@@ -17,7 +17,9 @@ namespace relatent {
 class ConvertedOutput {
  public:
   // New weight files, or those of the run that is continued. Plan, inputs and work must outlive it.
-  ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work);
+  // rotary: the list that all layers share. Throws Error (input) when the engine has no place for it.
+  ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, const Rotary& rotary,
+                  WorkFolder& work);
 
   // Layers that the run which is continued has written.
   Index layers_done() const { return layers_done_; }
@@ -33,13 +35,13 @@ class ConvertedOutput {
   // together with what write_state, where given, writes to state_file().
   using WriteState = std::function<void(const std::filesystem::path&)>;
   void save(Index layers, const WriteState& write_state);
-  // Everything is written: adds config and side files.
-  void finish(const Rotary& rotary);
+  // Everything is written: adds what goes beside the tensors.
+  void finish() { writer_->finish(); }
 
   std::uint64_t bytes_written() const { return writer_->bytes_written(); }
 
  private:
-  void open_writer();
+  void open_writer(const Rotary& rotary);
   // Records what is durable from now on. Returns without a record when write_state found no room.
   void make_durable(SaveClock& clock, const WriteState& write_state, const char* entry, Index value);
   bool state_written(const WriteState& write_state) const;
@@ -47,7 +49,8 @@ class ConvertedOutput {
   const ConvertPlan& plan_;
   const ConvertInputs& inputs_;
   WorkFolder& work_;
-  std::unique_ptr<CheckpointWriter> writer_;
+  TensorNames names_;
+  std::unique_ptr<TensorSink> writer_;
   Index tensors_done_ = 0;
   Index layers_done_ = 0;
   // Tensors are copied beside the conversion, and one record must be durable before the next is begun.

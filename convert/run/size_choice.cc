@@ -31,11 +31,12 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   SizeChoice out;
   out.options = options;
   const bool shared = options.relatent.order == LatentOrder::shared;
-  const bool wants_rotary = options.form == "mla" && options.kv_budget && !options.rope_dim && !options.rank;
+  const bool wants_rotary =
+      inputs.partition.whole() && options.kv_budget && !options.rope_dim && !options.rank;
   const bool wants_split =
-      shared && options.form != "mla" && options.per_device &&
+      shared && !inputs.partition.whole() && options.per_device &&
       ((config.gqa && !options.rope_dim) || (inputs.partition.parts > 1 && !options.key_rank));
-  if (options.max_nats && options.form != "mla") {
+  if (options.max_nats && !inputs.partition.whole()) {
     fail_usage("--kv-budget auto belongs to --to mla; for " + options.form + " give --per-device");
   }
   if (options.method != Method::relatent || !(wants_rotary || wants_split || options.max_nats)) {

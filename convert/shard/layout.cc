@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "convert/model/devices.h"
+#include "convert/model/families/family.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -161,8 +162,8 @@ void check_tensor_per_latent(const Model& model) {
   for (const PlacedTensor& tensor : model.tensors()) {
     if (tensor.role == Role::kv_a_weight && tensor.part < 0) {
       fail_input({model.checkpoint().config_path(), "", "model_type",
-                  "a layout with tensors for each latent, as convert --engine transformers writes it",
-                  config.model_type, "all latents are in " + tensor.name});
+                  "a layout with tensors for each latent, such as convert --engine relatent writes",
+                  std::string(config.family->name), "all latents are in " + tensor.name});
     }
   }
 }

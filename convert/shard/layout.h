@@ -5,8 +5,8 @@
 #include <string_view>
 #include <vector>
 
-#include "convert/model/families.h"
 #include "convert/model/model.h"
+#include "convert/model/placement.h"
 #include "convert/shard/manifest.h"
 
 namespace relatent {

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "convert/model/devices.h"
+#include "convert/model/families/family.h"
 #include "formats/error.h"
 #include "linalg/threads.h"
 
@@ -103,7 +104,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
   const ModelConfig& config = converted.config();
   if (!config.latent) {
     fail_usage("--tp runs latent models device by device, and " + converted.checkpoint().folder().string() +
-               " is " + config.model_type);
+               " is " + std::string(config.family->name));
   }
   const std::vector<DeviceShare> shares = device_shares(*config.latent, tp);
   DeviceVerification out;

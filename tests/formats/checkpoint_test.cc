@@ -372,7 +372,7 @@ TEST(CheckpointWriter, CopiesTensorsUndecoded) {
   fs::copy_file(from.config_path(), folder / "b/config.json");
   CheckpointWriter writer(folder / "b", source.specs, 120);
   for (const TensorSpec& spec : source.specs) {
-    writer.copy(spec.name, from);
+    writer.copy(spec.name, from, spec.name);
   }
   writer.finish();
   EXPECT_EQ(Checkpoint::open(folder / "b").fingerprint(), from.fingerprint());

@@ -9,7 +9,9 @@
 
 #include "convert/engines/gla.h"
 #include "convert/engines/mlra.h"
-#include "convert/forms/partition.h"
+#include "convert/forms/form.h"
+#include "convert/latent/lay_out.h"
+#include "convert/model/families/family.h"
 #include "convert/model/model.h"
 #include "tests/support/latents.h"
 #include "tests/support/temp_folder.h"
@@ -153,21 +155,27 @@ inline LatentAttention random_layer(Random& random, const GlaSample& sample) {
   return out;
 }
 
-// What surrounds the attention, under the engine's names; its config is still the source's.
+// What surrounds the attention, under the names of the family; its config is still the source's.
 inline TinyModel author_body(const Engine& engine, const TinyOptions& options) {
   Random random(options.seed);
   TinyModel plain = tiny_body(options, random);
   TinyModel out;
   out.config = plain.config;
   out.dtype = plain.dtype;
+  const auto named = [](const TensorRule& rule, Index layer_idx) {
+    std::string name(rule.name);
+    if (const std::size_t at = name.find("{i}"); at != std::string::npos) {
+      name.replace(at, 3, std::to_string(layer_idx));
+    }
+    return name;
+  };
   for (Index i = 0; i < options.layers; ++i) {
     for (const TensorRule& rule : find_family("llama")->rules) {
-      std::string name(rule.name);
-      if (const std::size_t at = name.find("{i}"); at != std::string::npos) {
-        name.replace(at, 3, std::to_string(i));
-      }
-      if (const auto found = plain.tensors.find(name); found != plain.tensors.end()) {
-        out.tensors[engine.carried_name(rule.role, i, name)] = found->second;
+      const auto found = plain.tensors.find(named(rule, i));
+      for (const TensorRule& theirs : find_family(engine.family())->rules) {
+        if (theirs.role == rule.role && found != plain.tensors.end()) {
+          out.tensors[named(theirs, i)] = found->second;
+        }
       }
     }
   }
@@ -189,7 +197,8 @@ inline TinyModel tiny_author_model(const Engine& engine, const LatentShape& shap
   const ModelConfig source = parse_config(out.config, "config.json");
   Random random(options.seed + 1);
   for (Index i = 0; i < options.layers; ++i) {
-    for (const TensorSpec& spec : engine.attention_tensors(source, shape, i, options.dtype)) {
+    for (const ExpectedTensor& spec :
+         attention_tensors(engine, out.config, source, shape, i, options.dtype)) {
       Index rows = 1;
       for (std::size_t s = 0; s + 1 < spec.shape.size(); ++s) {
         rows *= spec.shape[s];

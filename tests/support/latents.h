@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/partition.h"
+#include "convert/forms/form.h"
+#include "convert/latent/lay_out.h"
 #include "tests/support/reference.h"
 #include "tests/support/samples.h"
 

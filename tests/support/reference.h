@@ -109,7 +109,7 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
   for (Index h = 0; h < a.heads; ++h) {
     const Index g = h * a.kv_heads / a.heads;
     out.middleCols(h * d, d) = attend_by_the_book(
-        x.rows(), a.window,
+        x.rows(), a.window.value_or(0),
         [&](Index m, Index n) {
           return static_cast<double>(a.scale) * at(q, m).segment(h * d, d).dot(at(k, n).segment(g * d, d));
         },

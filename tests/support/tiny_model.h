@@ -276,10 +276,11 @@ inline TinyModel tiny_relatent_model(const LatentShape& shape, const TinyOptions
   TinyModel model = tiny_body(body, random);
   const std::unique_ptr<Engine> engine = make_relatent_engine();
   const ModelConfig source = parse_config(model.config, "config.json");
-  for (Index i = 0; i < body.layers; ++i) {
-    for (const TensorSpec& spec : engine->attention_tensors(source, shape, i, body.dtype)) {
-      const Index columns = spec.shape.size() == 2 ? spec.shape[1] : 1;
-      model.put(spec.name, spec.shape, random.matrix(spec.shape[0], columns));
+  for (const ExpectedTensor& tensor :
+       expected_tensors(engine->written_config(model.config, source, shape, body.dtype))) {
+    if (is_attention(tensor.role)) {
+      const Index columns = tensor.shape.size() == 2 ? tensor.shape[1] : 1;
+      model.put(tensor.name, tensor.shape, random.matrix(tensor.shape[0], columns));
     }
   }
   model.config = engine->config(model.config, source, shape, sample_rotary(shape.rope_dim, 1), body.dtype);

@@ -10,6 +10,7 @@
 #include "convert/model/model.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
+#include "tests/support/written.h"
 
 namespace relatent {
 namespace {
@@ -102,7 +103,9 @@ TEST(Deepseek, ReadsBackAsWritten) {
   const std::unique_ptr<Engine> engine = make_deepseek_engine();
   const LatentAttention layer = random_layer(random);
 
-  std::vector<TensorSpec> specs = engine->attention_tensors(before.config(), kShape, 0, DType::f32);
+  const testing_support::AttentionOutput attention(*engine, before.checkpoint().config(), before.config(),
+                                                   kShape, 1, DType::f32);
+  std::vector<TensorSpec> specs = attention.specs();
   for (const TensorSpec& spec : specs) {
     EXPECT_EQ(spec.name.find("bias"), std::string::npos);
   }
@@ -118,7 +121,7 @@ TEST(Deepseek, ReadsBackAsWritten) {
   for (const std::string& name : carried) {
     writer.copy(name, before.checkpoint(), name);
   }
-  engine->write_attention(layer, kShape, 0, DType::f32, writer);
+  attention.write(layer, 0, writer);
   writer.finish();
   const Json config =
       engine->config(before.checkpoint().config(), before.config(), kShape, layer.rotary, DType::f32);
@@ -127,9 +130,9 @@ TEST(Deepseek, ReadsBackAsWritten) {
   EXPECT_EQ(config.at("tie_word_embeddings"), false);
   EXPECT_EQ(config.at("kv_lora_rank"), kShape.rank + kShape.norm_coordinates);
   EXPECT_EQ(config.at("rope_theta"), 10000.0);
-  EXPECT_EQ(engine->cache_numbers(kShape), 9 + 3 + 8);
 
   const Model after = Model::open(temp / "out");
+  EXPECT_EQ(after.config().cache_numbers(), 9 + 3 + 8);
   const MatrixF x = testing_support::sample_inputs(random, 20, kHidden);
   EXPECT_LE(
       relative_error(testing_support::output_of(after.attention(0), x), testing_support::output_of(layer, x)),
@@ -142,10 +145,11 @@ TEST(Deepseek, RefusesWhatTheLayoutCannotHold) {
   testing_support::tiny_model(TinyOptions{.layers = 1}).write(temp / "source");
   const Model source = Model::open(temp / "source");
   const std::unique_ptr<Engine> engine = make_deepseek_engine();
-  const auto specs = engine->attention_tensors(source.config(), kShape, 0, DType::f32);
+  const testing_support::AttentionOutput attention(*engine, source.checkpoint().config(), source.config(),
+                                                   kShape, 1, DType::f32);
   const auto write = [&](const LatentAttention& layer) {
-    CheckpointWriter writer(temp.path(), specs, 1'000'000'000);
-    engine->write_attention(layer, kShape, 0, DType::f32, writer);
+    CheckpointWriter writer(temp.path(), attention.specs(), 1'000'000'000);
+    attention.write(layer, 0, writer);
   };
   LatentAttention no_norm = random_layer(random);
   no_norm.branches.front().norm = {};

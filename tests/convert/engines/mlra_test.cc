@@ -54,7 +54,6 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().model_type, "gpt2 with mlra_model");
-    EXPECT_EQ(model.config().cache_numbers(), make_mlra_engine()->cache_numbers(shape_of(sample)));
     EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
     EXPECT_TRUE(model.config().tie_word_embeddings);
     for (Index i = 0; i < 2; ++i) {
@@ -136,9 +135,12 @@ using Listed = std::vector<std::pair<std::string, std::vector<std::int64_t>>>;
 
 Listed listed(const MlraSample& sample) {
   Listed out;
-  for (const TensorSpec& spec :
-       make_mlra_engine()->attention_tensors(source_of(sample), shape_of(sample), 3, DType::bf16)) {
-    EXPECT_EQ(spec.dtype, DType::bf16);
+  TinyOptions body = body_of(sample);
+  body.layers = 4;
+  const Json config = tiny_config(body);
+  for (const ExpectedTensor& spec :
+       testing_support::attention_tensors(*make_mlra_engine(), config, parse_config(config, "config.json"),
+                                          shape_of(sample), 3, DType::bf16)) {
     out.emplace_back(spec.name, spec.shape);
   }
   return out;
@@ -192,17 +194,26 @@ TEST(MlraEngine, NamesAndShapesAreTheAuthors) {
   EXPECT_EQ(listed(samples[3]), gla_4);
 }
 
-TEST(MlraEngine, NamesOfWhatIsCarriedOver) {
-  const auto engine = make_mlra_engine();
-  const auto name = [&](Role role, Index layer_idx) { return engine->carried_name(role, layer_idx, "old"); };
-  EXPECT_EQ(name(Role::embed_tokens, -1), "transformer.wte.weight");
-  EXPECT_EQ(name(Role::final_norm, -1), "layernorm.weight");
-  EXPECT_EQ(name(Role::input_norm, 2), "transformer.h.2.input_layernorm.weight");
-  EXPECT_EQ(name(Role::post_attention_norm, 2), "transformer.h.2.post_attention_layernorm.weight");
-  EXPECT_EQ(name(Role::gate_weight, 11), "transformer.h.11.mlp.c_fc1.weight");
-  EXPECT_EQ(name(Role::up_weight, 11), "transformer.h.11.mlp.c_fc2.weight");
-  EXPECT_EQ(name(Role::down_weight, 0), "transformer.h.0.mlp.c_proj.weight");
-  EXPECT_EQ(name(Role::lm_head, -1), "old");
+TEST(MlraEngine, NamesOfWhatSurroundsAttention) {
+  const MlraSample sample;
+  TinyOptions body = body_of(sample);
+  body.layers = 12;
+  const Json config = tiny_config(body);
+  const TensorNames names([&] {
+    std::vector<PlacedTensor> out;
+    for (const ExpectedTensor& tensor : expected_tensors(make_mlra_engine()->written_config(
+             config, parse_config(config, "config.json"), shape_of(sample), DType::bf16))) {
+      out.push_back(tensor);
+    }
+    return out;
+  }());
+  EXPECT_EQ(names.at(Role::embed_tokens, -1), "transformer.wte.weight");
+  EXPECT_EQ(names.at(Role::final_norm, -1), "layernorm.weight");
+  EXPECT_EQ(names.at(Role::input_norm, 2), "transformer.h.2.input_layernorm.weight");
+  EXPECT_EQ(names.at(Role::post_attention_norm, 2), "transformer.h.2.post_attention_layernorm.weight");
+  EXPECT_EQ(names.at(Role::gate_weight, 11), "transformer.h.11.mlp.c_fc1.weight");
+  EXPECT_EQ(names.at(Role::up_weight, 11), "transformer.h.11.mlp.c_fc2.weight");
+  EXPECT_EQ(names.at(Role::down_weight, 0), "transformer.h.0.mlp.c_proj.weight");
 }
 
 Json config_of(const MlraSample& sample, const Rotary& rotary) {
@@ -270,7 +281,7 @@ TEST(MlraEngine, RefusesToWriteWhatHasNoPlace) {
 TEST(MlraEngine, Traits) {
   const EngineTraits traits = make_mlra_engine()->traits();
   EXPECT_FALSE(traits.any_frequencies);
-  EXPECT_FALSE(traits.undoes_norm);
+  EXPECT_TRUE(traits.normed_latent);
   EXPECT_TRUE(traits.must_tie);
   EXPECT_TRUE(traits.normed_query);
   EXPECT_FALSE(traits.latent_source);

@@ -1,13 +1,14 @@
-#include "convert/engines/readers.h"
-
 #include <gtest/gtest.h>
+
+#include "convert/engines/engine.h"
+#include "convert/model/families/family.h"
 
 namespace relatent {
 namespace {
 
-ModelConfig latent_model(const std::string& model_type, Index rank, Index rotary, bool bias) {
+ModelConfig latent_model(const std::string& family, Index rank, Index rotary, bool bias) {
   ModelConfig out;
-  out.model_type = model_type;
+  out.family = find_family(family);
   out.latent.emplace();
   out.latent->kv_lora_rank = rank;
   out.latent->qk_rope_head_dim = rotary;
@@ -41,7 +42,7 @@ TEST(Readers, OfOtherSizesAndLayouts) {
   EXPECT_TRUE(says(latent_model("relatent", 208, 48, true), "relatent-vllm"));
   EXPECT_FALSE(says(latent_model("relatent", 208, 48, true), "no kernel"));
   ModelConfig source;
-  source.model_type = "llama";
+  source.family = find_family("llama");
   source.gqa.emplace();
   EXPECT_TRUE(readers_of(source).empty());
 }

@@ -97,7 +97,6 @@ TEST(RelatentEngine, WhatIsWrittenReadsBackAsTheLayer) {
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().model_type, "relatent");
     EXPECT_EQ(model.config().dtype, DType::f32);
-    EXPECT_EQ(model.config().cache_numbers(), make_relatent_engine()->cache_numbers(shape_of(sample)));
     EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
 
     const auto back = std::get<LatentAttention>(model.attention(1));
@@ -178,10 +177,12 @@ TEST(RelatentEngine, AMissingBiasIsZero) {
 
 TEST(RelatentEngine, ShapesOfTheTensors) {
   const auto engine = make_relatent_engine();
-  const ModelConfig source = parse_config(testing_support::tiny_config({}), "config.json");
+  const Json source_config = testing_support::tiny_config({.layers = 5});
+  const ModelConfig source = parse_config(source_config, "config.json");
   const auto shapes = [&](const LatentSample& sample) {
     std::map<std::string, std::vector<std::int64_t>> out;
-    for (const TensorSpec& spec : engine->attention_tensors(source, shape_of(sample), 4, DType::bf16)) {
+    for (const ExpectedTensor& spec : testing_support::attention_tensors(*engine, source_config, source,
+                                                                         shape_of(sample), 4, DType::bf16)) {
       const std::string prefix = "model.layers.4.self_attn.";
       EXPECT_EQ(spec.name.rfind(prefix, 0), 0U) << spec.name;
       out[spec.name.substr(prefix.size())] = spec.shape;
@@ -227,7 +228,8 @@ TEST(RelatentEngine, ShapesOfTheTensors) {
                    {"q_b_proj.weight", {66, 9}},
                    {"kv_norm_proj.weight", {10, 24}}});
   EXPECT_EQ(shapes(sample), expected);
-  EXPECT_EQ(engine->cache_numbers(shape_of(sample)), 11 + 12 + 6);
+  EXPECT_EQ(engine->written_config(source_config, source, shape_of(sample), DType::bf16).cache_numbers(),
+            11 + 12 + 6);
   EXPECT_TRUE(engine->traits().any_frequencies);
 }
 

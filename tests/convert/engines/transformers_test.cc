@@ -11,6 +11,7 @@
 
 #include "convert/engines/layout.h"
 #include "convert/model/model.h"
+#include "formats/error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
 #include "tests/support/written.h"
@@ -198,7 +199,7 @@ TEST(TransformersEngine, WhatIsWrittenReadsBackAsTheLayer) {
         EXPECT_LE(relative_error(output_projection(back)(mix_heads(back, x, table)), expected),
                   test.tolerance);
       }
-      EXPECT_EQ(model.config().cache_numbers(), make_transformers_engine()->cache_numbers(shape_of(sample)));
+      EXPECT_EQ(model.config().cache_numbers(), shape_of(sample).rank + 1 + shape_of(sample).rope_dim);
     }
   }
 }
@@ -222,10 +223,12 @@ TEST(TransformersEngine, NothingReadsTheConstantOfTheCache) {
 TEST(TransformersEngine, ShapesOfTheTensors) {
   const auto engine = make_transformers_engine();
   EXPECT_EQ(engine->name(), "transformers");
-  const ModelConfig source = parse_config(testing_support::tiny_config({}), "config.json");
+  const Json source_config = testing_support::tiny_config({.layers = 5});
+  const ModelConfig source = parse_config(source_config, "config.json");
   const auto shapes = [&](const ShapeSample& sample) {
     std::map<std::string, std::vector<std::int64_t>> out;
-    for (const TensorSpec& spec : engine->attention_tensors(source, shape_of(sample), 4, DType::bf16)) {
+    for (const ExpectedTensor& spec : testing_support::attention_tensors(*engine, source_config, source,
+                                                                         shape_of(sample), 4, DType::bf16)) {
       const std::string prefix = "model.layers.4.self_attn.";
       EXPECT_EQ(spec.name.rfind(prefix, 0), 0U) << spec.name;
       out[spec.name.substr(prefix.size())] = spec.shape;
@@ -253,7 +256,9 @@ TEST(TransformersEngine, ShapesOfTheTensors) {
   expected["q_a_layernorm.weight"] = {8};
   expected["q_b_proj.weight"] = {66, 8};
   EXPECT_EQ(shapes({.name = "", .q_bias = true, .q_rank = 7}), expected);
-  EXPECT_EQ(engine->cache_numbers(shape_of({.name = ""})), 9 + 1 + 6);
+  EXPECT_EQ(
+      engine->written_config(source_config, source, shape_of({.name = ""}), DType::bf16).cache_numbers(),
+      9 + 1 + 6);
 }
 
 TEST(TransformersEngine, ConfigIsWhatDeepseekV3Needs) {
@@ -303,7 +308,7 @@ TEST(TransformersEngine, ConfigIsWhatDeepseekV3Needs) {
   }
   EXPECT_EQ(back.rotary.attention_factor, 1.25F);
   EXPECT_EQ(back.latent->kv_lora_rank, 10);
-  EXPECT_EQ(back.latent->scale_factor, 1);
+  EXPECT_FLOAT_EQ(back.attention.front().scale, 1 / std::sqrt(11.0F));
 }
 
 TEST(Engine, IsFoundByName) {
@@ -329,7 +334,9 @@ TEST(Engine, IsFoundByName) {
     ASSERT_NE(make_engine("relatent", form), nullptr);
     EXPECT_EQ(make_engine("relatent", form)->name(), "relatent");
   }
-  EXPECT_EQ(known_engines(), "transformers, relatent, deepseek, mlra, gla");
+  EXPECT_EQ(join_words(engine_names(), "or"), "transformers, relatent, deepseek, mlra or gla");
+  EXPECT_EQ(join_words(engine_names([](const EngineTraits& t) { return t.normed_latent; })),
+            "deepseek and mlra");
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/mla.h"
-#include "convert/forms/partition.h"
+#include "convert/latent/assemble.h"
+#include "convert/latent/lay_out.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/trained_layer.h"

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "convert/latent/rotary_key.h"
 #include "linalg/decompose.h"
 #include "tests/support/samples.h"

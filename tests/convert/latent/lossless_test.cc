@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "tests/support/samples.h"
 #include "tests/support/trained_layer.h"
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "linalg/decompose.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/reference.h"

@@ -5,7 +5,7 @@
 #include <Eigen/Dense>
 #include <utility>
 
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/refit.h"
 #include "convert/plan/memory.h"

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/model/families/family.h"
 #include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/tiny_model.h"
@@ -21,6 +22,13 @@ using testing_support::TinyLatentOptions;
 
 ModelConfig parse(const Json& config) {
   return parse_config(config, "folder/config.json");
+}
+
+// What the scores are multiplied by beyond (n + p)^-1/2.
+float score_factor(const ModelConfig& config) {
+  const LatentGeometry& latent = *config.latent;
+  return config.attention.front().scale *
+         std::sqrt(static_cast<float>(latent.qk_nope_head_dim + latent.qk_rope_head_dim));
 }
 
 Json gqa_config() {
@@ -44,7 +52,7 @@ TEST(Config, ReadsGroupedQueryModels) {
     EXPECT_EQ(found.max_position_embeddings, 128);
     EXPECT_EQ(found.rms_norm_eps, 1e-5);
     EXPECT_TRUE(found.tie_word_embeddings);
-    EXPECT_EQ(found.sliding_window, std::nullopt);
+    EXPECT_EQ(found.attention.front().window, std::nullopt);
     EXPECT_EQ(found.dtype, DType::bf16);
     EXPECT_EQ(found.rotary.inv_freq.size(), 4U);
     EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(100.0, -0.25), 1e-7);
@@ -78,7 +86,7 @@ TEST(Config, ReadsLatentModels) {
   EXPECT_EQ(found.latent->q_lora_rank, 9);
   EXPECT_FALSE(found.latent->attention_bias);
   EXPECT_TRUE(found.latent->rope_interleave);
-  EXPECT_EQ(found.latent->scale_factor, 1.0);
+  EXPECT_FLOAT_EQ(score_factor(found), 1);
   EXPECT_EQ(found.rotary.inv_freq.size(), 3U);
   EXPECT_EQ(found.cache_numbers(), 17);
   EXPECT_EQ(found.cache_bytes_per_token(), 17 * 3 * 4);
@@ -113,7 +121,8 @@ TEST(Config, ReadsTheMlraAuthorsModels) {
     SCOPED_TRACE(test.model);
     config["mlra_model"] = test.model;
     const ModelConfig found = parse(config);
-    EXPECT_EQ(found.model_type, "gpt2 with mlra_model");
+    EXPECT_EQ(found.model_type, "gpt2");
+    EXPECT_EQ(found.family->name, "mlra");
     EXPECT_EQ(found.hidden_size, 24);
     EXPECT_EQ(found.num_hidden_layers, 2);
     EXPECT_EQ(found.num_attention_heads, 8);
@@ -136,7 +145,7 @@ TEST(Config, ReadsTheMlraAuthorsModels) {
     EXPECT_TRUE(latent.shared_ranks.empty());
     EXPECT_EQ(latent.norm, LatentNorm::branch);
     EXPECT_EQ(latent.norm_eps, 1e-6);
-    EXPECT_EQ(latent.scale_factor, 1);
+    EXPECT_FLOAT_EQ(score_factor(found), 1);
     EXPECT_NEAR(latent.query_scale, std::sqrt(24.0 / 17), 1e-12);
     EXPECT_NEAR(latent.latent_scale, std::sqrt(24.0 * static_cast<double>(test.latents) / 40), 1e-12);
     EXPECT_NEAR(latent.branch_scale, test.branch_scale, 1e-12);
@@ -168,7 +177,8 @@ TEST(Config, ReadsTheMlraAuthorsModels) {
 TEST(Config, ReadsTheGlaAuthorsModule) {
   Json config = testing_support::tiny_gla_model().config;
   ModelConfig found = parse(config);
-  EXPECT_EQ(found.model_type, "llama with qk_rope_dim");
+  EXPECT_EQ(found.model_type, "llama");
+  EXPECT_EQ(found.family->name, "gla");
   EXPECT_EQ(found.hidden_size, 24);
   EXPECT_EQ(found.rms_norm_eps, 1e-5);
   EXPECT_FALSE(found.tie_word_embeddings);
@@ -279,15 +289,15 @@ TEST(Config, ScaledRotationScalesTheSoftmaxOfLatentModels) {
   const double mscale = 0.1 * 0.7 * std::log(40.0) + 1;
   Json config = mla_config();
   config["rope_parameters"] = yarn;
-  EXPECT_DOUBLE_EQ(parse(config).latent->scale_factor, mscale * mscale);
+  EXPECT_FLOAT_EQ(score_factor(parse(config)), static_cast<float>(mscale * mscale));
   config = mla_config();
   config.erase("rope_parameters");
   config["rope_scaling"] = yarn;
-  EXPECT_DOUBLE_EQ(parse(config).latent->scale_factor, mscale * mscale);
+  EXPECT_FLOAT_EQ(score_factor(parse(config)), static_cast<float>(mscale * mscale));
   config["rope_scaling"].erase("mscale_all_dim");
-  EXPECT_EQ(parse(config).latent->scale_factor, 1.0);
+  EXPECT_FLOAT_EQ(score_factor(parse(config)), 1);
   config["rope_scaling"] = {{"rope_type", "default"}, {"factor", 40.0}, {"mscale_all_dim", 0.7}};
-  EXPECT_EQ(parse(config).latent->scale_factor, 1.0);
+  EXPECT_FLOAT_EQ(score_factor(parse(config)), 1);
 }
 
 TEST(Config, FillsInWhatMayBeLeftOut) {
@@ -317,14 +327,14 @@ TEST(Config, EitherNameOfTheDtype) {
 TEST(Config, SlidingWindows) {
   Json config = gqa_config();
   config["sliding_window"] = 32;
-  EXPECT_EQ(parse(config).sliding_window, 32);
+  EXPECT_EQ(parse(config).attention.front().window, 32);
   config["use_sliding_window"] = true;
-  EXPECT_EQ(parse(config).sliding_window, 32);
+  EXPECT_EQ(parse(config).attention.front().window, 32);
   config["use_sliding_window"] = false;
-  EXPECT_EQ(parse(config).sliding_window, std::nullopt);
+  EXPECT_EQ(parse(config).attention.front().window, std::nullopt);
   config["use_sliding_window"] = nullptr;
   config["sliding_window"] = nullptr;
-  EXPECT_EQ(parse(config).sliding_window, std::nullopt);
+  EXPECT_EQ(parse(config).attention.front().window, std::nullopt);
 }
 
 TEST(Config, SizesMustBePositiveWholeNumbers) {

@@ -1,5 +1,3 @@
-#include "convert/model/families.h"
-
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,6 +8,8 @@
 #include <vector>
 
 #include "convert/model/config.h"
+#include "convert/model/families/family.h"
+#include "convert/model/placement.h"
 #include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
@@ -37,15 +37,16 @@ std::vector<PlacedTensor> place(const TinyModel& model) {
   return place_tensors(checkpoint, parse_config(checkpoint.config(), checkpoint.config_path()));
 }
 
-TEST(Families, AreFoundByModelType) {
+TEST(Families, AreFoundByName) {
   ASSERT_NE(find_family("qwen2"), nullptr);
-  EXPECT_FALSE(find_family("llama")->latent);
-  EXPECT_TRUE(find_family("deepseek_v3")->latent);
-  EXPECT_TRUE(find_family("deepseek_v2")->latent);
+  EXPECT_EQ(find_family("llama")->read_latent, nullptr);
+  EXPECT_NE(find_family("deepseek_v3")->read_latent, nullptr);
+  EXPECT_EQ(find_family("gla")->model_type, "llama");
   EXPECT_EQ(find_family(""), nullptr);
-  EXPECT_EQ(known_model_types(),
-            "llama, mistral, qwen2, deepseek_v2, deepseek_v3, relatent, gpt2 with mlra_model, llama with "
-            "qk_rope_dim");
+  EXPECT_EQ(
+      known_families(),
+      "llama, mistral, qwen2, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key mlra_model), llama "
+      "(with the key qk_rope_dim)");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
@@ -321,7 +322,7 @@ TEST(Families, Refusals) {
       {"a third latent",
        tiny_mlra_model(mlra_samples()[2]),
        add("transformer.h.0.attn.kv_a_layernorm_3.weight", {15}),
-       {"no place in a gpt2 with mlra_model model", "kv_a_layernorm_3"}},
+       {"no place in a mlra model", "kv_a_layernorm_3"}},
       {"latents by the other name",
        tiny_mlra_model(mlra_samples()[2]),
        add("transformer.h.0.attn.kv_b_proj", {4, 10, 40}),
@@ -341,7 +342,7 @@ TEST(Families, Refusals) {
       {"no bias of the GLA authors' latents",
        tiny_gla_model(),
        drop(layer_name(1, "self_attn.W_ukv_2.bias")),
-       {"llama with qk_rope_dim", "missing", "W_ukv_2.bias"}},
+       {"a gla model needs", "missing", "W_ukv_2.bias"}},
       {"an output bias that the config denies",
        tiny_gla_model(),
        [](TinyModel& model) { model.config["attention_bias"] = false; },

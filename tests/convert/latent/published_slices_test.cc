@@ -1,4 +1,4 @@
-#include "convert/forms/tpla.h"
+#include "convert/latent/published_slices.h"
 
 #include <gtest/gtest.h>
 

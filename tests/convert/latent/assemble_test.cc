@@ -1,4 +1,4 @@
-#include "convert/forms/mla.h"
+#include "convert/latent/assemble.h"
 
 #include <gtest/gtest.h>
 

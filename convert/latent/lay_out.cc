@@ -1,4 +1,4 @@
-#include "convert/forms/partition.h"
+#include "convert/latent/lay_out.h"
 
 #include <stdexcept>
 

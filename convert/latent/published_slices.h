@@ -9,7 +9,7 @@
 
 namespace relatent {
 
-// shared is not sliced at all: see forms/partition.h.
+// shared is not sliced at all: see latent/lay_out.h.
 enum class LatentOrder { shared, pca, hadamard };
 std::string_view order_name(LatentOrder order);
 

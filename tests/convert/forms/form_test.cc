@@ -1,9 +1,11 @@
-#include "convert/latent/partition.h"
+#include "convert/forms/form.h"
 
 #include <gtest/gtest.h>
 
 #include <string>
 #include <vector>
+
+#include "convert/latent/partition.h"
 
 namespace relatent {
 namespace {

@@ -1,8 +1,7 @@
-// The families relatent knows, as data: which tensors a checkpoint holds, their shapes, and what becomes of
-// them.
+// What the tensors of a layout are called and how large they are, as data: the same rules say what a
+// checkpoint must hold and what is written.
 #pragma once
 
-#include <string>
 #include <string_view>
 #include <vector>
 
@@ -11,7 +10,6 @@
 namespace relatent {
 
 struct ModelConfig;
-class Checkpoint;
 
 // What a tensor is in the model, whatever it is called on disk.
 enum class Role {
@@ -35,6 +33,8 @@ enum class Role {
   kv_a_bias,
   kv_a_norm,
   kv_b_weight,
+  k_b_weight,  // the two halves of kv_b_weight, where a layout keeps them apart
+  v_b_weight,
   k_rope_weight,
   k_rope_bias,
   kv_b_bias,
@@ -79,32 +79,8 @@ struct TensorRule {
   std::vector<Index> (*shape)(const ModelConfig&, Index part);
   Index (*parts)(const ModelConfig&) = nullptr;  // how many; none where the name has neither
   InLayers layers = InLayers::all;
+  // Behind the rule before it part by part, rather than for all parts at once.
+  bool beside_previous = false;
 };
-
-// Two families borrow the model_type of a model that they are not, and are told from it by a key.
-inline constexpr std::string_view mlra_type = "gpt2 with mlra_model";
-inline constexpr std::string_view gla_type = "llama with qk_rope_dim";
-
-struct Family {
-  std::string_view model_type;
-  bool latent;  // MLA rather than GQA
-  std::vector<TensorRule> rules;
-};
-
-const Family* find_family(std::string_view model_type);  // nullptr when unknown
-std::string known_model_types();                         // "llama, mistral, ..."
-
-// A tensor of a checkpoint that has been matched to its rule.
-struct PlacedTensor {
-  std::string name;
-  Role role;
-  Index layer_idx;  // -1 outside the layers
-  Index part = -1;  // which latent or expert; -1 where there are no parts
-};
-
-// Matches every tensor of the checkpoint to exactly one rule. Throws Error (input) with one sentence that
-// names every tensor without a place, every missing one, or the first one whose shape or dtype is wrong. Of
-// layers that predict further tokens only the names are looked at.
-std::vector<PlacedTensor> place_tensors(const Checkpoint& checkpoint, const ModelConfig& config);
 
 }  // namespace relatent

@@ -1,4 +1,4 @@
-#include "convert/forms/partition.h"
+#include "convert/latent/lay_out.h"
 
 #include <gtest/gtest.h>
 
@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "convert/forms/mla.h"
+#include "convert/forms/form.h"
+#include "convert/latent/assemble.h"
 #include "convert/latent/lossless.h"
 #include "tests/support/latents.h"
 

@@ -1,0 +1,50 @@
+// The families relatent reads: one file each in this folder, and their list in registry.cc.
+// docs/adding-a-family.md says how to add one.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "convert/model/attention.h"
+#include "convert/model/config.h"
+#include "convert/model/config_reader.h"
+#include "convert/model/layer_reader.h"
+#include "convert/model/tensor_rule.h"
+
+namespace relatent {
+
+struct Family {
+  std::string_view name;        // no two families have the same
+  std::string_view model_type;  // of config.json
+  // Some borrow the model_type of another family: a key of config.json that only they have. Empty: none.
+  std::string_view key;
+  // What the config says, in the model's terms. Family, model_type and keys that all families share are
+  // filled in before. Throws Error (input) naming the key.
+  void (*parse)(const ConfigReader& in, ModelConfig& out);
+  std::vector<TensorRule> rules;
+  // A layer's latent attention from its tensors; nullptr: grouped-query attention, read by its roles.
+  LatentAttention (*read_latent)(const LayerReader& in) = nullptr;
+};
+
+// The family of a config; of those with its model_type the one whose key it has. Throws Error (input) when
+// there is none.
+const Family& family_of(const ConfigReader& in);
+
+// nullptr when there is none of that name.
+const Family* find_family(std::string_view name);
+
+// "llama, mistral, ..."
+std::string known_families();
+
+// One file each.
+const Family& llama_family();
+const Family& mistral_family();
+const Family& qwen2_family();
+const Family& deepseek_v2_family();
+const Family& deepseek_v3_family();
+const Family& relatent_family();
+const Family& mlra_family();
+const Family& gla_family();
+
+}  // namespace relatent

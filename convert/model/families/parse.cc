@@ -1,0 +1,166 @@
+#include "convert/model/families/parse.h"
+
+#include <cmath>
+#include <string>
+
+namespace relatent {
+namespace {
+
+constexpr std::array<TopkMethod, 3> topk_methods = {TopkMethod::greedy, TopkMethod::group_limited_greedy,
+                                                    TopkMethod::noaux_tc};
+
+TopkMethod parse_topk_method(const ConfigReader& in, const ExpertDefaults& defaults) {
+  if (!in.has("topk_method") && defaults.topk_method) {
+    return *defaults.topk_method;
+  }
+  const std::string found = in.text("topk_method");
+  std::string allowed;
+  for (const TopkMethod method : topk_methods) {
+    const bool sigmoid = method == TopkMethod::noaux_tc;
+    if ((sigmoid && defaults.softmax_only) || (!sigmoid && defaults.sigmoid_only)) {
+      continue;
+    }
+    const std::string_view name = topk_method_name(method);
+    if (found == name) {
+      return method;
+    }
+    allowed += (allowed.empty() ? "" : " or ") + std::string(name);
+  }
+  in.complain("topk_method", allowed);
+}
+
+std::optional<Index> parse_sliding_window(const ConfigReader& in) {
+  if (!in.has("sliding_window") || !in.flag_or("use_sliding_window", true)) {
+    return std::nullopt;
+  }
+  return in.size("sliding_window");
+}
+
+// Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim
+// ln(factor) + 1.
+double yarn_scale(const ConfigReader& in) {
+  for (const char* key : {"rope_scaling", "rope_parameters"}) {
+    const auto rope = in.json().find(key);
+    if (rope == in.json().end() || !rope->is_object()) {
+      continue;
+    }
+    const ConfigReader parameters(*rope, in.path());
+    const char* type_key = parameters.has("rope_type") ? "rope_type" : "type";
+    const bool plain = !parameters.has(type_key) || parameters.text(type_key) == "default";
+    const double all_dim = parameters.has("mscale_all_dim") ? parameters.number("mscale_all_dim") : 0;
+    const double factor = parameters.has("factor") ? parameters.number("factor") : 1;
+    const bool scaled = !plain && all_dim != 0 && factor > 1;
+    const double mscale = scaled ? 0.1 * all_dim * std::log(factor) + 1 : 1;
+    return mscale * mscale;
+  }
+  return 1;
+}
+
+}  // namespace
+
+void parse_body(const ConfigReader& in, ModelConfig& out) {
+  out.hidden_size = in.size("hidden_size");
+  out.num_hidden_layers = in.size("num_hidden_layers");
+  out.num_attention_heads = in.size("num_attention_heads");
+  out.max_position_embeddings = in.size_or("max_position_embeddings", 2048);
+  out.rms_norm_eps = in.number("rms_norm_eps");
+  out.tie_word_embeddings = in.flag_or("tie_word_embeddings", false);
+}
+
+Index parse_head_dim(const ConfigReader& in, const ModelConfig& config) {
+  if (!in.has("head_dim") && config.hidden_size % config.num_attention_heads != 0) {
+    in.complain("head_dim", "a head size, since hidden_size is not a multiple of num_attention_heads");
+  }
+  return in.size_or("head_dim", config.hidden_size / config.num_attention_heads);
+}
+
+void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
+  parse_body(in, out);
+  GqaGeometry gqa;
+  gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);
+  gqa.head_dim = parse_head_dim(in, out);
+  if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
+    in.complain("num_key_value_heads",
+                "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
+  }
+  out.gqa = gqa;
+  out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
+                       {1.0F / std::sqrt(static_cast<float>(gqa.head_dim)), parse_sliding_window(in)});
+  out.rotary = parse_rotary(in.json(), gqa.head_dim, in.path());
+}
+
+LatentGeometry parse_latent(const ConfigReader& in, ModelConfig& out) {
+  LatentGeometry latent;
+  latent.kv_lora_rank = in.size("kv_lora_rank");
+  latent.qk_nope_head_dim = in.count("qk_nope_head_dim");
+  latent.qk_rope_head_dim = in.size("qk_rope_head_dim");
+  latent.v_head_dim = in.size("v_head_dim");
+  if (in.has("q_lora_rank")) {
+    latent.q_lora_rank = in.size("q_lora_rank");
+  }
+  latent.attention_bias = in.flag_or("attention_bias", false);
+  latent.rope_interleave = in.flag_or("rope_interleave", true);
+  set_latent_scale(latent, yarn_scale(in), out);
+  return latent;
+}
+
+void set_latent_scale(const LatentGeometry& latent, double factor, ModelConfig& out) {
+  const auto size = static_cast<double>(latent.qk_nope_head_dim + latent.qk_rope_head_dim);
+  out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
+                       {static_cast<float>(factor / std::sqrt(size)), std::nullopt});
+}
+
+void even_branches(Index heads, Index groups, Index parts, LatentGeometry& latent) {
+  const Index rank = latent.kv_lora_rank / (groups * parts);
+  for (Index b = 0; b < groups * parts; ++b) {
+    latent.branches.push_back({(b % groups) * (heads / groups), heads / groups, rank, -1});
+  }
+  latent.norm = LatentNorm::branch;
+}
+
+std::optional<ExpertsGeometry> parse_experts(const ConfigReader& in, Index num_hidden_layers,
+                                             const ExpertDefaults& defaults) {
+  ExpertsGeometry out;
+  out.first_layer = in.count("first_k_dense_replace");
+  if (out.first_layer >= num_hidden_layers) {
+    return std::nullopt;
+  }
+  if (in.size_or("moe_layer_freq", 1) != 1) {
+    in.complain("moe_layer_freq", "1 (experts in every layer from first_k_dense_replace on)");
+  }
+  out.count = in.size("n_routed_experts");
+  out.shared = in.size("n_shared_experts");
+  out.intermediate_size = in.size("moe_intermediate_size");
+  out.per_token = in.size("num_experts_per_tok");
+  out.scale = in.number("routed_scaling_factor");
+  out.topk_method = parse_topk_method(in, defaults);
+  const bool sigmoid = out.topk_method == TopkMethod::noaux_tc;
+  const std::string scores = sigmoid ? "sigmoid" : "softmax";
+  if (in.has("scoring_func") && in.text("scoring_func") != scores) {
+    in.complain("scoring_func",
+                scores + ", as topk_method " + std::string(topk_method_name(out.topk_method)) + " has it");
+  }
+  out.normalised = in.flag_or("norm_topk_prob", defaults.normalised);
+  if (out.topk_method != TopkMethod::greedy) {
+    out.groups = in.size("n_group");
+    out.groups_per_token = in.size("topk_group");
+  }
+  if (out.count % out.groups != 0) {
+    in.complain("n_group", "a divisor of n_routed_experts = " + std::to_string(out.count));
+  }
+  const Index group_size = out.count / out.groups;
+  if (sigmoid && group_size < 2) {
+    in.complain("n_group", "groups of at least 2 of the " + std::to_string(out.count) + " experts");
+  }
+  if (out.groups_per_token > out.groups) {
+    in.complain("topk_group", "at most n_group = " + std::to_string(out.groups));
+  }
+  if (out.per_token > out.groups_per_token * group_size) {
+    in.complain("num_experts_per_tok", "at most " + std::to_string(out.groups_per_token * group_size) +
+                                           ", the experts of " +
+                                           (out.groups == 1 ? "a layer" : "topk_group groups"));
+  }
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,51 @@
+#include <algorithm>
+#include <array>
+
+#include "convert/model/families/family.h"
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+const std::array<const Family*, 8>& families() {
+  static const std::array<const Family*, 8> all = {
+      &llama_family(),       &mistral_family(),  &qwen2_family(), &deepseek_v2_family(),
+      &deepseek_v3_family(), &relatent_family(), &mlra_family(),  &gla_family()};
+  return all;
+}
+
+}  // namespace
+
+const Family& family_of(const ConfigReader& in) {
+  const std::string model_type = in.text("model_type");
+  const Family* found = nullptr;
+  for (const Family* family : families()) {
+    const bool mine = family->key.empty() || in.has(std::string(family->key).c_str());
+    if (family->model_type == model_type && mine && (found == nullptr || found->key.empty())) {
+      found = family;
+    }
+  }
+  if (found == nullptr) {
+    fail_input({in.path(), "", "model_type", "one of " + known_families(), "\"" + model_type + "\"", ""});
+  }
+  return *found;
+}
+
+const Family* find_family(std::string_view name) {
+  const auto found = std::find_if(families().begin(), families().end(),
+                                  [&](const Family* family) { return family->name == name; });
+  return found == families().end() ? nullptr : *found;
+}
+
+std::string known_families() {
+  std::string out;
+  for (const Family* family : families()) {
+    out += (out.empty() ? "" : ", ") + std::string(family->model_type);
+    if (!family->key.empty()) {
+      out += " (with the key " + std::string(family->key) + ")";
+    }
+  }
+  return out;
+}
+
+}  // namespace relatent

@@ -1,0 +1,192 @@
+// Our own layout of the canonical latent form (engines/relatent.h): any branches, each map in a tensor of its
+// own.
+#include <algorithm>
+#include <optional>
+#include <string>
+
+#include "convert/model/families/family.h"
+#include "convert/model/families/parse.h"
+#include "convert/model/families/read_latents.h"
+#include "convert/model/families/rules.h"
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+using namespace rules;  // NOLINT(google-build-using-namespace): the table below is made of them
+using Json = ConfigReader::Json;
+
+Presence with_branch_norm(const ModelConfig& c) {
+  return required_if(c.latent->norm == LatentNorm::branch);
+}
+
+Presence with_replicated_norm(const ModelConfig& c) {
+  return required_if(c.latent->norm == LatentNorm::replicated);
+}
+
+Presence without_q_rank_with_bias(const ModelConfig& c) {
+  return required_if(c.latent->attention_bias && !c.latent->q_lora_rank.has_value());
+}
+
+Index shared_latent_count(const ModelConfig& c) {
+  return static_cast<Index>(c.latent->shared_ranks.size());
+}
+
+Shape k_rope_shape(const ModelConfig& c, Index /*part*/) {
+  return {c.latent->qk_rope_head_dim, c.hidden_size};
+}
+
+Shape k_rope_bias_shape(const ModelConfig& c, Index /*part*/) {
+  return {c.latent->qk_rope_head_dim};
+}
+
+Shape kv_norm_shape(const ModelConfig& c, Index /*part*/) {
+  return {c.latent->norm_rank, c.hidden_size};
+}
+
+Shape shared_shape(const ModelConfig& c, Index part) {
+  return {c.latent->shared_ranks[static_cast<std::size_t>(part)], c.hidden_size};
+}
+
+Shape shared_bias_shape(const ModelConfig& c, Index part) {
+  return {c.latent->shared_ranks[static_cast<std::size_t>(part)]};
+}
+
+Shape branch_down_shape(const ModelConfig& c, Index part) {
+  return {branch_of(c, part).rank, c.hidden_size};
+}
+
+Shape branch_bias_shape(const ModelConfig& c, Index part) {
+  return {branch_of(c, part).rank};
+}
+
+std::vector<TensorRule> relatent_rules() {
+  return with_experts(with_body({
+      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
+      {Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", without_q_rank_with_bias, mla_q_bias_shape},
+      {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
+      {Role::q_a_bias, "model.layers.{i}.self_attn.q_a_proj.bias", with_q_rank_and_bias, q_a_vector_shape},
+      {Role::q_a_norm, "model.layers.{i}.self_attn.q_a_layernorm.weight", with_q_rank, q_a_vector_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.q_b_proj.weight", with_q_rank, mla_q_b_shape},
+      {Role::k_rope_weight, "model.layers.{i}.self_attn.k_rope_proj.weight", required, k_rope_shape},
+      {Role::k_rope_bias, "model.layers.{i}.self_attn.k_rope_proj.bias", with_bias, k_rope_bias_shape},
+      {Role::kv_norm_weight, "model.layers.{i}.self_attn.kv_norm_proj.weight", with_replicated_norm,
+       kv_norm_shape},
+      {Role::kv_shared_weight, "model.layers.{i}.self_attn.kv_shared_proj.{b}.weight", required, shared_shape,
+       shared_latent_count},
+      {Role::kv_shared_bias, "model.layers.{i}.self_attn.kv_shared_proj.{b}.bias", with_bias,
+       shared_bias_shape, shared_latent_count, InLayers::all, true},
+      {Role::kv_a_weight, "model.layers.{i}.self_attn.kv_a_proj.{b}.weight", required, branch_down_shape,
+       branch_count},
+      {Role::kv_a_bias, "model.layers.{i}.self_attn.kv_a_proj.{b}.bias", with_bias, branch_bias_shape,
+       branch_count, InLayers::all, true},
+      {Role::kv_a_norm, "model.layers.{i}.self_attn.kv_a_layernorm.{b}.weight", with_branch_norm,
+       branch_norm_shape, branch_count, InLayers::all, true},
+      {Role::kv_b_weight, "model.layers.{i}.self_attn.kv_b_proj.{b}.weight", required, branch_up_shape,
+       branch_count, InLayers::all, true},
+      {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
+      {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
+  }));
+}
+
+// The branches of a relatent model (engines/relatent.h writes them).
+void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent) {
+  // What a later layout may say, and this reader would get wrong.
+  if (in.size_or("layout_version", 1) != 1) {
+    in.complain("layout_version", "1, the layout that this version reads");
+  }
+  if (in.find("latent_features") != nullptr && in.text("latent_features") != "hidden") {
+    in.complain("latent_features", "\"hidden\": latents that read the layer's normalised input");
+  }
+  if (in.find("layers") != nullptr) {
+    in.complain("layers", "nothing: all layers alike");
+  }
+  latent.form = in.text("latent_form");
+  latent.rope_interleave = false;
+  const std::string norm_text = in.text("latent_norm");
+  const std::optional<LatentNorm> norm = latent_norm_of(norm_text);
+  if (!norm) {
+    in.complain("latent_norm", "none, branch or replicated");
+  }
+  latent.norm = *norm;
+  latent.norm_rank = latent.norm == LatentNorm::replicated ? in.size("latent_norm_rank") : 0;
+  Index total = 0;
+  const Json* shared = in.find("latent_shared_ranks");
+  if (shared == nullptr || !shared->is_array()) {
+    in.complain("latent_shared_ranks", "a list of whole numbers");
+  }
+  for (const Json& rank : *shared) {
+    if (!rank.is_number_integer() || rank.get<Index>() <= 0 || rank.get<Index>() > (1 << 20)) {
+      in.complain("latent_shared_ranks", "a list of positive whole numbers");
+    }
+    latent.shared_ranks.push_back(rank.get<Index>());
+    total += latent.shared_ranks.back();
+  }
+  const Json* branches = in.find("latent_branches");
+  if (branches == nullptr || !branches->is_array() || branches->empty() || branches->size() > 1024) {
+    in.complain("latent_branches", "a list of latents");
+  }
+  std::vector<bool> read(static_cast<std::size_t>(heads), false);
+  for (const Json& entry : *branches) {
+    if (!entry.is_object()) {
+      in.complain("latent_branches", "a list of objects");
+    }
+    const ConfigReader branch(entry, in.path());
+    BranchGeometry out;
+    out.first_head = branch.count("first_head");
+    out.head_count = branch.size("num_heads");
+    out.rank = branch.size("rank");
+    out.shared = branch.find("shared") == nullptr ? -1 : branch.count("shared");
+    if (out.first_head + out.head_count > heads) {
+      in.complain("latent_branches", "heads below num_attention_heads = " + std::to_string(heads));
+    }
+    if (out.shared >= static_cast<Index>(latent.shared_ranks.size())) {
+      in.complain("latent_branches", "\"shared\" below the length of latent_shared_ranks");
+    }
+    std::fill_n(read.begin() + out.first_head, out.head_count, true);
+    total += out.rank;
+    latent.branches.push_back(out);
+  }
+  if (std::find(read.begin(), read.end(), false) != read.end()) {
+    in.complain("latent_branches", "a latent for every head");
+  }
+  if (total != latent.kv_lora_rank) {
+    fail_input({in.path(), "", "kv_lora_rank", std::to_string(total) + ", the sum over latents",
+                std::to_string(latent.kv_lora_rank), ""});
+  }
+  const auto reaches = [&](const BranchGeometry& a, const BranchGeometry& b) {
+    return a.first_head == b.first_head && a.head_count == b.head_count;
+  };
+  for (const BranchGeometry& a : latent.branches) {
+    for (const BranchGeometry& b : latent.branches) {
+      if (a.shared >= 0 && a.shared == b.shared && !reaches(a, b)) {
+        in.complain("latent_branches", "latents that share coordinates to serve the same heads");
+      }
+    }
+  }
+}
+
+void parse_relatent(const ConfigReader& in, ModelConfig& out) {
+  parse_body(in, out);
+  LatentGeometry latent = parse_latent(in, out);
+  parse_branches(in, out.num_attention_heads, latent);
+  out.rotary = parse_rotary(in.json(), latent.qk_rope_head_dim, in.path());
+  if (in.has("first_k_dense_replace")) {
+    out.experts = parse_experts(in, out.num_hidden_layers, {});
+  }
+  out.latent = std::move(latent);
+}
+
+}  // namespace
+
+const Family& relatent_family() {
+  static const Family family = {.name = "relatent",
+                                .model_type = "relatent",
+                                .key = "",
+                                .parse = parse_relatent,
+                                .rules = relatent_rules(),
+                                .read_latent = read_branches};
+  return family;
+}
+
+}  // namespace relatent

@@ -1,0 +1,151 @@
+#include "convert/model/placement.h"
+
+#include <algorithm>
+#include <set>
+#include <string_view>
+
+#include "convert/model/families/family.h"
+#include "formats/error.h"
+#include "formats/safetensors.h"
+
+namespace relatent {
+namespace {
+
+std::string with_indices(std::string_view pattern, Index layer_idx, Index part) {
+  std::string out(pattern);
+  for (const auto& [mark, index] :
+       {std::pair{"{i}", layer_idx}, std::pair{"{b}", part}, std::pair{"{c}", part + 1}}) {
+    const std::size_t at = out.find(mark);
+    if (at != std::string::npos) {
+      out.replace(at, 3, std::to_string(index));
+    }
+  }
+  return out;
+}
+
+std::string list_names(const std::set<std::string>& names) {
+  constexpr std::size_t shown = 12;
+  std::string out;
+  std::size_t n = 0;
+  for (const std::string& name : names) {
+    if (n == shown) {
+      return out + " and " + std::to_string(names.size() - shown) + " more";
+    }
+    out += (n++ == 0 ? "" : ", ") + name;
+  }
+  return out;
+}
+
+// The scales beside FP8 weights, named before their many weights are.
+void refuse_fp8(const TensorSource& source, const std::set<std::string>& names) {
+  const auto scale =
+      std::find_if(names.begin(), names.end(), [](const auto& name) { return name.ends_with("_scale_inv"); });
+  if (scale != names.end()) {
+    fail_input({source.path_of(*scale), *scale, "holds scales of FP8 weights", "weights in BF16, F16 or F32",
+                "quantised ones", "cast them to bfloat16 first, as DeepSeek's fp8_cast_bf16.py does"});
+  }
+}
+
+// Moves the tensors of layers that predict further tokens from one to the other.
+void place_prediction_layers(const ModelConfig& config, std::set<std::string>& unplaced,
+                             std::vector<PlacedTensor>& placed) {
+  for (Index i = 0; i < config.prediction_layers; ++i) {
+    const Index layer_idx = config.num_hidden_layers + i;
+    const std::string prefix = "model.layers." + std::to_string(layer_idx) + ".";
+    auto at = unplaced.lower_bound(prefix);
+    while (at != unplaced.end() && at->starts_with(prefix)) {
+      placed.push_back({*at, Role::prediction, layer_idx});
+      at = unplaced.erase(at);
+    }
+  }
+}
+
+// Adds the tensors of rules [first, last), which come part by part.
+void add_expected(const std::vector<TensorRule>& rules, std::size_t first, std::size_t last,
+                  const ModelConfig& config, std::vector<ExpectedTensor>& out) {
+  const TensorRule& leading = rules[first];
+  const bool in_layer = leading.name.find("{i}") != std::string_view::npos;
+  const Index layers = in_layer ? config.num_hidden_layers : 1;
+  for (Index layer = 0; layer < layers; ++layer) {
+    const Index layer_idx = in_layer ? layer : -1;
+    if (leading.layers != InLayers::all &&
+        config.has_experts(layer_idx) != (leading.layers == InLayers::experts)) {
+      continue;
+    }
+    const Index parts = leading.parts != nullptr ? leading.parts(config) : 1;
+    for (Index at = 0; at < parts; ++at) {
+      const Index part = leading.parts != nullptr ? at : -1;
+      for (std::size_t r = first; r < last; ++r) {
+        const Presence presence = rules[r].presence(config);
+        if (presence != Presence::absent) {
+          const std::vector<Index> shape = rules[r].shape(config, part);
+          out.push_back({{with_indices(rules[r].name, layer_idx, part), rules[r].role, layer_idx, part},
+                         presence,
+                         {shape.begin(), shape.end()}});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool is_attention(Role role) {
+  return role >= Role::q_weight && role <= Role::kv_shared_bias;
+}
+
+std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config) {
+  const std::vector<TensorRule>& rules = config.family->rules;
+  std::vector<ExpectedTensor> out;
+  for (std::size_t first = 0; first < rules.size();) {
+    std::size_t last = first + 1;
+    while (last < rules.size() && rules[last].beside_previous) {
+      ++last;
+    }
+    add_expected(rules, first, last, config, out);
+    first = last;
+  }
+  return out;
+}
+
+std::vector<PlacedTensor> place_tensors(const TensorSource& source, const ModelConfig& config) {
+  std::set<std::string> unplaced;
+  for (std::string& name : source.tensor_names()) {
+    unplaced.insert(std::move(name));
+  }
+  refuse_fp8(source, unplaced);
+  std::set<std::string> missing;
+  std::vector<PlacedTensor> placed;
+  for (const ExpectedTensor& expected : expected_tensors(config)) {
+    if (unplaced.erase(expected.name) == 0) {
+      if (expected.presence == Presence::required) {
+        missing.insert(expected.name);
+      }
+      continue;
+    }
+    const TensorInfo& info = source.info(expected.name);
+    if (info.shape != expected.shape) {
+      fail_input({source.path_of(expected.name), expected.name, "shape",
+                  shape_text(expected.shape) + " by " + source.config_path().filename().string(),
+                  shape_text(info.shape), ""});
+    }
+    if (!is_float(info.dtype)) {
+      fail_input({source.path_of(expected.name), expected.name, "dtype", "BF16, F16, F32 or F64",
+                  std::string(safetensors_name(info.dtype)), ""});
+    }
+    placed.push_back(expected);
+  }
+  place_prediction_layers(config, unplaced, placed);
+  const std::string model = "a " + std::string(config.family->name) + " model";
+  if (!unplaced.empty()) {
+    fail_input(
+        {source.path(), "", "tensors that have no place in " + model, "none", list_names(unplaced), ""});
+  }
+  if (!missing.empty()) {
+    fail_input({source.path(), "", "tensors that " + model + " needs are missing", list_names(missing),
+                "no tensors of these names", ""});
+  }
+  return placed;
+}
+
+}  // namespace relatent

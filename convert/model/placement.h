@@ -1,0 +1,57 @@
+// Every tensor of a checkpoint matched to its rule.
+#pragma once
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "convert/model/config.h"
+#include "convert/model/tensor_rule.h"
+#include "formats/tensor_source.h"
+
+namespace relatent {
+
+// A tensor with its place in the model.
+struct PlacedTensor {
+  std::string name;
+  Role role;
+  Index layer_idx;  // -1 outside the layers
+  Index part = -1;  // which latent or expert; -1 where there are no parts
+};
+
+// A tensor that a config asks for.
+struct ExpectedTensor : PlacedTensor {
+  Presence presence;  // not absent
+  std::vector<std::int64_t> shape;
+};
+
+// Every tensor that a model of this config has or may have, rule by rule.
+std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config);
+
+// Matches every tensor of the source to exactly one rule. Throws Error (input) with one sentence that names
+// every tensor without a place, every missing one, or the first one whose shape or dtype is wrong. Of layers
+// that predict further tokens only the names are looked at.
+std::vector<PlacedTensor> place_tensors(const TensorSource& source, const ModelConfig& config);
+
+// The names of a checkpoint's tensors by what they are.
+class TensorNames {
+ public:
+  explicit TensorNames(const std::vector<PlacedTensor>& tensors) {
+    for (const PlacedTensor& tensor : tensors) {
+      names_[{tensor.role, tensor.layer_idx, tensor.part}] = tensor.name;
+    }
+  }
+  bool has(Role role, Index layer_idx, Index part = -1) const {
+    return names_.contains({role, layer_idx, part});
+  }
+  // std::out_of_range when there is none.
+  const std::string& at(Role role, Index layer_idx, Index part = -1) const {
+    return names_.at({role, layer_idx, part});
+  }
+
+ private:
+  std::map<std::tuple<Role, Index, Index>, std::string> names_;
+};
+
+}  // namespace relatent
