@@ -9,6 +9,7 @@ if [[ -n "${RELATENT_MODELS:-}" ]]; then
   RELATENT_MODELS="$(realpath "$RELATENT_MODELS")"
   export RELATENT_MODELS
 fi
+# shellcheck source=examples/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 cd "$ROOT"
 export RELATENT_BIN="$ROOT/build/release/cli/relatent"

@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Formatting, static analysis and the unit tests under sanitizers, each with the versions of Debian 12.
+#
+#   tests/lint.sh [format|shell|tidy|sanitize]...       all four unless some are named
+#
+# clang-tidy takes minutes for a file that includes Eigen. It sees the C++ files changed since the branch left
+# origin's, or since the last commits where there is no such branch, newest first, and stops after
+# RELATENT_TIDY_SECONDS (default 150); the sanitizers see the tests of linalg/ and formats/. What is left out is named.
+# RELATENT_FULL=1 checks every file and runs every test.
+set -euo pipefail
+# shellcheck source=examples/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
+cd "$ROOT"
+full="${RELATENT_FULL:-}"
+jobs="${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}"
+
+check_format() {
+  install_packages clang-format-14
+  printf '\n# formatting of every C++ file\n'
+  git ls-files -z '*.cc' '*.h' | xargs -0 clang-format-14 --dry-run -Werror
+}
+
+check_shell() {
+  install_packages shellcheck
+  printf '\n# every shell script\n'
+  { git ls-files -z '*.sh' && printf '.ci/run\0'; } | xargs -0 shellcheck --external-sources
+}
+
+# The C++ files that differ from where the branch left origin's, or that the last commits changed; newest first.
+changed_files() {
+  local base commits=5
+  git diff --name-only HEAD
+  base="$(git merge-base HEAD origin/HEAD 2>/dev/null || git merge-base HEAD origin/main 2>/dev/null || true)"
+  if [[ -n "$base" && "$base" != "$(git rev-parse HEAD)" ]]; then
+    git log --name-only --format= "$base..HEAD"
+  elif [[ "$(git rev-parse --is-shallow-repository)" == true ]]; then
+    echo "a clone without history: the files of its last commit only" >&2
+    git log --name-only --format= -1
+  else
+    echo "the files of the last $commits commits that change C++" >&2
+    git log --name-only --format= -"$commits" -- '*.cc' '*.h'
+  fi
+}
+
+# For a header the source of its name, or else one that includes it; clang-tidy checks a header where it is included.
+source_of() {
+  local file="$1"
+  if [[ "$file" == *.h && -f "${file%.h}.cc" ]]; then
+    echo "${file%.h}.cc"
+  elif [[ "$file" == *.h ]]; then
+    git grep -l --fixed-strings "#include \"$file\"" -- '*.cc' | head -n 1
+  elif [[ "$file" == *.cc ]]; then
+    echo "$file"
+  fi
+}
+
+check_tidy() {
+  install_packages "${BUILD_PACKAGES[@]}" clang-tidy-14
+  step "configure" cmake --preset release
+  local changed file files=()
+  if [[ "$full" == 1 ]]; then
+    changed="$(git ls-files '*.cc')"
+  else
+    changed="$(changed_files | awk '!seen[$0]++')"
+  fi
+  mapfile -t files < <(while read -r file; do
+    if [[ -f "$file" ]]; then source_of "$file"; fi
+  done <<<"$changed" | awk '!seen[$0]++')
+  printf '\n# clang-tidy on %d files\n' "${#files[@]}"
+  local end=$((SECONDS + ${RELATENT_TIDY_SECONDS:-150})) failed=0 next=0 done_files logs
+  logs="$(mktemp -d)"
+  # shellcheck disable=SC2016
+  for ((; next < ${#files[@]}; next += jobs)); do
+    if [[ "$full" != 1 ]] && ((SECONDS >= end)); then
+      break
+    fi
+    printf '%s\0' "${files[@]:next:jobs}" | xargs -0 -n 1 -P "$jobs" bash -c \
+      'clang-tidy-14 -p build/release --quiet "$1" >"$0/${1//\//+}" 2>&1 && rm "$0/${1//\//+}"' "$logs" || failed=1
+  done
+  ((failed == 0)) || cat "$logs"/*
+  rm -r "$logs"
+  done_files=$((next < ${#files[@]} ? next : ${#files[@]}))
+  printf '%d of %d files checked\n' "$done_files" "${#files[@]}"
+  if ((done_files < ${#files[@]})); then
+    printf 'NOT CHECKED for time (RELATENT_FULL=1 or a larger RELATENT_TIDY_SECONDS): %s\n' \
+      "${files[*]:done_files}"
+  fi
+  return "$failed"
+}
+
+check_sanitize() {
+  install_packages "${BUILD_PACKAGES[@]}"
+  step "configure with sanitizers" cmake --preset sanitize
+  if [[ "$full" == 1 ]]; then
+    step "build with sanitizers" cmake --build --preset sanitize
+    step "all unit tests under sanitizers" ctest --preset sanitize
+  else
+    printf '\nunder sanitizers: the tests of linalg/ and formats/ ONLY; RELATENT_FULL=1 runs those of convert/ too\n'
+    step "build with sanitizers" cmake --build --preset sanitize --target relatent_base_tests
+    step "unit tests of linalg/ and formats/ under sanitizers" \
+      build/sanitize/tests/relatent_base_tests --gtest_brief=1
+  fi
+}
+
+checks=("$@")
+if ((${#checks[@]} == 0)); then
+  checks=(format shell tidy sanitize)
+fi
+for check in "${checks[@]}"; do
+  case "$check" in
+    format | shell | tidy | sanitize) "check_$check" ;;
+    *)
+      echo "no such check: $check (format, shell, tidy, sanitize)" >&2
+      exit 2
+      ;;
+  esac
+done
