@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds, and runs every test. Safe to run again.
+# Installs what is missing, builds, lints, and runs every test but tests/package.sh. Safe to run again.
 #
 # RELATENT_MODELS may name a folder with models/ and tokens/ of larger checkpoints, which then take part. Where small
 # sets of tests stand for large ones, the output says what was left out; RELATENT_FULL=1 runs all.
@@ -37,6 +37,9 @@ run_tests() {
 install_packages "${BUILD_PACKAGES[@]}" python3 python3-venv
 build_release all
 step "unit tests" ctest --preset release
+step "install" cmake --install build/release --prefix build/install
+step "the installed program" build/install/bin/relatent --version
+step "lint" tests/lint.sh
 
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
 run_tests "engine tests: pinned transformers" tests/engine
