@@ -5,7 +5,7 @@
 #include <functional>
 #include <nlohmann/json_fwd.hpp>
 
-#include "convert/unfinished.h"
+#include "formats/resume.h"
 
 namespace relatent {
 

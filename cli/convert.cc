@@ -1,4 +1,4 @@
-#include "convert/convert.h"
+#include "convert/run/convert.h"
 
 #include <algorithm>
 #include <charconv>
@@ -42,26 +42,21 @@ struct Options {
   bool quiet = false;
 };
 
-const char* fate_text(Fate fate) {
-  switch (fate) {
-    case Fate::converted:
+const char* action_text(TensorAction action) {
+  switch (action) {
+    case TensorAction::convert:
       return "converted";
-    case Fate::carried:
-      return "carried";
-    case Fate::recoded:
-      return "recoded";
+    case TensorAction::copy:
+      return "copied";
+    case TensorAction::cast:
+      return "cast";
   }
   return "";
 }
 
-std::string shape_words(const std::vector<std::int64_t>& shape) {
-  return shape_text(shape);
-}
-
-Json plan_json(const Conversion& conversion) {
-  const ConvertPlan& plan = conversion.plan();
+Json plan_json(const ConvertPlan& plan) {
   Json out;
-  out["method"] = method_name(conversion.options().method);
+  out["method"] = method_name(plan.options.method);
   out["kv_rank"] = plan.shape.rank;
   out["rope_dim"] = plan.shape.rope_dim;
   out["cache_numbers_per_token_and_layer"] = {{"source", plan.source_cache_numbers},
@@ -72,7 +67,7 @@ Json plan_json(const Conversion& conversion) {
                               {"shape", tensor.spec.shape},
                               {"dtype", safetensors_name(tensor.spec.dtype)},
                               {"bytes", tensor.spec.bytes()},
-                              {"fate", fate_text(tensor.fate)}});
+                              {"action", action_text(tensor.action)}});
   }
   out["left_out"] = plan.left_out;
   out["side_files"] = Json::array();
@@ -85,23 +80,22 @@ Json plan_json(const Conversion& conversion) {
   return out;
 }
 
-void print_plan(const Conversion& conversion) {
-  const ConvertPlan& plan = conversion.plan();
+void print_plan(const ConvertPlan& plan) {
   std::size_t widest = 0;
   for (const PlannedTensor& tensor : plan.tensors) {
     widest = std::max(widest, tensor.spec.name.size());
   }
   for (const PlannedTensor& tensor : plan.tensors) {
     std::printf("%-*s  %-16s %-5s %12llu  %s\n", static_cast<int>(widest), tensor.spec.name.c_str(),
-                shape_words(tensor.spec.shape).c_str(),
+                shape_text(tensor.spec.shape).c_str(),
                 std::string(safetensors_name(tensor.spec.dtype)).c_str(),
-                static_cast<unsigned long long>(tensor.spec.bytes()), fate_text(tensor.fate));
+                static_cast<unsigned long long>(tensor.spec.bytes()), action_text(tensor.action));
   }
   for (const std::string& name : plan.left_out) {
     std::printf("left out: %s\n", name.c_str());
   }
   for (const std::filesystem::path& file : plan.side_files) {
-    std::printf("carried along: %s\n", file.filename().c_str());
+    std::printf("copied as it is: %s\n", file.filename().c_str());
   }
   std::printf("cache per token and layer: %td numbers, source %td (%.1f %%)\n", plan.converted_cache_numbers,
               plan.source_cache_numbers,
@@ -157,8 +151,11 @@ ConvertOptions resolve(const Options& options) {
   for (const Owned& owned : options.owned) {
     if (owned.option->count() > 0 &&
         std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
-      fail_usage(owned.option->get_name() + " belongs to --method " +
-                 std::string(method_name(owned.methods.front())) + ", not to " +
+      std::string owners;
+      for (const Method method : owned.methods) {
+        owners += (owners.empty() ? "" : " and ") + std::string(method_name(method));
+      }
+      fail_usage(owned.option->get_name() + " belongs to --method " + owners + ", not to " +
                  std::string(method_name(out.method)));
     }
   }
@@ -221,42 +218,43 @@ void say_trial(const SizeTrial& trial) {
 int run(const Options& options) {
   ConvertOptions resolved = resolve(options);
   resolved.save.taken_up = say_taken_up(options.quiet);
-  Conversion conversion(std::move(resolved), options.quiet ? SizeSearch::Watch{} : say_trial,
-                        !options.dry_run);
-  for (const std::string& warning : conversion.plan().warnings) {
+  const ConvertInputs inputs = open_inputs(resolved);
+  const std::unique_ptr<WorkFolder> work = options.dry_run ? nullptr : claim_output(resolved, inputs);
+  const ConvertPlan plan =
+      plan_conversion(resolved, inputs, work.get(), options.quiet ? SizeSearch::Watch{} : say_trial);
+  for (const std::string& warning : plan.warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
   if (options.dry_run) {
     if (options.json) {
-      std::puts(plan_json(conversion).dump().c_str());
+      std::puts(plan_json(plan).dump().c_str());
     } else {
-      print_plan(conversion);
+      print_plan(plan);
     }
     return 0;
   }
   ConvertReport report;
   {
-    Progress progress("convert", options.quiet, "layer",
-                      {.bytes = static_cast<double>(conversion.plan().output_bytes)});
-    report = conversion.run(std::ref(progress));
+    Progress progress("convert", options.quiet, "layer", {.bytes = static_cast<double>(plan.output_bytes)});
+    report = convert(plan, inputs, *work, std::ref(progress));
   }
-  const std::vector<std::string> readers = readers_of(Model::open(conversion.options().output).config());
+  const std::vector<std::string> readers = readers_of(Model::open(plan.options.output).config());
   if (options.json) {
     Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
                 {"branches", report.branches},     {"seconds", report.seconds},
                 {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
-    if (conversion.options().method == Method::relatent) {
-      out["compute"] = torch_name(conversion.options().relatent.compute);
+    if (plan.options.method == Method::relatent) {
+      out["compute"] = torch_name(plan.options.relatent.compute);
     }
     out["bias_fold_error"] = report.fold_error;
     out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
     out["readers"] = readers;
-    out["warnings"] = conversion.plan().warnings;
+    out["warnings"] = plan.warnings;
     for (const std::string& warning : report.warnings) {
       out["warnings"].push_back(warning);
     }
     out["trials"] = Json::array();
-    for (const SizeTrial& trial : conversion.plan().trials) {
+    for (const SizeTrial& trial : plan.trials) {
       out["trials"].push_back({{"rope_dim", trial.rope_dim},
                                {"kv_rank", trial.rank},
                                {"key_rank", trial.key_rank},
@@ -272,15 +270,14 @@ int run(const Options& options) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
   if (!options.quiet) {
-    const ConvertPlan& plan = conversion.plan();
     std::fprintf(
         stderr,
         "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
         "peak memory %s: %s\n",
-        std::string(method_name(conversion.options().method)).c_str(), report.rope_dim, report.kv_rank,
+        std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
         report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
         plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
-        conversion.options().output.c_str());
+        plan.options.output.c_str());
     std::fprintf(stderr, "%s\n",
                  report.measured ? in_words(*report.measured).c_str()
                                  : "not measured: `relatent verify` says how close it is");
@@ -306,7 +303,9 @@ void add_convert(CLI::App& app, Command& chosen) {
           "latents that all heads read and devices split")
       ->check(CLI::IsMember({"mla", "gla", "tpla", "mlra"}))
       ->capture_default_str();
-  command->add_option("--branches", convert.branches, "gla, tpla, mlra: number of latents")
+  command
+      ->add_option("--branches", convert.branches,
+                   "gla, tpla: number of latents; mlra: 2 or 4, each of four latents")
       ->check(CLI::Range(2, 1024));
   command->add_option(
       "--per-device", convert.per_device,

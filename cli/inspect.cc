@@ -10,6 +10,7 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/engines/engine.h"
 #include "convert/engines/readers.h"
 #include "convert/forms/partition.h"
 #include "convert/model/model.h"

@@ -2,6 +2,7 @@
 #include <cstdio>
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 #include "cli/commands.h"
 #include "formats/error.h"
@@ -14,10 +15,20 @@ namespace {
 constexpr int exit_usage = 2;
 constexpr int exit_input = 3;
 constexpr int exit_machine = 4;
+constexpr int exit_bug = 70;
 
 int complain(int code, const char* sentence) {
   std::fprintf(stderr, "relatent: %s\n", sentence);
   return code;
+}
+
+// What should never have been thrown.
+int blame_ourselves(const char* what) {
+  std::fprintf(stderr,
+               "relatent: this is a fault of relatent " RELATENT_VERSION
+               ", not of yours: %s; please report it with the command and the source's config.json\n",
+               what);
+  return exit_bug;
 }
 
 template <typename Command>
@@ -30,6 +41,8 @@ int guarded(const Command& command) noexcept {
     return complain(exit_input, error.what());
   } catch (const std::bad_alloc&) {
     return complain(exit_machine, "out of memory");
+  } catch (const std::logic_error& error) {
+    return blame_ourselves(error.what());
   } catch (const std::exception& error) {
     return complain(exit_machine, error.what());
   }

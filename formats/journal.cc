@@ -101,7 +101,7 @@ std::optional<std::string_view> take_checked(std::string_view& text, std::string
   return body;
 }
 
-const std::string* find(const Facts& facts, const std::string& name) {
+const std::string* find(const RunIdentity& facts, const std::string& name) {
   const auto found =
       std::find_if(facts.begin(), facts.end(), [&](const auto& fact) { return fact.first == name; });
   return found == facts.end() ? nullptr : &found->second;
@@ -109,7 +109,7 @@ const std::string* find(const Facts& facts, const std::string& name) {
 
 }  // namespace
 
-std::string difference(const Facts& before, const Facts& now) {
+std::string difference(const RunIdentity& before, const RunIdentity& now) {
   std::vector<std::string> names;
   for (const auto& [name, value] : before) {
     const std::string* other = find(now, name);
@@ -135,7 +135,7 @@ std::string difference(const Facts& before, const Facts& now) {
   return out;
 }
 
-Journal Journal::create(const std::filesystem::path& path, const Facts& given) {
+Journal Journal::create(const std::filesystem::path& path, const RunIdentity& given) {
   std::string text(kFirstLine);
   text += '\n';
   std::string checksum;

@@ -20,15 +20,17 @@
 namespace relatent {
 
 // Names and values of what decides a result; equal lists give equal bytes.
-using Facts = std::vector<std::pair<std::string, std::string>>;
+using JournalEntries = std::vector<std::pair<std::string, std::string>>;
+// What decides the result of a run.
+using RunIdentity = JournalEntries;
 
 // What differs: "NAME was VALUE and is VALUE now", for at most three names. Empty when the lists agree.
-std::string difference(const Facts& before, const Facts& now);
+std::string difference(const RunIdentity& before, const RunIdentity& now);
 
 class Journal {
  public:
   // Makes the file, whole or not at all. Throws Error (machine).
-  static Journal create(const std::filesystem::path& path, const Facts& given);
+  static Journal create(const std::filesystem::path& path, const RunIdentity& given);
   // Reads the file and cuts off what cannot be believed at its end. Throws Error: input when it is not a
   // journal, is one of another format version or its beginning is damaged; machine when it cannot be read.
   static Journal open(const std::filesystem::path& path);
@@ -39,9 +41,9 @@ class Journal {
   Journal& operator=(const Journal&) = delete;
   ~Journal();
 
-  const Facts& given() const { return given_; }
+  const RunIdentity& given() const { return given_; }
   // Everything appended so far, also by earlier runs.
-  const Facts& entries() const { return entries_; }
+  const JournalEntries& entries() const { return entries_; }
   // The value of the last entry of that name.
   std::optional<std::string> last(std::string_view name) const;
   // Likewise as a whole number, 0 where there is none.
@@ -57,8 +59,8 @@ class Journal {
   int fd_ = -1;
   std::uint64_t end_ = 0;  // of what is believed
   std::string checksum_;   // of the last line
-  Facts given_;
-  Facts entries_;
+  RunIdentity given_;
+  JournalEntries entries_;
 };
 
 }  // namespace relatent

@@ -32,7 +32,8 @@ bool is_there(const std::filesystem::path& path) {
 
 }  // namespace
 
-WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const Facts& facts, bool resume)
+WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const RunIdentity& facts,
+                       bool resume)
     : path_(output_name(path)), folder_(path_), kind_(kind) {
   folder_ += ".partial";
   // A run that ended between the rename and the removal of its folder is to be tidied up after.
@@ -94,7 +95,7 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
   }
 }
 
-void WorkFolder::take_up(const Facts& facts) {
+void WorkFolder::take_up(const RunIdentity& facts) {
   try {
     journal_ = std::make_unique<Journal>(Journal::open(folder_ / kJournalName));
   } catch (const Error& error) {
@@ -139,6 +140,10 @@ WorkFolder::~WorkFolder() {
     std::filesystem::remove_all(folder_, ignored);
   }
   ::close(lock_);
+}
+
+std::filesystem::path WorkFolder::complete_output() const {
+  return is_there(output()) ? output() : path_;
 }
 
 void WorkFolder::refuse(const std::string& problem, const std::string& next_step) const {

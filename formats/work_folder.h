@@ -30,7 +30,7 @@ class WorkFolder {
   // does not), when an unfinished run is in the way and `resume` is not given, when what it was asked for
   // differs from `facts` (naming what), or when another process is writing; machine when the folder cannot be
   // made. None of these changes anything.
-  WorkFolder(const std::filesystem::path& path, OutputKind kind, const Facts& facts, bool resume);
+  WorkFolder(const std::filesystem::path& path, OutputKind kind, const RunIdentity& facts, bool resume);
   WorkFolder(const WorkFolder&) = delete;
   WorkFolder& operator=(const WorkFolder&) = delete;
   // Removes an uncommitted folder unless run() decided to keep it.
@@ -41,6 +41,8 @@ class WorkFolder {
   // Nothing is left to do but commit().
   bool complete() const { return complete_; }
   std::filesystem::path output() const { return folder_ / "output"; }
+  // Where the output of a complete run lies: at its place already when the run ended after the rename.
+  std::filesystem::path complete_output() const;
   std::filesystem::path file(const std::string& name) const { return folder_ / name; }
   const Journal& journal() const { return *journal_; }
   // Appends to the journal: worth keeping from now on.
@@ -56,7 +58,7 @@ class WorkFolder {
   void commit();
 
  private:
-  void take_up(const Facts& facts);
+  void take_up(const RunIdentity& facts);
   // "NAME.partial: PROBLEM (...)", usage.
   [[noreturn]] void refuse(const std::string& problem, const std::string& next_step) const;
 

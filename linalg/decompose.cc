@@ -232,28 +232,4 @@ MatrixD positive_inverse(MatrixD a) {
   return a;
 }
 
-ThinQr thin_qr(const MatrixD& a) {
-  const Stage stage("solves");
-  const Index n = a.rows();
-  const Index m = a.cols();
-  if (n < m) {
-    throw std::invalid_argument("thin_qr needs at least as many rows as columns");
-  }
-  if (!a.allFinite()) {
-    throw NumericalError("dgeqrf got a matrix with NaN or infinity in it");
-  }
-  ThinQr out{a, MatrixD::Zero(m, m)};
-  if (m == 0) {
-    return out;
-  }
-  std::vector<double> tau(static_cast<std::size_t>(m));
-  check(LAPACKE_dgeqrf(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), out.q.data(), to_lapack(n), tau.data()),
-        "dgeqrf", n, m);
-  out.r = out.q.topRows(m).triangularView<Eigen::Upper>();
-  check(LAPACKE_dorgqr(LAPACK_COL_MAJOR, to_lapack(n), to_lapack(m), to_lapack(m), out.q.data(), to_lapack(n),
-                       tau.data()),
-        "dorgqr", n, m);
-  return out;
-}
-
 }  // namespace relatent

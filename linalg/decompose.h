@@ -48,11 +48,4 @@ MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge);
 // of a singular one the pseudo-inverse. Throws as ridge_solve.
 MatrixD positive_inverse(MatrixD a);
 
-// Thin QR of a [n, m] with n >= m: returns Q [n, m] with orthonormal columns and R [m, m] upper triangular.
-struct ThinQr {
-  MatrixD q;
-  MatrixD r;
-};
-ThinQr thin_qr(const MatrixD& a);
-
 }  // namespace relatent

@@ -72,15 +72,15 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream, bool last) {
 constexpr const char* state_name = "stream";
 constexpr const char* layers_entry = "layers";
 
-Facts facts_of(const Model& model, const Sequences& sequences, DType compute) {
-  Facts out = program_facts();
+RunIdentity run_identity(const Model& model, const Sequences& sequences, DType compute) {
+  RunIdentity out = program_identity();
   out.emplace_back("--sequences", std::to_string(sequences.count));
   out.emplace_back("--length", std::to_string(sequences.length));
   out.emplace_back("--compute", torch_name(compute));
   Hasher tokens;
   tokens.add(bytes_of(sequences.tokens));
   out.emplace_back("the checksum of the tokens", tokens.hexadecimal());
-  add_source_facts(model.checkpoint(), out);
+  add_source_identity(model.checkpoint(), out);
   return out;
 }
 
@@ -191,7 +191,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
 
 void calibrate(const Model& model, const Sequences& sequences, const std::filesystem::path& output,
                const LayerProgress& progress, const SaveOptions& save, DType compute) {
-  WorkFolder work(output, OutputKind::file, facts_of(model, sequences, compute), save.resume);
+  WorkFolder work(output, OutputKind::file, run_identity(model, sequences, compute), save.resume);
   if (work.resumed() && save.taken_up) {
     save.taken_up();
   }

@@ -4,15 +4,13 @@
 #include <filesystem>
 #include <functional>
 
+#include "convert/model/forward.h"
 #include "convert/model/model.h"
-#include "convert/unfinished.h"
 #include "formats/calibration_store.h"
 #include "formats/npy.h"
+#include "formats/resume.h"
 
 namespace relatent {
-
-// Called after each layer with (layers done, layers in all).
-using LayerProgress = std::function<void(Index, Index)>;
 
 // Runs the source over the sequences layer by layer and writes, per layer, E[x xᵀ] and E[x] of the normed
 // attention input, and per query head the distribution of attention mass over distance (mean over queries, so

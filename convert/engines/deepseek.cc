@@ -95,31 +95,6 @@ class DeepseekEngine final : public Engine {
 
 }  // namespace
 
-double geometric_base(const Rotary& rotary) {
-  const auto pairs = static_cast<double>(rotary.inv_freq.size());
-  if (rotary.inv_freq.empty() || std::abs(rotary.inv_freq.front() - 1.0F) > 1e-6F ||
-      rotary.attention_factor != 1.0F) {
-    throw std::invalid_argument("the rotary frequencies do not start at 1");
-  }
-  if (rotary.inv_freq.size() == 1) {
-    return 10000;  // base^0, whatever the base
-  }
-  // The slowest frequency tells most: θ = base^(-2 (p/2 - 1) / p).
-  const auto slowest = static_cast<double>(rotary.inv_freq.back());
-  double base = std::pow(slowest, -pairs / (pairs - 1));
-  // Frequencies are float32; a base that is a whole number to their precision is that number.
-  if (std::abs(base - std::round(base)) < 4e-7 * base) {
-    base = std::round(base);
-  }
-  for (std::size_t i = 0; i < rotary.inv_freq.size(); ++i) {
-    const double wanted = std::pow(base, -static_cast<double>(i) / pairs);
-    if (std::abs(static_cast<double>(rotary.inv_freq[i]) - wanted) > 2e-6 * wanted) {
-      throw std::invalid_argument("the rotary frequencies are not geometric");
-    }
-  }
-  return base;
-}
-
 std::unique_ptr<Engine> make_deepseek_engine() {
   return std::make_unique<DeepseekEngine>();
 }

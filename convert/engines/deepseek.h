@@ -10,8 +10,4 @@ namespace relatent {
 
 std::unique_ptr<Engine> make_deepseek_engine();
 
-// The base whose plain list base^(-2i/p) is the rotary's. Throws std::invalid_argument when the list is not
-// geometric or does not start at 1.
-double geometric_base(const Rotary& rotary);
-
 }  // namespace relatent

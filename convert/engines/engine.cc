@@ -8,20 +8,8 @@
 
 namespace relatent {
 
-LatentGeometry LatentShape::geometry() const {
-  LatentGeometry out;
-  out.form = form;
-  out.kv_lora_rank = rank;
-  out.qk_nope_head_dim = nope_dim;
-  out.qk_rope_head_dim = rope_dim;
-  out.v_head_dim = v_dim;
-  out.q_lora_rank = q_rank;
-  out.attention_bias = has_bias;
-  out.shared_ranks = shared_ranks;
-  out.branches = branches;
-  out.norm = norm;
-  out.norm_rank = norm_rank;
-  return out;
+std::string to_string(const CacheShape& shape) {
+  return std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
 }
 
 std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {

@@ -2,9 +2,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "convert/engines/deepseek.h"
 #include "convert/engines/layout.h"
-#include "convert/engines/transformers.h"
 
 namespace relatent {
 namespace {

@@ -1,8 +1,18 @@
 #include "convert/engines/layout.h"
 
+#include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 
 namespace relatent {
+namespace {
+
+double round_to(DType dtype, double value) {
+  return static_cast<double>(rounded(dtype, static_cast<float>(value)));
+}
+
+}  // namespace
 
 std::string attention_name(Index layer_idx, const char* rest) {
   return "model.layers." + std::to_string(layer_idx) + ".self_attn." + rest;
@@ -64,6 +74,72 @@ nlohmann::ordered_json deepseek_config(const nlohmann::ordered_json& source_conf
   out["use_cache"] = true;
   out["v_head_dim"] = shape.v_dim;
   out["vocab_size"] = source.vocab_size;
+  return out;
+}
+
+NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype) {
+  // float16 ends at 65504, so the constant must stay smaller there: rms is then constant to about 2^-17
+  // rather than 2^-33, still far finer than the dtype itself.
+  const double power = dtype == DType::f16 ? 8 : 16;
+  const auto size = static_cast<double>(rank + 1);
+  NormUndo out;
+  if (mean_square > 0) {
+    out.scale = std::exp2(-std::round(std::log2(mean_square) / 2));
+  }
+  const double rest =
+      (mean_square > 0 ? mean_square : 1.0) * out.scale * out.scale * static_cast<double>(rank);
+  const auto rms_of = [&](double beta) { return std::sqrt((beta * beta + rest) / size + eps); };
+  // A correction of less than half a unit in the last place would be rounded away in kv_b, so among the betas
+  // of one octave take the one whose rms the dtype itself holds best.
+  const int mantissa_bits = dtype == DType::bf16 ? 7 : dtype == DType::f16 ? 10 : 0;
+  const double wanted = std::exp2(power) * std::sqrt(size);
+  const double octave = std::exp2(std::floor(std::log2(wanted)));
+  double best = 2;
+  for (int i = 0; i < (1 << mantissa_bits); ++i) {
+    const double beta = mantissa_bits == 0
+                            ? round_to(dtype, wanted)
+                            : octave * (1 + std::ldexp(static_cast<double>(i), -mantissa_bits));
+    const double gain = mantissa_bits == 0 ? std::exp2(power) : round_to(dtype, rms_of(beta));
+    const double correction = rms_of(beta) / gain;
+    if (std::abs(correction - 1) < best) {
+      best = std::abs(correction - 1);
+      out.beta = beta;
+      out.gain = gain / out.scale;
+      out.correction = correction;
+      out.constant = beta / rms_of(beta);
+    }
+  }
+  return out;
+}
+
+double query_rescale(const LatentAttention& a) {
+  return static_cast<double>(a.scale) * std::sqrt(static_cast<double>(a.nope_dim + a.rope_dim));
+}
+
+StoredQuery store_query(const LatentAttention& a, Index size, DType dtype) {
+  const double rescale = query_rescale(a);
+  const MatrixF q = a.q.weight * static_cast<float>(rescale);
+  const bool compressed = a.q_down.out() > 0;
+  const Index used = q.cols();
+  const Index rank = size - 1;
+  const Index hidden = compressed ? a.q_down.weight.cols() : used;
+  const double mean_square = a.q_mean_square * static_cast<double>(used) / static_cast<double>(rank);
+  const NormUndo undo = undo_norm(rank, mean_square, latent_norm_eps, dtype);
+  StoredQuery out;
+  out.down = MatrixF::Zero(size, hidden);
+  out.down_bias = RowVectorF::Zero(size);
+  if (compressed) {
+    out.down.topRows(used) = a.q_down.weight * static_cast<float>(undo.scale);
+    out.down_bias.head(used) = bias_or_zero(a.q_down) * static_cast<float>(undo.scale);
+  } else {
+    out.down.topRows(used).diagonal().setConstant(static_cast<float>(undo.scale));
+  }
+  out.down_bias(rank) = static_cast<float>(undo.beta);
+  out.gain = RowVectorF::Constant(size, static_cast<float>(undo.gain));
+  out.gain(rank) = 1;
+  out.up = MatrixF::Zero(q.rows(), size);
+  out.up.leftCols(used) = q * static_cast<float>(undo.correction);
+  out.up.col(rank) = bias_or_zero(a.q).transpose() * static_cast<float>(rescale / undo.constant);
   return out;
 }
 

@@ -4,8 +4,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
-#include "convert/engines/deepseek.h"
-#include "convert/engines/transformers.h"
+#include "convert/engines/layout.h"
 
 namespace relatent {
 namespace {

@@ -1,11 +1,11 @@
-// The canonical latent form as it is, plain MLA and the forms that no engine knows: model_type `relatent`, one
-// tensor for each map of attention.h, and beside the weights the code that Hugging Face transformers runs them
-// with (trust_remote_code). vLLM reads it through the plug-in in engines/vllm. Latents are stored as they are, so
-// nothing has to be undone.
+// The canonical latent form as it is, plain MLA and the forms that no engine knows: model_type `relatent`,
+// one tensor for each map of attention.h, and beside the weights the code that Hugging Face transformers runs
+// them with (trust_remote_code). vLLM reads it through the plug-in in engines/vllm. Latents are stored as
+// they are, so nothing has to be undone.
 //
-// config.json says layout_version 1 and latent_features "hidden": latents read the layer's normalised input. A
-// later version may say otherwise, and may have `layers`, one object for each layer that differs from the others
-// in kind, sizes or frequencies. Readers refuse what they do not know.
+// config.json says layout_version 1 and latent_features "hidden": latents read the layer's normalised input.
+// A later version may say otherwise, and may have `layers`, one object for each layer that differs from the
+// others in kind, sizes or frequencies. Readers refuse what they do not know.
 //
 // Under model.layers.{i}.self_attn., with D = hidden_size, n = qk_nope_head_dim, p = qk_rope_head_dim, w =
 // v_head_dim, r_b = (shared rank) + (own rank) of latent b, h_b its heads; biases where attention_bias:

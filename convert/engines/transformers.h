@@ -15,31 +15,4 @@ namespace relatent {
 
 std::unique_ptr<Engine> make_transformers_engine();
 
-// How a latent survives RMSNorm. Coordinates are multiplied by `scale` (a power of two that brings their mean
-// square near 1) and joined by a constant `beta`; the norm divides by rms, and gain * (scale c) / rms *
-// correction = c.
-struct NormUndo {
-  double scale = 1;       // on the down-projection
-  double beta = 0;        // bias of the constant coordinate, exact in the dtype
-  double gain = 1;        // on the norm weight, exact in the dtype
-  double correction = 1;  // on the up-projection: what rounding beta and gain left, at most 2e-3 away from 1
-  double constant = 1;    // value of the constant coordinate after the norm with gain 1
-};
-// rank without the constant coordinate; mean_square 0 = unknown, taken as 1.
-NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype);
-
-// What goes into the query for engines that multiply scores by (n + p)^-1/2.
-double query_rescale(const LatentAttention& attention);
-
-// A query without a norm as an engine with a normalised query latent of `size` coordinates stores it, its
-// rotary rows in halves. The last coordinate is the constant, which carries the query bias; size is at least
-// one more than what the query acts on, and what is left between them is zero.
-struct StoredQuery {
-  MatrixF down;          // [size, hidden]
-  RowVectorF down_bias;  // [size]
-  RowVectorF gain;       // [size], of the norm
-  MatrixF up;            // [heads * (n + p), size], rescaled
-};
-StoredQuery store_query(const LatentAttention& attention, Index size, DType dtype);
-
 }  // namespace relatent

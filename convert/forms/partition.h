@@ -8,9 +8,9 @@
 
 #include <vector>
 
-#include "convert/engines/engine.h"
 #include "convert/latent/partition.h"
 #include "convert/model/attention.h"
+#include "convert/model/latent_shape.h"
 
 namespace relatent {
 

@@ -97,8 +97,7 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
     if (options.keys) {
       fit_keys(sample, options, attention);
       if (attention.norm.present()) {
-        attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
-                                       attention.norm.extra.rows());
+        fit_norm(attention.latent(), sample.sampled_inputs, sample.input_moment, attention.norm);
       }
     }
   }

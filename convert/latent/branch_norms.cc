@@ -30,6 +30,7 @@ void store_normed(const MatrixD& latent, const NormCompletion& norm, LatentBranc
 
 void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const MatrixD& input_moment,
                         Index extra) {
+  NormCompletion norm = added_coordinates(inputs, input_moment, extra);
   for (LatentBranch& branch : attention.branches) {
     const Linear common =
         branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)] : Linear{};
@@ -42,7 +43,8 @@ void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const
     if (branch.down.bias.size() > 0 || common.bias.size() > 0) {
       throw std::logic_error("normalise_branches: a latent has a bias");
     }
-    store_normed(latent, complete_norm(latent, inputs, input_moment, extra), branch);
+    fit_norm(latent, inputs, input_moment, norm);
+    store_normed(latent, norm, branch);
     branch.shared = -1;
   }
   attention.shared.clear();

@@ -2,19 +2,27 @@
 
 namespace relatent {
 
+Rotary lossless_rotary(const Rotary& source, Index kv_heads) {
+  Rotary out;
+  out.attention_factor = source.attention_factor;
+  for (Index g = 0; g < kv_heads; ++g) {
+    out.inv_freq.insert(out.inv_freq.end(), source.inv_freq.begin(), source.inv_freq.end());
+  }
+  return out;
+}
+
 RotaryKey lossless_rotary_key(const LayerMaps& maps) {
   const Index d = maps.head_dim;
   const Index half = maps.pairs();
   const Index p = maps.key_dim();
   RotaryKey out;
   out.read = MatrixD::Zero(p, p);
-  out.rotary.attention_factor = maps.rotary.attention_factor;
+  out.rotary = lossless_rotary(maps.rotary, maps.kv_heads);
   for (Index g = 0; g < maps.kv_heads; ++g) {
     for (Index f = 0; f < half; ++f) {
       const Index pair = g * half + f;
       out.read(pair, g * d + f) = 1;
       out.read(pair + p / 2, g * d + f + half) = 1;
-      out.rotary.inv_freq.push_back(maps.rotary.inv_freq[static_cast<std::size_t>(f)]);
     }
   }
   out.residual = MatrixD::Zero(0, p);

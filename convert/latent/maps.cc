@@ -60,9 +60,8 @@ LayerMaps maps_of(GqaAttention attention) {
   out.k = map_of(attention.k);
   out.v = map_of(attention.v);
   out.o = std::move(attention.o.weight);
-  out.has_o_bias = attention.o.bias.size() > 0;
   out.o_bias = VectorD::Zero(out.o.rows());
-  if (out.has_o_bias) {
+  if (attention.o.bias.size() > 0) {
     out.o_bias = attention.o.bias.transpose().cast<double>();
   }
   out.scale = static_cast<double>(attention.scale);

@@ -24,7 +24,6 @@ struct LayerMaps {
   MatrixD k;       // [K d, D + 1]
   MatrixD v;       // [K d, D + 1]
   VectorD o_bias;  // [D], zero where the source has none
-  bool has_o_bias = false;
   double scale = 0;
   Rotary rotary;
 

@@ -91,9 +91,9 @@ NearestToOne nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) 
   return out;
 }
 
-MatrixF squares_of(const MatrixF& map, const MatrixF& inputs, Index first, Index rows) {
-  MatrixF y(rows, map.rows());
-  y.noalias() = inputs.middleRows(first, rows) * map.transpose();
+MatrixF squares_of(const MatrixF& map, const MatrixF& inputs) {
+  MatrixF y(inputs.rows(), map.rows());
+  y.noalias() = inputs * map.transpose();
   return y.array().square();
 }
 
@@ -156,48 +156,44 @@ VectorD shares_of(const std::array<MeanMoments, 2>& halves, const MeanMoments& a
   return shares_of(all, best_ridge, floor);
 }
 
-// Adds the linear map nearest to 1 and the leading directions, as many as there are rows.
-// Returns the former as each half gives it, scaled as it is; empty where nothing is near to 1.
-std::array<VectorD, 2> add_extra(const MatrixF& inputs, const MatrixD& input_moment, MatrixD& extra) {
-  std::array<VectorD, 2> halves;
-  const Index found = std::min(extra.rows(), input_moment.rows());
+}  // namespace
+
+NormCompletion added_coordinates(const MatrixF& inputs, const MatrixD& input_moment, Index count) {
+  NormCompletion out;
+  out.extra = MatrixD::Zero(count, input_moment.rows());
+  const Index found = std::min(count, input_moment.rows());
   if (found == 0) {
-    return halves;
+    return out;
   }
-  NearestToOne constant = nearest_to_one(inputs, input_moment);
+  const NearestToOne constant = nearest_to_one(inputs, input_moment);
   const double square = constant.map.dot(input_moment * constant.map);
   if (square > 0) {
-    extra.row(0) = constant.map.transpose() / std::sqrt(square);
-    for (std::size_t i = 0; i < halves.size(); ++i) {
-      halves[i] = constant.halves[i] / std::sqrt(square);
+    out.extra.row(0) = constant.map.transpose() / std::sqrt(square);
+    for (std::size_t i = 0; i < constant.halves.size(); ++i) {
+      out.constant_of_half[i] = constant.halves[i] / std::sqrt(square);
     }
   }
   const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(input_moment, found);
   const double raised = least_variance * input_moment.diagonal().mean();
   for (Index i = 0; i + 1 < found; ++i) {
     if (eigen.values(i) > dead * eigen.values(0)) {
-      extra.row(i + 1) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i) + raised);
+      out.extra.row(i + 1) = eigen.vectors.col(i).transpose() / std::sqrt(eigen.values(i) + raised);
     }
   }
-  return halves;
+  return out;
 }
 
-}  // namespace
-
-NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
-                             Index extra_count) {
-  NormCompletion out;
-  out.extra = MatrixD::Zero(extra_count, latent.cols());
-  const std::array<VectorD, 2> constants = add_extra(inputs, input_moment, out.extra);
-  const MatrixF map = stacked(latent, out.extra);
+void fit_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
+              NormCompletion& norm) {
+  const MatrixF map = stacked(latent, norm.extra);
   const Index size = map.rows();
   const Index tokens = inputs.rows();
-  MatrixF squares = squares_of(map, inputs, 0, tokens);
+  MatrixF squares = squares_of(map, inputs);
   const Index middle = first_half(inputs);
-  if (constants[0].size() > 0) {
+  if (norm.constant_of_half[0].size() > 0) {
     // As on tokens that it was not fitted on: either half is shown the other's.
-    const VectorF first = constants[0].cast<float>();
-    const VectorF second = constants[1].cast<float>();
+    const VectorF first = norm.constant_of_half[0].cast<float>();
+    const VectorF second = norm.constant_of_half[1].cast<float>();
     auto shown = squares.col(latent.rows());
     shown.head(middle) = (inputs.topRows(middle) * second).array().square();
     shown.tail(tokens - middle) = (inputs.bottomRows(tokens - middle) * first).array().square();
@@ -213,18 +209,24 @@ NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const
   squares *= unit.cast<float>().asDiagonal();
   const VectorD t = shares_of({moments_of(squares, 0, middle), moments_of(squares, middle, tokens - middle)},
                               moments_of(squares, 0, tokens));
-  out.square.resize(size);
+  norm.square.resize(size);
   for (Index j = 0; j < size; ++j) {
     // Of a coordinate that is always 0 any scale will do.
-    out.square(j) = unit(j) > 0 ? t(j) * unit(j) : 1;
+    norm.square(j) = unit(j) > 0 ? t(j) * unit(j) : 1;
   }
+}
+
+NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
+                             Index extra_count) {
+  NormCompletion out = added_coordinates(inputs, input_moment, extra_count);
+  fit_norm(latent, inputs, input_moment, out);
   return out;
 }
 
 VectorF inverse_norm(const NormCompletion& norm, const MatrixD& latent, const MatrixF& inputs) {
   const MatrixF map = stacked(latent, norm.extra);
   const VectorF square = norm.square.cast<float>();
-  return (squares_of(map, inputs, 0, inputs.rows()) * square).cwiseMax(1e-12F).cwiseSqrt().cwiseInverse();
+  return (squares_of(map, inputs) * square).cwiseMax(1e-12F).cwiseSqrt().cwiseInverse();
 }
 
 }  // namespace relatent

@@ -1,6 +1,8 @@
 // Living with an engine that normalises the latent and has no bias to undo it with.
 #pragma once
 
+#include <array>
+
 #include "linalg/matrix.h"
 
 namespace relatent {
@@ -11,14 +13,24 @@ namespace relatent {
 struct NormCompletion {
   MatrixD extra;  // [e, D + 1] of mean square 1 at most: the linear map nearest to 1, then leading directions
   VectorD square;  // [r + e], s_j² > 0
+  // The first row of extra as fitted to either half of the inputs alone, [D + 1] each; empty where nothing is
+  // near to 1.
+  std::array<VectorD, 2> constant_of_half{};
 
   bool present() const { return square.size() > 0; }
 };
 
-// latent [r, D + 1]; inputs x̃ [tokens, D + 1], sequence after sequence, with their second moment; extra_count
-// coordinates are added (directions beyond the rank of the inputs are zero and do nothing).
-// How closely the sample is fitted is chosen by what either half of it says of the other, so that the norm of
-// few tokens, or of the same words again and again, holds on other tokens.
+// The added coordinates, which no latent decides, without squares.
+NormCompletion added_coordinates(const MatrixF& inputs, const MatrixD& input_moment, Index count);
+
+// Fits the squares for a latent, with the coordinates that the norm has.
+void fit_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
+              NormCompletion& norm);
+
+// Both. latent [r, D + 1]; inputs x̃ [tokens, D + 1], sequence after sequence, with their second moment;
+// extra_count coordinates are added (directions beyond the rank of the inputs are zero and do nothing). How
+// closely the sample is fitted is chosen by what either half of it says of the other, so that the norm of few
+// tokens, or of the same words again and again, holds on other tokens.
 NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input_moment,
                              Index extra_count);
 

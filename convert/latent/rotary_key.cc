@@ -187,6 +187,15 @@ PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_di
   return best;
 }
 
+Rotary kept_rotary(const Rotary& source, const std::vector<Index>& components) {
+  Rotary out;
+  out.attention_factor = source.attention_factor;
+  for (std::size_t f = 0; f < components.size(); ++f) {
+    out.inv_freq.insert(out.inv_freq.end(), static_cast<std::size_t>(components[f]), source.inv_freq[f]);
+  }
+  return out;
+}
+
 RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
                      const DroppedRotation& dropped, const std::vector<Index>& components) {
   const Stage stage("rotary components");
@@ -197,14 +206,13 @@ RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
     pairs += count;
   }
   RotaryKey out;
-  out.rotary.attention_factor = maps.rotary.attention_factor;
+  out.rotary = kept_rotary(maps.rotary, components);
   out.read = MatrixD::Zero(2 * pairs, maps.key_dim());
   MatrixD write = MatrixD::Zero(maps.key_dim(), 2 * pairs);
   Index pair = 0;
   for (Index f = 0; f < half; ++f) {
     const auto at = static_cast<std::size_t>(f);
     for (Index c = 0; c < components[at]; ++c, ++pair) {
-      out.rotary.inv_freq.push_back(maps.rotary.inv_freq[at]);
       for (Index g = 0; g < maps.kv_heads; ++g) {
         put_complex(out.read, pair, pairs, g * d + f, half, concentration.read[at](c, g));
         put_complex(write, g * d + f, half, pair, pairs, concentration.write[at](g, c));

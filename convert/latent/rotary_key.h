@@ -51,6 +51,9 @@ struct PlainList {
 PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
                          std::optional<Index> stride = std::nullopt);
 
+// The frequencies of components[f] combinations of every frequency f.
+Rotary kept_rotary(const Rotary& source, const std::vector<Index>& components);
+
 // The rotary key that keeps the components[f] leading combinations of every frequency f (each at most K).
 RotaryKey rotary_key(const LayerMaps& maps, const Concentration& concentration,
                      const DroppedRotation& dropped, const std::vector<Index>& components);

@@ -21,6 +21,15 @@ void check_transmla(const TransmlaOptions& options, Index head_dim) {
   }
 }
 
+Rotary transmla_rotary(const Rotary& source, const TransmlaOptions& options, Index head_dim) {
+  Rotary out;
+  out.attention_factor = source.attention_factor;
+  for (Index f = 0; f < head_dim / 2; f += head_dim / options.rope_dim) {
+    out.inv_freq.push_back(source.inv_freq[static_cast<std::size_t>(f)]);
+  }
+  return out;
+}
+
 TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
                                 const TransmlaOptions& options) {
   check_transmla(options, maps.head_dim);
@@ -36,8 +45,7 @@ TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
   out.read = MatrixD::Zero(p, maps.key_dim());
   MatrixD leftover = MatrixD::Zero(maps.key_dim() - p, maps.key_dim());
   Index left = 0;
-  out.rotary.attention_factor = maps.rotary.attention_factor;
-  out.rotary.inv_freq.resize(static_cast<std::size_t>(p / 2));
+  out.rotary = transmla_rotary(maps.rotary, options, d);
   for (Index fold_idx = 0; fold_idx < half / fold; ++fold_idx) {
     // Coordinates of this fold, real parts: group by group, frequency by frequency.
     std::vector<Index> real;
@@ -58,8 +66,6 @@ TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
     const MatrixD basis = symmetric_eigenpairs(moment).vectors;
     for (Index c = 0; c < kept; ++c) {
       const Index pair = fold_idx * kept + c;
-      out.rotary.inv_freq[static_cast<std::size_t>(pair)] =
-          maps.rotary.inv_freq[static_cast<std::size_t>(fold_idx * fold + c * collapse)];
       for (Index i = 0; i < n; ++i) {
         out.read(pair, real[static_cast<std::size_t>(i)]) = basis(i, c);
         out.read(pair + p / 2, real[static_cast<std::size_t>(i)] + half) = basis(i, c);

@@ -19,6 +19,9 @@ struct TransmlaOptions {
 // Throws Error (usage) naming the option when the sizes do not fit together.
 void check_transmla(const TransmlaOptions& options, Index head_dim);
 
+// The frequencies that are kept: every (head_dim / rope_dim)-th.
+Rotary transmla_rotary(const Rotary& source, const TransmlaOptions& options, Index head_dim);
+
 // RoRoPE with FreqFold: per fold of frequencies, the real eigenvectors of the key moment (real and imaginary
 // parts added) over all groups; the leading fold / collapse of them become rotary coordinates, collapse =
 // head_dim / rope_dim.

@@ -370,14 +370,10 @@ std::vector<TensorRule> gla_rules() {
 
 const std::vector<Family>& families() {
   static const std::vector<Family> all = {
-      {"llama", "LlamaForCausalLM", false, llama_rules()},
-      {"mistral", "MistralForCausalLM", false, gqa_rules(nullptr)},
-      {"qwen2", "Qwen2ForCausalLM", false, gqa_rules(required)},
-      {"deepseek_v2", "DeepseekV2ForCausalLM", true, deepseek_rules()},
-      {"deepseek_v3", "DeepseekV3ForCausalLM", true, deepseek_rules()},
-      {"relatent", "RelatentForCausalLM", true, relatent_rules()},
-      {mlra_type, "GPT", true, mlra_rules()},
-      {gla_type, "LlamaForCausalLM", true, gla_rules()},
+      {"llama", false, llama_rules()},         {"mistral", false, gqa_rules(nullptr)},
+      {"qwen2", false, gqa_rules(required)},   {"deepseek_v2", true, deepseek_rules()},
+      {"deepseek_v3", true, deepseek_rules()}, {"relatent", true, relatent_rules()},
+      {mlra_type, true, mlra_rules()},         {gla_type, true, gla_rules()},
   };
   return all;
 }

@@ -87,7 +87,6 @@ inline constexpr std::string_view gla_type = "llama with qk_rope_dim";
 
 struct Family {
   std::string_view model_type;
-  std::string_view architecture;
   bool latent;  // MLA rather than GQA
   std::vector<TensorRule> rules;
 };

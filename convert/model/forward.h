@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "convert/model/model.h"
@@ -10,6 +11,9 @@
 #include "linalg/matrix.h"
 
 namespace relatent {
+
+// Called after each layer with (layers done, layers in all).
+using LayerProgress = std::function<void(Index, Index)>;
 
 // The residual stream of all sequences at one depth: [count * length, hidden], sequences one after another.
 class Stream {

@@ -32,6 +32,10 @@ Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim,
 // that every factor is the reciprocal of its frequency. A plain geometric list is not recognised here.
 nlohmann::ordered_json explicit_rope_parameters(const Rotary& rotary, std::int64_t max_position_embeddings);
 
+// The base whose plain list base^(-2i/p) is the rotary's. Throws std::invalid_argument when the list is not
+// geometric or does not start at 1.
+double geometric_base(const Rotary& rotary);
+
 // Cosines and sines for positions 0 ... length - 1, attention factor included.
 struct RotaryTable {
   MatrixF cos;  // [length, p/2]

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "convert/calibrate/calibrate.h"
 #include "convert/model/forward.h"
 #include "convert/model/model.h"
 

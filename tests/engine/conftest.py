@@ -1,7 +1,4 @@
-"""Fixtures of the engine tests.
-
-Larger models take part when RELATENT_MODELS names a folder that has them.
-"""
+"""Fixtures of the engine tests."""
 
 import os
 import tempfile
@@ -20,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import support
-from support import find_model
+from checkpoints import find_model
 
 # Single tokens through small models: threads that wait for each other cost more than they bring.
 torch.set_num_threads(1)
 
-MODELS = ("llama-3m", "llama-26m", "qwen2-13m")
+MODELS = checkpoints.present("llama-3m", "llama-26m", "qwen2-13m")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,11 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    models = os.environ.get("RELATENT_MODELS")
-    larger = (
-        f"larger models from {models}" if models else "RELATENT_MODELS is not set: llama-3m ONLY"
-    )
-    return [f"relatent: {support.binary()}", larger]
+    return [f"relatent: {support.binary()}", checkpoints.report()]
 
 
 class Workbench:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -78,20 +77,6 @@ def verify(source: Path, converted: Path, *more: Any) -> dict[str, Any]:
             "--quiet",
         )
     )
-
-
-def find_model(name: str) -> Path:
-    if name == "llama-3m":
-        return EXAMPLES / name
-    models = os.environ.get("RELATENT_MODELS")
-    if not models:
-        pytest.skip(
-            f"{name} NOT TESTED: RELATENT_MODELS must name a folder that holds models/{name}"
-        )
-    folder = Path(models).resolve() / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} NOT TESTED: there is no {folder}")
-    return folder
 
 
 def validation_ids(count: int = SEQUENCES, length: int = LENGTH) -> torch.Tensor:

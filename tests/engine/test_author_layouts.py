@@ -38,12 +38,11 @@ def check(bench: Any, kind: type[PreTrainedModel], source: Path, converted: Path
 
 
 @pytest.mark.parametrize("form, branches", MLRA)
-def test_mlra_layout(bench, form: str, branches: int) -> None:
-    source = support.find_model("llama-3m")
+def test_mlra_layout(bench, llama: Path, form: str, branches: int) -> None:
     options = MLRA[form, branches]
-    head_dim = json.loads((source / "config.json").read_text())["head_dim"]
+    head_dim = json.loads((llama / "config.json").read_text())["head_dim"]
     converted = bench.convert(
-        source,
+        llama,
         "relatent",
         *("--engine", "mlra", "--to", form, "--branches", branches),
         *("--rope-dim", head_dim, *options, 2 * head_dim),
@@ -54,12 +53,10 @@ def test_mlra_layout(bench, form: str, branches: int) -> None:
     # Stored latents hold the extra coordinates of their norms too.
     latents = 2 if (form, branches) == ("gla", 2) else 4
     assert config["kv_lora_rank"] == latents * (head_dim + 4)
-    assert 0 < check(bench, MlraModel, source, converted) < 2
+    assert 0 < check(bench, MlraModel, llama, converted) < 2
 
 
-@pytest.mark.parametrize("name", ["llama-3m", "llama-26m", "qwen2-13m"])
-def test_gla_layout(bench, name: str) -> None:
-    source = support.find_model(name)
+def test_gla_layout(bench, source: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     converted = bench.convert(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import support
+from checkpoints import find_model
 
 LLAMA_ONLY = ("attention_bias", "mlp_bias", "pretraining_tp")
 
@@ -96,6 +97,13 @@ def test_old_rope_spelling(bench, llama: Path, tmp_path: Path, kind: str) -> Non
     if kind != "default":
         # Were the scaling ignored on both sides, the comparison below would mean nothing.
         assert support.relative_error(bench.their_logits(folder), bench.their_logits(llama)) > 1e-3
+    assert_same_logits(bench, folder, bench.their_logits(folder))
+    assert_lossless(bench, folder)
+
+
+def test_tied_embeddings_beside_biases(bench) -> None:
+    """As the smaller published Qwen2 models have them."""
+    folder = find_model("made-qwen2-tied")
     assert_same_logits(bench, folder, bench.their_logits(folder))
     assert_lossless(bench, folder)
 

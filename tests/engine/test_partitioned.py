@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import support
+from checkpoints import find_model, present
 
 LOSSLESS = [
     *(("tpla", n) for n in (2, 4)),
@@ -57,21 +58,16 @@ TWO_BY_TWO = ("--to", "mlra", "--branches", 2, "--per-device", 48, "--rope-dim",
 FITTED = ("--dtype", "float32", "--fit-rounds", 1)
 
 
-@pytest.fixture(scope="session")
-def small() -> Path:
-    return support.find_model("llama-3m")
-
-
-def test_shared_key_loses_least(bench, small: Path) -> None:
+def test_shared_key_loses_least(bench, llama: Path) -> None:
     """All with the same cache on each of four devices."""
     nats = {
-        "shared": support.verify(small, bench.convert(small, "relatent", *SHARED, *FITTED))["nats"]
+        "shared": support.verify(llama, bench.convert(llama, "relatent", *SHARED, *FITTED))["nats"]
     }
     for order in ("pca", "hadamard"):
-        sliced = bench.convert(small, "relatent", *SLICED, "--order", order, "--dtype", "float32")
-        nats[order] = support.verify(small, sliced)["nats"]
-    closed = bench.convert(small, "weights-only", *SHARED, "--dtype", "float32")
-    nats["weights only"] = support.verify(small, closed)["nats"]
+        sliced = bench.convert(llama, "relatent", *SLICED, "--order", order, "--dtype", "float32")
+        nats[order] = support.verify(llama, sliced)["nats"]
+    closed = bench.convert(llama, "weights-only", *SHARED, "--dtype", "float32")
+    nats["weights only"] = support.verify(llama, closed)["nats"]
     print(nats)
     assert nats["shared"] < 0.6 * min(nats["pca"], nats["hadamard"])
     assert nats["shared"] < 0.6 * nats["weights only"]
@@ -82,10 +78,10 @@ def test_shared_key_loses_least(bench, small: Path) -> None:
     (SHARED, GROUPED, (*TWO_BY_TWO, "--key-rank", 16), (*SLICED, "--order", "hadamard")),
     ids=("tpla", "gla", "mlra-2", "hadamard"),
 )
-def test_fitted_forms_run_everywhere(bench, small: Path, options: tuple) -> None:
+def test_fitted_forms_run_everywhere(bench, llama: Path, options: tuple) -> None:
     fits = FITTED if "--order" not in options else ("--dtype", "float32")
-    converted = bench.convert(small, "relatent", *options, *fits)
-    check_devices(small, converted)
+    converted = bench.convert(llama, "relatent", *options, *fits)
+    check_devices(llama, converted)
     theirs = support.logits_of(
         support.load(converted, custom_code=True), support.validation_ids()
     )
@@ -93,10 +89,10 @@ def test_fitted_forms_run_everywhere(bench, small: Path, options: tuple) -> None
     assert error <= support.LOGIT_TOLERANCE
 
 
-def test_split_is_chosen_on_held_out_tokens(bench, small: Path, tmp_path: Path) -> None:
+def test_split_is_chosen_on_held_out_tokens(bench, llama: Path, tmp_path: Path) -> None:
     report = json.loads(
         support.relatent(
-            *("convert", small, "-o", tmp_path / "out", "--calibration", bench.calibration(small)),
+            *("convert", llama, "-o", tmp_path / "out", "--calibration", bench.calibration(llama)),
             *("--to", "tpla", "--branches", 2, "--per-device", 48, "--no-key-fit", "--json"),
             "--quiet",
         )
@@ -118,30 +114,35 @@ MLA = {
     "pca": ("--to", "tpla", "--branches", 2, "--rank", 128, "--order", "pca"),
     "hadamard": ("--to", "tpla", "--branches", 2, "--rank", 128, "--order", "hadamard"),
 }
+MLA_MODELS = (*present("deepseek-14m"), "made-deepseek-q-rank")
+
+
+@pytest.fixture(scope="session", params=MLA_MODELS)
+def mla(request: pytest.FixtureRequest) -> Path:
+    """MLA from the start, with queries of their own and with a latent for them."""
+    return find_model(request.param)
 
 
 @pytest.mark.parametrize("case", MLA)
-def test_mla_as_the_source(bench, case: str) -> None:
-    source = support.find_model("deepseek-14m")
-    converted = bench.convert(source, "weights-only", *MLA[case], "--dtype", "float32")
-    check_devices(source, converted)
+def test_mla_as_the_source(bench, mla: Path, case: str) -> None:
+    converted = bench.convert(mla, "weights-only", *MLA[case], "--dtype", "float32")
+    check_devices(mla, converted)
     theirs = support.logits_of(
         support.load(converted, custom_code=True), support.validation_ids()
     )
     error = support.relative_error(bench.our_logits(converted), theirs)
-    loss = support.verify(source, converted)["nats"]
+    loss = support.verify(mla, converted)["nats"]
     print(f"relative logit error {error:.2e}, nats lost {loss:.4f}")
     assert error <= support.LOGIT_TOLERANCE
     assert 0 < loss < 2
 
 
-def test_mla_source_fitted(bench) -> None:
+def test_mla_source_fitted(bench, mla: Path) -> None:
     """The same cache on each of two devices."""
-    source = support.find_model("deepseek-14m")
     nats = {}
     for case in ("tpla", "hadamard"):
         more = ("--fit-rounds", 1) if case == "tpla" else ()
-        converted = bench.convert(source, "relatent", *MLA[case], "--dtype", "float32", *more)
-        nats[case] = support.verify(source, converted)["nats"]
+        converted = bench.convert(mla, "relatent", *MLA[case], "--dtype", "float32", *more)
+        nats[case] = support.verify(mla, converted)["nats"]
     print(nats)
     assert nats["tpla"] < nats["hadamard"] / 2

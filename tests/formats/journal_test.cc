@@ -15,8 +15,8 @@ using testing_support::expect_error;
 using testing_support::read_bytes;
 using testing_support::TempFolder;
 
-const Facts kGiven = {{"--rank", "192"}, {"the source's a\tb\\c\nd", "12 bytes"}, {"empty", ""}};
-const Facts kEntries = {{"carried", "3"}, {"trial", "16 48"}, {"carried", "12"}, {"note\n", "a\\tb\t"}};
+const RunIdentity kGiven = {{"--rank", "192"}, {"the source's a\tb\\c\nd", "12 bytes"}, {"empty", ""}};
+const RunIdentity kEntries = {{"carried", "3"}, {"trial", "16 48"}, {"carried", "12"}, {"note\n", "a\\tb\t"}};
 
 // A journal with all of kEntries; its path.
 fs::path sample(const TempFolder& folder) {

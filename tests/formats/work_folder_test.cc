@@ -18,14 +18,14 @@ using testing_support::expect_error;
 using testing_support::read_bytes;
 using testing_support::TempFolder;
 
-const Facts kFacts = {{"--rank", "192"}, {"the program", "relatent 1"}};
+const RunIdentity kFacts = {{"--rank", "192"}, {"the program", "relatent 1"}};
 
 class Work : public testing::Test {
  protected:
   fs::path out() const { return folder_ / "out"; }
   fs::path partial() const { return folder_ / "out.partial"; }
   std::unique_ptr<WorkFolder> open(bool resume = false, OutputKind kind = OutputKind::new_folder,
-                                   const Facts& facts = kFacts) const {
+                                   const RunIdentity& facts = kFacts) const {
     return std::make_unique<WorkFolder>(out(), kind, facts, resume);
   }
   // Leaves an unfinished run behind.
@@ -197,6 +197,7 @@ TEST_F(Work, EndsBetweenTheLastStepsAreTidiedUp) {
       {
         const auto work = open(true, kind);
         EXPECT_TRUE(work->complete());
+        EXPECT_EQ(work->complete_output(), renamed ? out() : partial() / "output");
         work->commit();
       }
       EXPECT_EQ(read_bytes(kind == OutputKind::file ? out() : out() / "a"), "text");

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <Eigen/Dense>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -211,7 +212,7 @@ TEST(SymmetricRoot, SquaresBack) {
 TEST(SymmetricRoot, RaisesSmallEigenvaluesToTheFloor) {
   // diag(4, 1, 0.001, 0) and a rounding error below zero, in another basis.
   Random random(6);
-  const MatrixD q = thin_qr(random.matrix_d(5, 5)).q;
+  const MatrixD q = MatrixD(Eigen::HouseholderQR<MatrixD>(random.matrix_d(5, 5)).householderQ());
   VectorD values(5);
   values << 4, 1, 0.001, 0, -1e-17;
   const SymmetricRoot half = symmetric_root(q * values.asDiagonal() * q.transpose(), 1e-2);
@@ -286,35 +287,6 @@ TEST(RidgeSolve, Refusals) {
   EXPECT_THROW(ridge_solve(MatrixD::Constant(2, 2, kNan), MatrixD::Ones(2, 1), 0.1), NumericalError);
   EXPECT_THROW(ridge_solve(MatrixD::Identity(2, 2), MatrixD::Constant(2, 1, kNan), 0.1), NumericalError);
   EXPECT_EQ(ridge_solve(MatrixD::Identity(2, 2), MatrixD(2, 0), 0.1).cols(), 0);
-}
-
-TEST(ThinQr, FactorsAnyShape) {
-  Random random(8);
-  struct Case {
-    Index rows;
-    Index cols;
-  };
-  for (const Case& shape : {Case{7, 4}, Case{5, 5}, Case{30, 1}, Case{3, 0}}) {
-    MatrixD a = random.matrix_d(shape.rows, shape.cols);
-    for (const bool dependent : {false, true}) {
-      if (dependent && shape.cols > 1) {
-        a.col(1) = a.col(0);
-      }
-      const ThinQr qr = thin_qr(a);
-      ASSERT_EQ(qr.q.rows(), shape.rows);
-      ASSERT_EQ(qr.q.cols(), shape.cols);
-      ASSERT_EQ(qr.r.rows(), shape.cols);
-      ASSERT_EQ(qr.r.cols(), shape.cols);
-      EXPECT_LE((qr.q * qr.r - a).norm(), noise(shape.rows) * a.norm());
-      EXPECT_LE((qr.q.transpose() * qr.q - MatrixD::Identity(shape.cols, shape.cols)).norm(),
-                noise(shape.rows));
-      for (Index j = 0; j < shape.cols; ++j) {
-        EXPECT_TRUE(qr.r.col(j).tail(shape.cols - 1 - j).isZero(0));
-      }
-    }
-  }
-  EXPECT_THROW(thin_qr(MatrixD::Zero(3, 4)), std::invalid_argument);
-  EXPECT_THROW(thin_qr(MatrixD::Constant(4, 3, kNan)), NumericalError);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ import torch
 import xllamacpp
 from tokenizers import Tokenizer
 
+import checkpoints
 import support
 
 TO_GGUF = Path(__file__).with_name("to_gguf.py")
@@ -22,6 +23,8 @@ MODELS = {
     "llama-3m": ("--rope-dim", 32, "--rank", 96),
     "llama-26m": ("--rope-dim", 64, "--rank", 192),
     "qwen2-13m": ("--rope-dim", 32, "--rank", 96),
+    "made-llama": ("--rope-dim", 32, "--rank", 96),
+    "made-qwen2": ("--rope-dim", 16, "--rank", 48),
 }
 IN_FULL_SET = ("qwen2-13m",)
 # A request for every position, so fewer positions than in other comparisons.
@@ -95,11 +98,11 @@ class Engine:
         return out
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=checkpoints.present("llama-3m", "llama-26m", "qwen2-13m"))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param in IN_FULL_SET and os.environ.get("RELATENT_FULL") != "1":
         pytest.skip(f"{request.param} NOT TESTED in the small set: set RELATENT_FULL=1")
-    source = support.find_model(request.param)
+    source = checkpoints.find_model(request.param)
     return convert(source, MODELS[request.param], tmp_path_factory.mktemp(request.param))
 
 

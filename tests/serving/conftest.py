@@ -1,7 +1,6 @@
 """Fixtures of the serving tests, which run folders in vLLM.
 
-By default a small set runs. RELATENT_FULL=1 runs all, with larger models where RELATENT_MODELS
-names a folder that has them.
+By default a small set runs. RELATENT_FULL=1 runs all.
 """
 
 import os
@@ -9,6 +8,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import support
 
@@ -21,12 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    models = os.environ.get("RELATENT_MODELS")
-    larger = (
-        f"larger models from {models}" if models else "RELATENT_MODELS is not set: llama-3m ONLY"
-    )
     extent = "the full set" if FULL else "the SMALL set: RELATENT_FULL=1 runs the rest"
-    return [f"relatent: {support.binary()}", larger, extent]
+    return [f"relatent: {support.binary()}", checkpoints.report(), extent]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,23 +37,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if skipped:
-        terminalreporter.write_line("left out (RELATENT_FULL=1 and RELATENT_MODELS run them):")
+        terminalreporter.write_line("left out (RELATENT_FULL=1 and RELATENT_PUBLISHED run them):")
     for report in skipped:
         terminalreporter.write_line(f"  {report.nodeid}")
-
-
-def find_model(name: str) -> Path:
-    if name == "llama-3m":
-        return support.EXAMPLES / name
-    models = os.environ.get("RELATENT_MODELS")
-    if not models:
-        pytest.skip(
-            f"{name} NOT TESTED: RELATENT_MODELS must name a folder that holds models/{name}"
-        )
-    folder = Path(models).resolve() / "models" / name
-    if not folder.is_dir():
-        pytest.skip(f"{name} NOT TESTED: there is no {folder}")
-    return folder
 
 
 class Workbench:

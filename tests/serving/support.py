@@ -21,7 +21,7 @@ VALIDATION_TOKENS = EXAMPLES / "tokens" / "validation.npy"
 # Few and short: comparisons are exact up to rounding, so more tokens would show nothing new.
 SEQUENCES = 4
 LENGTH = 256
-SPAN = ("--sequences", SEQUENCES, "--length", LENGTH)
+MEASURED = ("--tokens", VALIDATION_TOKENS, "--sequences", SEQUENCES, "--length", LENGTH)
 
 PERPLEXITY_TOLERANCE = 1e-5  # relative, float32
 SHARED_MEMORY = Path("/dev/shm")
@@ -48,10 +48,10 @@ def inspect(folder: Path) -> dict[str, Any]:
     return json.loads(relatent("inspect", folder, "--json"))
 
 
-def perplexity(source: Path, converted: Path) -> float:
+def perplexity(source: Path, converted: Path, span: tuple = MEASURED) -> float:
     """What `verify` says of the converted folder."""
-    tokens = ("--tokens", VALIDATION_TOKENS, *SPAN, "--json", "--quiet")
-    return json.loads(relatent("verify", source, converted, *tokens))["converted_ppl"]
+    said = relatent("verify", source, converted, *span, "--json", "--quiet")
+    return json.loads(said)["converted_ppl"]
 
 
 def greedy_choices(
@@ -69,6 +69,12 @@ def greedy_choices(
     logits = np.load(out)[0, len(prompt) - 1 :]
     out.unlink()
     return logits.argmax(-1).tolist()
+
+
+def check_text(converted: Path, found: dict[str, Any], work: Path) -> None:
+    """Every token of the text is what our forward pass finds most likely after those before it."""
+    for prompt, continuation in zip(found["prompts"], found["greedy"], strict=True):
+        assert continuation == greedy_choices(converted, prompt, continuation, work)
 
 
 def install_plugin(folder: Path) -> Path:
@@ -91,7 +97,7 @@ def score(
     work: Path,
     environment: dict[str, str],
     *options: Any,
-    span: tuple = ("--tokens", VALIDATION_TOKENS, *SPAN),
+    span: tuple = MEASURED,
 ) -> dict[str, Any]:
     """Runs score.py on a folder in a process of its own."""
     output = work / "score.json"

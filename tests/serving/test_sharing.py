@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import checkpoints
 import conftest
 import pytest
 import support
@@ -39,7 +40,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("form", FORMS)
 def test_devices_share_as_inspect_says(bench, plugin: ModuleType, form: str) -> None:
     sharing = importlib.import_module("relatent_vllm.sharing")
-    folder = bench.convert(conftest.find_model("llama-3m"), *FORMS[form])
+    folder = bench.convert(checkpoints.find_model("llama-3m"), *FORMS[form])
     config = read_config(folder)
     branches, shared_ranks = config["latent_branches"], config["latent_shared_ranks"]
     inspected = support.inspect(folder)
@@ -65,7 +66,7 @@ def test_devices_share_as_inspect_says(bench, plugin: ModuleType, form: str) -> 
 @pytest.mark.parametrize("form", ("mla", "gla-2", "tpla-4"))
 def test_the_same_devices_are_refused(bench, plugin: ModuleType, form: str) -> None:
     sharing = importlib.import_module("relatent_vllm.sharing")
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     folder = bench.convert(source, *FORMS[form])
     branches = read_config(folder)["latent_branches"]
     for tp in (3, 6, 64):
@@ -93,7 +94,7 @@ REFUSED = {
 def test_refused_configs(bench, plugin: ModuleType, case: str) -> None:
     configuration = importlib.import_module("relatent_vllm.configuration")
     changes, words = REFUSED[case]
-    folder = bench.convert(conftest.find_model("llama-3m"), *FORMS["tpla-2"])
+    folder = bench.convert(checkpoints.find_model("llama-3m"), *FORMS["tpla-2"])
     config = read_config(folder)
     configuration.RelatentConfig(**config)
     with pytest.raises(ValueError) as caught:
@@ -106,7 +107,7 @@ def test_registered_config_needs_no_trust(bench, plugin: ModuleType) -> None:
     """config.json names code beside the weights, which is not run."""
     from transformers import AutoConfig
 
-    folder = bench.convert(conftest.find_model("llama-3m"), *FORMS["tpla-2"])
+    folder = bench.convert(checkpoints.find_model("llama-3m"), *FORMS["tpla-2"])
     assert "auto_map" in read_config(folder)
     plugin.register()
     plugin.register()

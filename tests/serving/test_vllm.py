@@ -7,6 +7,7 @@ every step, and the cache takes the bytes that `relatent inspect` promises each 
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import conftest
 import pytest
 import support
@@ -16,7 +17,9 @@ from experts import EXPERTS, write_experts
 full = pytest.mark.full
 NATIVE = "DeepseekV3ForCausalLM"
 # One without biases and one with.
-LARGER = ("llama-26m", "qwen2-13m")
+LARGER = checkpoints.present("llama-26m", "qwen2-13m")
+WIDE = checkpoints.present("llama-26m")
+(MLA,) = checkpoints.present("deepseek-14m")
 
 # Sizes for heads of 32 with four keys and values; of a head of 64 everything is twice that.
 FORMS = {
@@ -66,18 +69,12 @@ def check(
     assert abs(found["perplexity"] / expected - 1) <= support.PERPLEXITY_TOLERANCE
     if cache:
         assert held == [promised] * tp
-    check_text(converted, found, work)
-
-
-def check_text(converted: Path, found: dict[str, Any], work: Path) -> None:
-    """Every token of the text is what our forward pass finds most likely after those before it."""
-    for prompt, continuation in zip(found["prompts"], found["greedy"], strict=True):
-        assert continuation == support.greedy_choices(converted, prompt, continuation, work)
+    support.check_text(converted, found, work)
 
 
 @pytest.mark.parametrize(("form", "tp"), [in_small_set(f, tp) for f in FORMS for tp in (1, 2)])
 def test_forms(bench, tmp_path: Path, form: str, tp: int) -> None:
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS[form])
     found = bench.score(converted, "--tp", tp)
     assert found["architecture"] == "RelatentForCausalLM"
@@ -89,8 +86,8 @@ def test_forms(bench, tmp_path: Path, form: str, tp: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("model", LARGER)
 def test_forms_of_larger_models(bench, tmp_path: Path, model: str, form: str, tp: int) -> None:
-    source = conftest.find_model(model)
-    options = twice(FORMS[form]) if model == "llama-26m" else FORMS[form]
+    source = checkpoints.find_model(model)
+    options = twice(FORMS[form]) if model in WIDE else FORMS[form]
     converted = bench.convert(source, *options)
     check(source, converted, bench.score(converted, "--tp", tp), tmp_path, tp)
 
@@ -99,7 +96,7 @@ def test_forms_of_larger_models(bench, tmp_path: Path, model: str, form: str, tp
 @pytest.mark.parametrize(("form", "tp"), (("tpla-4", 4), ("gla-2", 4)))
 def test_four_devices(bench, tmp_path: Path, form: str, tp: int) -> None:
     """A latent for each, and a latent for each two."""
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS[form])
     found = bench.score(converted, "--tp", tp)
     check(source, converted, found, tmp_path, tp)
@@ -111,7 +108,7 @@ def test_four_devices(bench, tmp_path: Path, form: str, tp: int) -> None:
 @pytest.mark.parametrize("tp", (1, 2))
 def test_mla_source(bench, tmp_path: Path, tp: int) -> None:
     """Its norm is formed on every device of rows that no device caches."""
-    source = conftest.find_model("deepseek-14m")
+    source = checkpoints.find_model(MLA)
     sizes = ("--to", "tpla", "--branches", 2, "--per-device", 96, "--key-rank", 32)
     converted = bench.convert(source, "--method", "weights-only", *sizes)
     check(source, converted, bench.score(converted, "--tp", tp), tmp_path, tp)
@@ -120,7 +117,7 @@ def test_mla_source(bench, tmp_path: Path, tp: int) -> None:
 @full
 def test_published_slices(bench, tmp_path: Path) -> None:
     """Every latent has a norm of its own."""
-    source = conftest.find_model("deepseek-14m")
+    source = checkpoints.find_model(MLA)
     sizes = ("--to", "tpla", "--branches", 2, "--rank", 128, "--order", "pca")
     converted = bench.convert(source, "--method", "weights-only", *sizes)
     check(source, converted, bench.score(converted), tmp_path, 1)
@@ -139,17 +136,17 @@ def test_experts(bench, tmp_path: Path, case: str, tp: int) -> None:
 
 @full
 def test_pipeline_stages(bench, tmp_path: Path) -> None:
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS["tpla-2"])
     found = bench.score(converted, "--pp", 2, "--compile")
     promised = support.inspect(converted)["cache_bytes_per_token"]
     assert [device["bytes_per_token"] for device in found["cache"]] == [promised / 2] * 2
-    check_text(converted, found, tmp_path)
+    support.check_text(converted, found, tmp_path)
 
 
 @full
 def test_compiled(bench, tmp_path: Path) -> None:
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS["tpla-4"])
     check(source, converted, bench.score(converted, "--compile"), tmp_path, 1)
 
@@ -157,7 +154,7 @@ def test_compiled(bench, tmp_path: Path) -> None:
 @full
 def test_bfloat16(bench) -> None:
     """As close to float32 as the types allow."""
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS["tpla-4"])
     found = bench.score(converted, "--dtype", "bfloat16")
     assert abs(found["perplexity"] / support.perplexity(source, converted) - 1) < 0.01
@@ -180,7 +177,7 @@ def with_changes(bench: conftest.Workbench, folder: Path, changes: dict[str, Any
     ids=("layout", "quantised"),
 )
 def test_refused_configs_do_not_start(bench, changes: dict[str, Any], words: str) -> None:
-    folder = bench.convert(conftest.find_model("llama-3m"), *FORMS["mla"])
+    folder = bench.convert(checkpoints.find_model("llama-3m"), *FORMS["mla"])
     with pytest.raises(support.Failed) as caught:
         bench.score(with_changes(bench, folder, changes))
     assert words in str(caught.value)
@@ -190,7 +187,7 @@ def test_refused_configs_do_not_start(bench, changes: dict[str, Any], words: str
 def test_refused_tensors_do_not_start(bench) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = bench.convert(conftest.find_model("llama-3m"), *FORMS["mla"])
+    folder = bench.convert(checkpoints.find_model("llama-3m"), *FORMS["mla"])
     other = with_changes(bench, folder, {})
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.0.self_attn.surplus.weight"] = torch.zeros(2)
@@ -215,7 +212,7 @@ def kernel_sized(bench: conftest.Workbench, source: Path, engine: str) -> Path:
     ],
 )
 def test_stock_transformers_backend(bench, tmp_path: Path, model: str, tp: int) -> None:
-    source = conftest.find_model(model)
+    source = checkpoints.find_model(model)
     converted = kernel_sized(bench, source, "transformers")
     found = bench.score(converted, "--tp", tp, "--model-impl", "transformers", plugin=False)
     assert "Transformers" in found["architecture"]
@@ -224,7 +221,7 @@ def test_stock_transformers_backend(bench, tmp_path: Path, model: str, tp: int) 
 
 def test_native_class_without_its_kernel(bench, tmp_path: Path) -> None:
     """The names, norms and rotation of the folder; the class caches whole keys and values here."""
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, "--engine", "deepseek", "--rope-dim", 32, "--rank", 96)
     found = bench.score(converted, plugin=False, environment={"VLLM_MLA_DISABLE": "1"})
     assert found["architecture"] == NATIVE
@@ -233,9 +230,9 @@ def test_native_class_without_its_kernel(bench, tmp_path: Path) -> None:
 
 @full
 @pytest.mark.parametrize("tp", (1, 2))
-@pytest.mark.parametrize("model", LARGER)
+@pytest.mark.parametrize("model", (*WIDE, "qwen2-13m"))  # a rotary key of 64 wants heads of 64
 def test_native_class(bench, tmp_path: Path, model: str, tp: int) -> None:
-    source = conftest.find_model(model)
+    source = checkpoints.find_model(model)
     converted = kernel_sized(bench, source, "deepseek")
     found = bench.score(converted, "--tp", tp, plugin=False)
     assert found["architecture"] == NATIVE
@@ -253,7 +250,7 @@ torch.cpu._is_amx_tile_supported = lambda: True
 def test_chunked_prefill_and_prefix_caching(bench, tmp_path: Path) -> None:
     """vLLM turns both off for MLA on CPUs without AMX, which the plug-in's kernels do not use."""
     (tmp_path / "sitecustomize.py").write_text(PRETENCE)
-    source = conftest.find_model("llama-3m")
+    source = checkpoints.find_model("llama-3m")
     converted = bench.convert(source, *FORMS["tpla-4"])
     paths = {"PYTHONPATH": f"{tmp_path}:{bench.site}"}
     found = bench.score(converted, "--chunk", 64, "--prefix-caching", environment=paths)

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/engines/layout.h"
 #include "convert/model/model.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"

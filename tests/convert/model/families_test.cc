@@ -39,7 +39,6 @@ std::vector<PlacedTensor> place(const TinyModel& model) {
 
 TEST(Families, AreFoundByModelType) {
   ASSERT_NE(find_family("qwen2"), nullptr);
-  EXPECT_EQ(find_family("qwen2")->architecture, "Qwen2ForCausalLM");
   EXPECT_FALSE(find_family("llama")->latent);
   EXPECT_TRUE(find_family("deepseek_v3")->latent);
   EXPECT_TRUE(find_family("deepseek_v2")->latent);

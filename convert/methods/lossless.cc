@@ -1,0 +1,45 @@
+#include "convert/latent/lossless.h"
+
+#include "convert/forms/mla.h"
+#include "convert/forms/partition.h"
+#include "convert/methods/method.h"
+#include "convert/methods/naming_layer.h"
+
+namespace relatent {
+namespace {
+
+class Lossless final : public ConversionMethod {
+ public:
+  Lossless(const ConvertPlan& plan, const ConvertInputs& inputs) : plan_(plan), inputs_(inputs) {}
+
+  Rotary rotary() const override {
+    const ModelConfig& config = inputs_.source.config();
+    return lossless_rotary(config.rotary, config.gqa->num_key_value_heads);
+  }
+
+  LatentAttention convert(Index layer_idx, Moments moments) const override {
+    return naming_layer(layer_idx, [&] {
+      const LayerMaps maps = maps_of(std::get<GqaAttention>(inputs_.source.attention(layer_idx)));
+      std::vector<JointLatent> latents;
+      for (Index g = 0; g < inputs_.partition.groups; ++g) {
+        const Index first = inputs_.partition.first_head(g, maps.heads);
+        const Index last = inputs_.partition.first_head(g + 1, maps.heads);
+        latents.push_back(lossless_latent(maps, first, last - first));
+      }
+      return split_values(assemble(maps, moments, lossless_rotary_key(maps), latents, std::nullopt),
+                          inputs_.partition, plan_.shape);
+    });
+  }
+
+ private:
+  const ConvertPlan& plan_;
+  const ConvertInputs& inputs_;
+};
+
+}  // namespace
+
+std::unique_ptr<ConversionMethod> make_lossless(const ConvertPlan& plan, const ConvertInputs& inputs) {
+  return std::make_unique<Lossless>(plan, inputs);
+}
+
+}  // namespace relatent

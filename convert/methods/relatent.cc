@@ -1,0 +1,293 @@
+#include "convert/methods/relatent.h"
+
+#include <Eigen/Dense>
+#include <algorithm>
+#include <stdexcept>
+
+#include "convert/forms/mla.h"
+#include "convert/latent/branch_norms.h"
+#include "convert/latent/from_mla.h"
+#include "convert/latent/joint_latent.h"
+#include "convert/latent/query_rank.h"
+#include "convert/methods/layer_pipeline.h"
+#include "convert/methods/naming_layer.h"
+#include "convert/plan/memory.h"
+
+namespace relatent {
+namespace {
+
+// What the closed forms of a layer take, about: its maps in float32 and float64 and what is made of them.
+std::uint64_t closed_form_bytes(const ModelConfig& config) {
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+  const auto queries = static_cast<std::uint64_t>(config.num_attention_heads * config.gqa->head_dim);
+  const auto keys = static_cast<std::uint64_t>(config.gqa->num_key_value_heads * config.gqa->head_dim);
+  return hidden * (20 * queries + 12 * (queries + 2 * keys) + 16 * hidden);
+}
+
+// A low-rank query stays as the source has it.
+void keep_query(const Attention& attention, LatentAttention& converted) {
+  const auto* mla = std::get_if<LatentAttention>(&attention);
+  if (mla != nullptr && mla->q_down.out() > 0) {
+    converted.q_down = mla->q_down;
+    converted.q_norm = mla->q_norm;
+  }
+}
+
+}  // namespace
+
+RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
+                                       const Sequences& sequences, const RelatentOptions& options)
+    : source_(source), moments_(std::move(moments)), options_(options) {
+  if (options_.pad_rank) {
+    options_.norm_coordinates = std::max<Index>(0, *options_.pad_rank - options_.rank);
+  }
+  // MLA keeps its own rotary key.
+  if (source.config().gqa) {
+    const Index count = source.config().num_hidden_layers;
+    concentrations_.resize(static_cast<std::size_t>(count));
+    std::vector<double> fold_errors(concentrations_.size());
+    run_layer_pipeline(0, count, layers_at_once(closed_form_bytes(source.config())),
+                       {.moments = moments_,
+                        .body =
+                            [&](Index layer_idx, Moments input) {
+                              const auto at = static_cast<std::size_t>(layer_idx);
+                              const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
+                              concentrations_[at] = naming_layer(layer_idx, [&] {
+                                return concentrate(*known.maps, known.moments,
+                                                   dropped(*known.maps, known.moments));
+                              });
+                              fold_errors[at] = known.fold_error;
+                            },
+                        .finish = [](Index) {}});
+    fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
+    if (options.plain_list) {
+      PlainList list = allocate_plain(concentrations_, options.rope_dim, options.list_stride);
+      components_ = std::move(list.components);
+      list_stride_ = list.stride;
+    } else {
+      components_ = allocate_components(concentrations_, options.rope_dim);
+    }
+  }
+  if (sequences.count > 0 && options.uses_tokens()) {
+    options_.fit.stride =
+        options.fit.stride_for(sequences.count * sequences.length, source.config().hidden_size);
+    streams_ = std::make_unique<TwinStreams>(source, sequences, options.compute);
+  }
+}
+
+RelatentConversion::Known RelatentConversion::know(const LatentAttention& attention, Index layer_idx,
+                                                   Moments moments) const {
+  Known out;
+  out.layer_idx = layer_idx;
+  out.moments = std::move(moments);
+  if (attention.q_down.out() > 0) {
+    // Nothing is known of a query latent but that it is normalised.
+    out.query_latent = VectorD::Ones(attention.q_down.out() + 1);
+  }
+  out.query_bias = affine() && options_.query_bias && attention.q_down.out() == 0;
+  return out;
+}
+
+RelatentConversion::Known RelatentConversion::know(GqaAttention attention, Index layer_idx,
+                                                   Moments moments) const {
+  Known out;
+  out.layer_idx = layer_idx;
+  out.moments = std::move(moments);
+  const bool biased =
+      attention.q.bias.size() > 0 || attention.k.bias.size() > 0 || attention.v.bias.size() > 0;
+  LayerMaps& maps = out.maps.emplace(maps_of(std::move(attention)));
+  out.query_bias = affine() && (options_.query_bias || maps.has_q_bias());
+  if (!affine()) {
+    if (biased) {
+      out.fold_error = fold_biases(out.moments, constant_spread(maps, out.moments), maps);
+    }
+    // x̃ ends in 0 from here on.
+    if (out.moments.diagonal.size() > 0) {
+      out.moments.diagonal(out.moments.diagonal.size() - 1) = 0;
+    } else {
+      out.moments.mean = out.moments.second.rightCols<1>().head(out.moments.second.rows() - 1);
+      out.moments.second.rightCols<1>().setZero();
+      out.moments.second.bottomRows<1>().setZero();
+    }
+  }
+  return out;
+}
+
+DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments& moments) const {
+  return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
+}
+
+RotaryKey RelatentConversion::key_of(const Known& known) const {
+  return rotary_key(*known.maps, concentrations_[static_cast<std::size_t>(known.layer_idx)],
+                    dropped(*known.maps, known.moments), components_);
+}
+
+std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
+                                                        const RotaryKey& key) const {
+  const Partition partition = fitted_partition();
+  std::vector<JointLatent> out;
+  for (Index g = 0; g < partition.groups; ++g) {
+    JointLatentOptions latent;
+    latent.rank = options_.rank / partition.groups;
+    latent.lambda = options_.lambda;
+    latent.output_metric = options_.output_metric;
+    latent.centred = affine();
+    latent.key_rank = partition.parts > 1 ? options_.key_rank : -1;
+    latent.value_weight = options_.value_weight;
+    latent.first_head = partition.first_head(g, maps.heads);
+    latent.head_count = partition.first_head(g + 1, maps.heads) - latent.first_head;
+    out.push_back(joint_latent(maps, moments, key, latent));
+  }
+  return out;
+}
+
+AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const Known& known) const {
+  if (known.maps) {
+    const RotaryKey key = key_of(known);
+    return absorb(*known.maps, key, latents_of(*known.maps, known.moments, key), fitted_partition().parts);
+  }
+  FromMlaOptions options;
+  options.partition = fitted_partition();
+  options.rank = options_.rank / options.partition.groups;
+  options.key_rank = options_.key_rank;
+  options.lambda = options_.lambda;
+  options.value_weight = options_.value_weight;
+  return from_mla(std::get<LatentAttention>(attention), known.moments.input(), known.queries(), options);
+}
+
+LatentAttention RelatentConversion::closed(const Attention& attention, const Known& known) const {
+  LatentAttention out;
+  if (known.maps && fitted_partition().parts == 1) {
+    // The same as through the absorbed form, whose queries are as wide as the latent.
+    const RotaryKey key = key_of(known);
+    out =
+        assemble(*known.maps, known.moments, key, latents_of(*known.maps, known.moments, key), std::nullopt);
+  } else {
+    out = to_latent_attention(absorbed(attention, known), known.moments.input(), known.queries());
+  }
+  if (options_.q_rank) {
+    compress_query(out, known.moments.input(), *options_.q_rank);
+  }
+  keep_query(attention, out);
+  return out;
+}
+
+LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, Known known) {
+  AbsorbedAttention attention = absorbed(layer.attention, known);
+  const bool query_bias = known.query_bias;
+  known = {};  // the sample has moments of its own
+  const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
+  const bool one_latent = options_.partition.latents() == 1;
+  if (!affine() && one_latent) {
+    attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
+                                   *options_.norm_coordinates);
+  }
+  score_error_ = fit_attention(sample, options_.fit, attention);
+  LatentAttention out = to_latent_attention(attention, sample.input_moment, sample.asked_moment());
+  if (!affine() && !one_latent) {
+    normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
+  }
+  if (options_.q_rank) {
+    compress_query(out, sample.input_moment, *options_.q_rank);
+  }
+  keep_query(layer.attention, out);
+  return out;
+}
+
+LatentAttention RelatentConversion::sliced(const Attention& attention, const Known& known) const {
+  const auto slice = [&](const LatentAttention& whole) {
+    return slice_latent(whole, options_.partition.parts, options_.order, known.moments.input(),
+                        known.queries());
+  };
+  if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
+    return slice(*mla);
+  }
+  return slice(closed(attention, known));
+}
+
+void RelatentConversion::finish(const AttentionHalf& layer, LatentAttention& converted) {
+  // A refit may give every layer a bias, whatever the closed forms left.
+  if (affine() && converted.o.bias.size() == 0) {
+    converted.o.bias = RowVectorF::Zero(converted.o.out());
+  }
+  streams_->finish_attention(layer, converted, options_.fit.refit, options_.fit.output_ridge);
+}
+
+Rotary RelatentConversion::rotary() const {
+  const ModelConfig& config = source_.config();
+  return config.gqa ? kept_rotary(config.rotary, components_) : config.rotary;
+}
+
+LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) const {
+  if (!independent()) {
+    throw std::logic_error("RelatentConversion: the layers depend on each other");
+  }
+  return naming_layer(layer_idx, [&] { return convert_alone(layer_idx, std::move(moments)); });
+}
+
+LatentAttention RelatentConversion::convert_alone(Index layer_idx, Moments moments) const {
+  Attention attention = source_.attention(layer_idx);
+  // What is known of grouped-query attention includes all of it.
+  const Known known =
+      std::visit([&](auto& kind) { return know(std::move(kind), layer_idx, std::move(moments)); }, attention);
+  return options_.order == LatentOrder::shared ? closed(attention, known) : sliced(attention, known);
+}
+
+LatentAttention RelatentConversion::next() {
+  if (next_ >= source_.config().num_hidden_layers) {
+    throw std::logic_error("RelatentConversion: every layer has been converted");
+  }
+  const Index layer_idx = next_++;
+  if (independent()) {
+    return convert(layer_idx, moments_(layer_idx));
+  }
+  return naming_layer(
+      layer_idx, [&] { return convert_next(layer_idx); },
+      "--no-query-fit, --no-key-fit and --no-refit leave out the stages of those names");
+}
+
+LatentAttention RelatentConversion::convert_next(Index layer_idx) {
+  AttentionHalf layer = source_.attention_half(layer_idx);
+  Known known = std::visit([&](const auto& kind) { return know(kind, layer_idx, moments_(layer_idx)); },
+                           layer.attention);
+  fold_error_ = std::max(fold_error_, known.fold_error);
+  LatentAttention out;
+  if (options_.order == LatentOrder::shared) {
+    out = fitted(layer, std::move(known));
+  } else {
+    out = sliced(layer.attention, known);
+    streams_->follow_source(layer);
+  }
+  finish(layer, out);
+  if (next_ < source_.config().num_hidden_layers) {
+    // The MLP is read once nothing of the attention is held any more but what is written.
+    layer.attention = {};
+    streams_->finish_layer(options_.compute == DType::bf16 ? source_.packed_mlp_half(layer_idx)
+                                                           : source_.mlp_half(layer_idx));
+  }
+  return out;
+}
+
+void RelatentConversion::save(const std::filesystem::path& path) const {
+  if (streams_) {
+    streams_->save(path, next_);
+  }
+}
+
+Index RelatentConversion::resume(const std::filesystem::path& path, Index layers) {
+  next_ = streams_ ? streams_->load(path).value_or(0) : layers;
+  return next_;
+}
+
+std::unique_ptr<ConversionMethod> make_relatent_on(const Sequences& sequences, const ConvertPlan& plan,
+                                                   const ConvertInputs& inputs) {
+  return std::make_unique<RelatentConversion>(
+      inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); }, sequences,
+      relatent_options(plan.options, inputs, plan.shape));
+}
+
+std::unique_ptr<ConversionMethod> make_relatent(const ConvertPlan& plan, const ConvertInputs& inputs) {
+  return make_relatent_on(fit_sequences(plan.options, inputs), plan, inputs);
+}
+
+}  // namespace relatent

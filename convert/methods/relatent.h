@@ -1,0 +1,97 @@
+// The conversion that this project is named after: rotation concentrated on few components, what loses its
+// rotation joined with the values in one latent, every layer then fitted to the source on the stream that the
+// converted layers before it produce. Without tokens to fit on, the closed forms alone.
+#pragma once
+
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "convert/latent/absorbed.h"
+#include "convert/latent/attention_fit.h"
+#include "convert/latent/rotary_key.h"
+#include "convert/methods/method.h"
+#include "convert/methods/twin_streams.h"
+#include "convert/model/model.h"
+#include "convert/plan/options.h"
+
+namespace relatent {
+
+class RelatentConversion final : public ConversionMethod {
+ public:
+  // moments gives what is known of a layer's input, for any layer and more than once. sequences are the
+  // tokens to fit on; empty for none. Reads every layer's attention once to allocate the rotary components,
+  // which all layers share because an engine keeps one list of frequencies.
+  RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
+                     const RelatentOptions& options);
+
+  Rotary rotary() const override;
+  // Without tokens no layer depends on another. Branches are numbered as latent/partition.h says.
+  bool independent() const override { return !streams_; }
+  LatentAttention convert(Index layer_idx, Moments moments) const override;
+  LatentAttention next() override;
+  void save(const std::filesystem::path& path) const override;
+  Index resume(const std::filesystem::path& path, Index layers) override;
+  double fold_error() const override { return fold_error_; }
+
+  // Of a plain list: every how many-th frequency of the source is kept.
+  Index list_stride() const { return list_stride_; }
+  // Score error of the layer converted last (zeros when queries are not fitted).
+  const ScoreError& score_error() const { return score_error_; }
+
+ private:
+  // What is known of a layer before it is converted.
+  struct Known {
+    Index layer_idx = 0;
+    Moments moments;
+    std::optional<LayerMaps> maps;  // of a GQA source, without biases where the engine has none
+    VectorD query_latent;     // [Q + 1], diagonal second moment of a low-rank query's latent; else empty
+    bool query_bias = false;  // fitted queries may have one
+    double fold_error = 0;    // of this layer
+
+    // Second moment of what the queries act on.
+    MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
+  };
+  LatentAttention convert_next(Index layer_idx);
+  LatentAttention convert_alone(Index layer_idx, Moments moments) const;
+  Known know(const LatentAttention& attention, Index layer_idx, Moments moments) const;
+  Known know(GqaAttention attention, Index layer_idx, Moments moments) const;
+  // The closed forms, from either kind of source.
+  AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
+  std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
+                                      const RotaryKey& key) const;
+  RotaryKey key_of(const Known& known) const;
+  // What the closed forms make; slices are cut from a single latent.
+  Partition fitted_partition() const {
+    return options_.order == LatentOrder::shared ? options_.partition : Partition{};
+  }
+  // The closed forms, as branches of one part each or of several.
+  LatentAttention closed(const Attention& attention, const Known& known) const;
+  // The closed forms fitted. Moves the source's stream past its attention.
+  LatentAttention fitted(const AttentionHalf& layer, Known known);
+  // The source, or its closed form, cut into slices.
+  LatentAttention sliced(const Attention& attention, const Known& known) const;
+  // Refits o_proj and moves the converted stream past the attention.
+  void finish(const AttentionHalf& layer, LatentAttention& converted);
+  bool affine() const { return !options_.norm_coordinates; }
+  DroppedRotation dropped(const LayerMaps& maps, const Moments& moments) const;
+
+  const Model& source_;
+  std::function<Moments(Index)> moments_;
+  RelatentOptions options_;
+  std::vector<Concentration> concentrations_;  // of every layer of a grouped-query source
+  std::vector<Index> components_;              // rotary components kept per frequency
+  Index list_stride_ = 1;
+  std::unique_ptr<TwinStreams> streams_;
+  Index next_ = 0;
+  ScoreError score_error_;
+  double fold_error_ = 0;
+};
+
+// That conversion of a plan, fitted on these sequences; empty for the closed forms alone.
+std::unique_ptr<ConversionMethod> make_relatent_on(const Sequences& sequences, const ConvertPlan& plan,
+                                                   const ConvertInputs& inputs);
+
+}  // namespace relatent

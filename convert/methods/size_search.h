@@ -1,0 +1,62 @@
+// Sizes chosen by what they lose on calibration tokens that the fits have not seen.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "convert/methods/relatent.h"
+#include "convert/plan/plan.h"
+
+namespace relatent {
+
+// Sizes that are chosen are whole multiples of this, as kernels like them.
+constexpr Index size_step = 16;
+
+// What trials run on.
+class SizeSearch {
+ public:
+  using Watch = std::function<void(const SizeTrial&)>;
+
+  // options: everything but the sizes. Needs at least two sequences (usage otherwise, saying so).
+  SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
+             const RelatentOptions& options, Watch watch);
+
+  // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
+  void know(std::vector<SizeTrial> trials) { known_ = std::move(trials); }
+
+  // The rotary size for a cache of `total` numbers: a quarter of it and its neighbours are tried (of a plain
+  // list, half, three quarters and all of the head), with fewer tokens and no key fit, which rank them well
+  // enough. One candidate is taken untried.
+  SizeTrial rotary_for(Index total);
+
+  // Rotary size and shared coordinates for `per_device` numbers on each of the partition's devices, either of
+  // them fixed where it is given: a third each to begin with, then one and the other moved in steps as long
+  // as it helps, ranked like rotary sizes.
+  SizeTrial split_for(Index per_device, std::optional<Index> rope_dim, std::optional<Index> key_rank);
+
+  // The smallest cache that loses at most max_nats, by bisection, fitted in full on three quarters of the
+  // sequences and measured on the rest; the whole of the source's cache when none does.
+  SizeTrial smallest_within(double max_nats);
+
+  // Every trial made, in order.
+  const std::vector<SizeTrial>& trials() const { return trials_; }
+
+ private:
+  std::vector<Index> rotary_candidates(Index total) const;
+  SizeTrial trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
+                  const RelatentOptions& options);
+  // The same with the few tokens that rank sizes.
+  SizeTrial quick_trial(const SizeTrial& sizes);
+
+  const Model& source_;
+  std::function<Moments(Index)> moments_;
+  Sequences sequences_;
+  RelatentOptions options_;
+  Watch watch_;
+  std::vector<SizeTrial> known_;
+  std::vector<SizeTrial> trials_;
+};
+
+}  // namespace relatent

@@ -1,0 +1,90 @@
+#include "convert/plan/checks.h"
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+bool is_mlp_bias(Role role) {
+  return role == Role::gate_bias || role == Role::up_bias || role == Role::down_bias;
+}
+
+void check_plain_rotary(const Model& source) {
+  const Rotary& rotary = source.config().rotary;
+  if (rotary.rope_type != "default") {
+    fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
+                "rope_type default", rotary.rope_type, ""});
+  }
+}
+
+}  // namespace
+
+void check_source(const Model& source) {
+  const ModelConfig& config = source.config();
+  const std::filesystem::path path = source.checkpoint().config_path();
+  if (config.latent && config.latent->branches.size() != 1) {
+    fail_input({path, "", "latent_form", "a grouped-query or MLA model", config.latent->form,
+                "a model whose latents are partitioned already is a result, not a source"});
+  }
+  if (config.latent && config.latent->attention_bias) {
+    fail_input({path, "", "attention_bias", "false", "true",
+                "the norm of a latent with biases cannot be kept when the latent is divided"});
+  }
+  if (config.sliding_window && *config.sliding_window < config.max_position_embeddings) {
+    fail_input(
+        {path, "", "sliding_window", "none, or at least max_position_embeddings",
+         std::to_string(*config.sliding_window),
+         "latent engines attend to every position: set max_position_embeddings to the window, within which "
+         "the two are the same"});
+  }
+  for (const PlacedTensor& tensor : source.tensors()) {
+    if (is_mlp_bias(tensor.role)) {
+      fail_input({source.checkpoint().folder(), tensor.name, "has no place in a latent layout",
+                  "an MLP without biases", "a bias", ""});
+    }
+  }
+}
+
+void check_engine(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
+  if (!traits.latent_source && source.config().latent) {
+    fail_usage("--engine " + options.engine +
+               " normalises every latent on its own, which is not what an MLA source does: --engine "
+               "transformers has a place for it");
+  }
+  if (traits.must_tie && !source.config().tie_word_embeddings) {
+    fail_input({source.checkpoint().config_path(), "", "tie_word_embeddings",
+                "true, since --engine " + options.engine + " has no output head of its own", "false", ""});
+  }
+  if (!traits.any_frequencies && options.engine != "deepseek") {
+    check_plain_rotary(source);
+  }
+  if (traits.undoes_norm) {
+    if (options.norm_coordinates || options.pad_rank) {
+      fail_usage("--norm-coordinates and --pad-rank belong to --engine deepseek and mlra, not to " +
+                 options.engine);
+    }
+    if (!traits.any_frequencies && options.method == Method::lossless) {
+      fail_usage(
+          "--engine " + options.engine +
+          " has one plain list of rotary frequencies, and --method lossless keeps one for each key head");
+    }
+    return;
+  }
+  if (options.method != Method::relatent) {
+    fail_usage("--engine " + options.engine +
+               " normalises the latent and has no biases: only --method relatent fits a checkpoint to that");
+  }
+  check_plain_rotary(source);
+  if (source.has(Role::o_bias, 0)) {
+    fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
+                "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
+  }
+  if (options.pad_rank && options.form != "mla") {
+    fail_usage("--pad-rank is the size of one latent, --to mla: give --norm-coordinates");
+  }
+  if (options.pad_rank && options.norm_coordinates) {
+    fail_usage("--pad-rank decides how many coordinates are added: leave out --norm-coordinates");
+  }
+}
+
+}  // namespace relatent

@@ -1,0 +1,90 @@
+#include "convert/plan/inputs.h"
+
+#include <algorithm>
+#include <string>
+#include <string_view>
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+// Distances assumed when there is no calibration.
+constexpr Index assumed_length = 1024;
+// Fewer sequences than this are all fitted on, and one of so many, up to the most, is kept from the fits.
+constexpr Index fewest_sequences = 8;
+constexpr Index one_of = 32;
+constexpr Index most_held_out = 4;
+
+}  // namespace
+
+ConvertInputs open_inputs(const ConvertOptions& options) {
+  ConvertInputs out{Model::open(options.source), make_engine(options.engine, options.form), {}, {}};
+  if (!out.engine) {
+    bool known = false;
+    for (const char* form : {"mla", "gla", "tpla", "mlra"}) {
+      known = known || make_engine(options.engine, form) != nullptr;
+    }
+    fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
+                     : "--engine " + options.engine + " is not one of: " + std::string(known_engines()));
+  }
+  const std::optional<Partition> partition =
+      partition_of(options.form, options.branches.value_or(options.form == "mla" ? 1 : 0));
+  if (!partition) {
+    fail_usage("--to " + options.form +
+               (options.form == "mla"    ? " has one latent: leave out --branches"
+                : options.form == "mlra" ? " needs --branches 2 or 4"
+                                         : " needs --branches, at least 2"));
+  }
+  out.partition = *partition;
+  if (options.method == Method::transmla && options.form != "mla") {
+    fail_usage("--method transmla writes --to mla only");
+  }
+  if ((options.method == Method::transmla || options.method == Method::relatent) && !options.calibration) {
+    fail_usage("--method " + std::string(method_name(options.method)) +
+               " needs --calibration (make one with `relatent calibrate`)");
+  }
+  if (options.calibration) {
+    out.calibration = CalibrationFile::open(*options.calibration);
+  }
+  return out;
+}
+
+void check_calibration(const ConvertInputs& inputs) {
+  const std::string found = inputs.source.checkpoint().fingerprint();
+  if (inputs.calibration->header().source_fingerprint != found) {
+    fail_input({inputs.calibration->path(), "",
+                "made from another checkpoint than " + inputs.source.checkpoint().folder().string(),
+                "fingerprint " + found, inputs.calibration->header().source_fingerprint,
+                "run `relatent calibrate` on it"});
+  }
+}
+
+Moments input_moments(const ConvertInputs& inputs, Index layer_idx) {
+  if (inputs.calibration) {
+    return moments_of(inputs.calibration->layer(layer_idx));
+  }
+  return moments_without_data(inputs.source.input_norm(layer_idx), inputs.source.config().num_attention_heads,
+                              assumed_length);
+}
+
+Index default_held_out(Index count) {
+  return count < fewest_sequences ? 0 : std::clamp<Index>(count / one_of, 1, most_held_out);
+}
+
+Index held_out_sequences(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const Index count = inputs.calibration->sequences().count;
+  return std::min<Index>(options.held_out.value_or(default_held_out(count)), count - 1);
+}
+
+Sequences fit_sequences(const ConvertOptions& options, const ConvertInputs& inputs) {
+  Sequences out = inputs.calibration->sequences();
+  out = first_sequences(std::move(out), out.count - held_out_sequences(options, inputs));
+  if (options.relatent.fit.tokens > 0) {
+    const Index count = std::max<Index>(1, options.relatent.fit.tokens / out.length);
+    out = first_sequences(std::move(out), count);
+  }
+  return out;
+}
+
+}  // namespace relatent

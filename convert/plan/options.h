@@ -1,0 +1,94 @@
+// What a conversion is asked for.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "convert/engines/engine.h"
+#include "convert/forms/tpla.h"
+#include "convert/latent/attention_fit.h"
+#include "convert/latent/partition.h"
+#include "convert/latent/transmla.h"
+#include "formats/resume.h"
+#include "linalg/dtype.h"
+
+namespace relatent {
+
+enum class Method { lossless, transmla, relatent, weights_only };
+std::string_view method_name(Method method);
+
+// Of the methods relatent and weights-only.
+struct RelatentOptions {
+  Index rank = 0;                    // of all groups together; a multiple of the groups
+  Index rope_dim = 0;                // even, 2 ... K d; at most d for a plain list
+  double lambda = 1;                 // of joint_latent.h
+  bool expected_rotation = true;     // false: a dropped rotation is replaced by 1
+  bool output_metric = true;         // false: the latent is a PCA of balanced keys and values
+  bool plain_list = false;           // frequencies as an engine with a geometric list can hold them
+  std::optional<Index> list_stride;  // of a plain list: every how many-th frequency it holds; none = the best
+  // For engines that normalise the latent and know no biases: so many extra latent coordinates steady the
+  // norm. Needs tokens.
+  std::optional<Index> norm_coordinates;
+  std::optional<Index> pad_rank;  // instead: as many as bring the latent to this size
+  bool query_bias = false;        // the written form has room for a query bias
+  std::optional<Index> q_rank;    // the query is compressed to a latent of this size, without a norm
+  // Shared key, split value, and GLA's groups of heads.
+  Partition partition;
+  Index key_rank = 0;         // coordinates that the parts of a group share; with several parts only
+  double value_weight = 0.1;  // joint_latent.h
+  // Other than shared: TPLA as published, one latent turned and sliced; of the fits only that of o_proj
+  // applies.
+  LatentOrder order = LatentOrder::shared;
+  FitOptions fit;
+  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs has_bf16_products().
+  DType compute = DType::f32;
+
+  bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
+};
+
+struct ConvertOptions {
+  std::filesystem::path source;
+  std::filesystem::path output;
+  Method method = Method::lossless;
+  std::string form = "mla";       // mla, gla, tpla or mlra
+  std::optional<Index> branches;  // latents of a partitioned form
+  std::optional<Index> key_rank;  // shared key, split value: coordinates that the parts of a group share
+  std::optional<std::filesystem::path> calibration;
+  // Size of all distinct latent coordinates together, and of the rotary key. A budget is (rank + rope_dim) /
+  // (2 K d), rounded down to whole numbers.
+  std::optional<Index> rank;
+  std::optional<Index> rope_dim;
+  std::optional<double> kv_budget;
+  // The latent as it is stored and the rotary key, as an engine's kernels want them; --to mla only.
+  // Coordinates that the rank leaves over hold nothing (or steady the norm, where the engine normalises).
+  // Rank none = as large as fits.
+  std::optional<CacheShape> shape;
+  // Instead: numbers per token and layer that each of partition.latents() devices caches.
+  std::optional<Index> per_device;
+  // relatent only: the smallest cache that loses at most so many nats on held-out calibration tokens.
+  std::optional<double> max_nats;
+  // transmla only.
+  std::optional<Index> fold;  // none = try them and keep the best
+  double balance = 1;
+  TransmlaOptions::Columns balance_columns = TransmlaOptions::Columns::head;
+  std::optional<Index> q_rank;
+  // relatent only; its sizes are filled in from the plan, and what it computes in from here: none = as the
+  // calibration was, where this processor can.
+  RelatentOptions relatent;
+  std::optional<DType> compute;
+  // Engines that normalise the latent: extra coordinates that steady the norm, or the rank to pad to.
+  std::optional<Index> norm_coordinates;
+  std::optional<Index> pad_rank;
+  std::string engine = "transformers";
+  std::optional<DType> dtype;  // none = as the source
+  // Calibration sequences that the fits leave alone, on which the result is measured; none = a few of many.
+  std::optional<Index> held_out;
+  std::uint64_t max_shard_bytes = 5'000'000'000;
+  // How the run is interrupted and continued, which decides nothing of the result.
+  SaveOptions save;
+};
+
+}  // namespace relatent

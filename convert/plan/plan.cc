@@ -1,0 +1,240 @@
+#include "convert/plan/plan.h"
+
+#include <algorithm>
+#include <map>
+#include <sstream>
+#include <string>
+#include <string_view>
+
+#include "convert/plan/checks.h"
+#include "convert/plan/memory.h"
+#include "convert/plan/sizes.h"
+#include "formats/error.h"
+#include "linalg/packed.h"
+
+namespace relatent {
+namespace {
+
+// Why a source tensor is not in the output, or nothing when it is.
+std::string_view redundant(Role role, const ModelConfig& config) {
+  if (role == Role::inv_freq) {
+    return "a buffer that the config repeats";
+  }
+  if (role == Role::lm_head && config.tie_word_embeddings) {
+    return "tied to the embedding by the config";
+  }
+  return "";
+}
+
+// Rounding a router's bias would send tokens to other experts, and engines keep it in float32 too.
+DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) {
+  return role == Role::router_bias ? stored : wanted.value_or(stored);
+}
+
+// Layers that predict further tokens read the stream of a model that is not there any more.
+void leave_out_prediction(std::vector<PlacedTensor>& tensors, const ModelConfig& config, ConvertPlan& plan) {
+  std::map<Index, Index> count;
+  for (const PlacedTensor& tensor : tensors) {
+    if (tensor.role == Role::prediction) {
+      ++count[tensor.layer_idx];
+    }
+  }
+  std::erase_if(tensors, [](const PlacedTensor& tensor) { return tensor.role == Role::prediction; });
+  for (const auto& [layer_idx, tensors_of_layer] : count) {
+    plan.left_out.push_back("model.layers." + std::to_string(layer_idx) +
+                            ".*: " + std::to_string(tensors_of_layer) +
+                            " tensors of a layer that predicts further tokens, behind the " +
+                            std::to_string(config.num_hidden_layers) + " layers of the model");
+  }
+  if (!count.empty()) {
+    plan.warnings.emplace_back(
+        "layers of the source that predict further tokens are left out (model.layers." +
+        std::to_string(count.begin()->first) + (count.size() > 1 ? " and on" : "") + ")");
+  }
+}
+
+std::string few_tokens(const ConvertOptions& options, const ConvertInputs& inputs) {
+  if (options.method != Method::relatent || !options.relatent.uses_tokens()) {
+    return "";
+  }
+  const Sequences sequences = fit_sequences(options, inputs);
+  const Index tokens = sequences.count * sequences.length;
+  const ModelConfig& config = inputs.source.config();
+  const Index value_dim = config.gqa ? config.gqa->head_dim : config.latent->v_head_dim;
+  const Index wanted = 8 * std::max(config.num_attention_heads * value_dim, config.hidden_size);
+  if (tokens < wanted) {
+    return "the calibration has " + std::to_string(tokens) + " tokens and the fits want at least " +
+           std::to_string(wanted) +
+           " for this model: they are held back (larger ridges), and the "
+           "result will be worse than with more tokens";
+  }
+  return "";
+}
+
+// Another eps in the engine's norms than in the source's.
+std::string other_eps(const ConvertOptions& options, const Model& source, const EngineTraits& traits) {
+  if (!traits.norm_eps || *traits.norm_eps == source.config().rms_norm_eps) {
+    return "";
+  }
+  std::ostringstream eps;
+  eps << "--engine " << options.engine << " divides every norm by the root of its mean square plus "
+      << *traits.norm_eps << ", the source adds " << source.config().rms_norm_eps
+      << ": `relatent verify` measures what that changes";
+  return eps.str();
+}
+
+// What is written, layer by layer, the converted attention in the place of the old one, and what is left out.
+// Returns the most values that the attention of one layer has.
+std::uint64_t plan_tensors(const ConvertInputs& inputs, ConvertPlan& plan) {
+  const Model& source = inputs.source;
+  const ModelConfig& config = source.config();
+  const Engine& engine = *inputs.engine;
+  const ConvertOptions& options = plan.options;
+  std::uint64_t most = 0;
+  std::vector<PlacedTensor> ordered = source.tensors();
+  leave_out_prediction(ordered, config, plan);
+  const auto rank_of = [&](const PlacedTensor& t) {
+    return t.layer_idx >= 0 ? t.layer_idx + 1
+                            : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
+  };
+  std::stable_sort(ordered.begin(), ordered.end(),
+                   [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
+  Index attention_done = -1;
+  for (const PlacedTensor& tensor : ordered) {
+    if (is_attention(tensor.role)) {
+      if (attention_done < tensor.layer_idx) {
+        attention_done = tensor.layer_idx;
+        std::uint64_t values = 0;
+        for (TensorSpec& spec : engine.attention_tensors(config, plan.shape, tensor.layer_idx, plan.dtype)) {
+          values += spec.bytes() / size_of(spec.dtype);
+          plan.tensors.push_back({std::move(spec), TensorAction::convert, ""});
+        }
+        most = std::max(most, values);
+      }
+      continue;
+    }
+    const std::string_view reason = redundant(tensor.role, config);
+    if (!reason.empty()) {
+      plan.left_out.push_back(tensor.name + ": " + std::string(reason));
+      continue;
+    }
+    const TensorInfo& info = source.checkpoint().info(tensor.name);
+    const DType dtype = output_dtype(tensor.role, info.dtype, options.dtype);
+    plan.tensors.push_back(
+        {{engine.carried_name(tensor.role, tensor.layer_idx, tensor.name), dtype, info.shape},
+         dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
+         tensor.name});
+  }
+  if (!engine.traits().tied_head && config.tie_word_embeddings) {
+    const std::string& embedding = source.name_of(Role::embed_tokens, -1);
+    const TensorInfo& info = source.checkpoint().info(embedding);
+    const DType dtype = options.dtype.value_or(info.dtype);
+    plan.tensors.push_back({{"lm_head.weight", dtype, info.shape},
+                            dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
+                            embedding});
+  }
+  return most;
+}
+
+// Bytes of disk and memory.
+void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, ConvertPlan& plan) {
+  const Model& source = inputs.source;
+  const ModelConfig& config = source.config();
+  const LatentShape& shape = plan.shape;
+  const ConvertOptions& options = plan.options;
+  std::uint64_t largest_cast = 0;
+  for (const PlannedTensor& tensor : plan.tensors) {
+    plan.output_bytes += tensor.spec.bytes();
+    if (tensor.action == TensorAction::cast) {
+      largest_cast = std::max(largest_cast, tensor.spec.bytes() / size_of(tensor.spec.dtype) * 8);
+    }
+  }
+  plan.side_files = source.checkpoint().side_files();
+  for (const std::filesystem::path& file : plan.side_files) {
+    plan.output_bytes += std::filesystem::file_size(file);
+  }
+  const bool fits =
+      options.method == Method::relatent && relatent_options(options, inputs, shape).uses_tokens();
+  plan.layer_bytes =
+      layer_memory(config, shape, inputs.calibration.has_value(),
+                   fits || inputs.partition.parts > 1 || config.latent.has_value(), attention_values);
+  if (!fits) {
+    const Index in_flight = std::min(layers_at_once(plan.layer_bytes), config.num_hidden_layers);
+    plan.memory_bytes = std::max(largest_cast, static_cast<std::uint64_t>(in_flight) * plan.layer_bytes);
+    return;
+  }
+  const Sequences sequences = fit_sequences(options, inputs);
+  const RelatentOptions& own = options.relatent;
+  const SampleSize size{sequences.count, sequences.length,
+                        own.fit.stride_for(sequences.count * sequences.length, config.hidden_size),
+                        own.compute};
+  plan.memory_bytes = std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
+                      streams_memory(config, sequences, size.stride, shape.rope_dim + shape.rank);
+  plan.resume_bytes = streams_disk(config, sequences);
+}
+
+}  // namespace
+
+ConvertOptions with_compute_type(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const bool can = has_bf16_products();
+  ConvertOptions out = options;
+  if (options.compute) {
+    if (*options.compute == DType::bf16 && !can) {
+      fail_usage("--compute bfloat16: this processor has no bfloat16 products");
+    }
+    out.relatent.compute = *options.compute;
+  } else if (can && inputs.calibration && inputs.calibration->header().compute == torch_name(DType::bf16)) {
+    out.relatent.compute = DType::bf16;
+  }
+  return out;
+}
+
+ConvertOptions completed(const ConvertOptions& options, const ConvertInputs& inputs) {
+  check_source(inputs.source);
+  check_engine(options, inputs.source, inputs.engine->traits());
+  return with_engine_sizes(with_compute_type(options, inputs), inputs.source.config(), *inputs.engine);
+}
+
+RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInputs& inputs,
+                                 const LatentShape& shape) {
+  RelatentOptions out = options.relatent;
+  out.rank = shape.rank;
+  out.rope_dim = shape.rope_dim;
+  const ModelConfig& config = inputs.source.config();
+  const EngineTraits traits = inputs.engine->traits();
+  out.plain_list = out.plain_list || !traits.any_frequencies;
+  out.partition = inputs.partition;
+  out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
+  out.query_bias = traits.query_bias;
+  if (config.gqa && !traits.normed_query) {
+    out.q_rank = shape.q_rank;
+  }
+  if (!traits.undoes_norm) {
+    out.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
+    out.pad_rank = options.pad_rank;
+  }
+  return out;
+}
+
+ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const Model& source = inputs.source;
+  const Engine& engine = *inputs.engine;
+  ConvertPlan plan;
+  plan.options = options;
+  plan.shape = choose_shape(options, inputs.partition, source, engine);
+  for (std::string warning :
+       {other_eps(options, source, engine.traits()), few_tokens(options, inputs), unserved_shape(options)}) {
+    if (!warning.empty()) {
+      plan.warnings.push_back(std::move(warning));
+    }
+  }
+  const ModelConfig& config = source.config();
+  plan.dtype = options.dtype.value_or(source.checkpoint().info(source.name_of(Role::o_weight, 0)).dtype);
+  plan.source_cache_numbers = config.cache_numbers();
+  plan.converted_cache_numbers = engine.cache_numbers(plan.shape);
+
+  plan_cost(inputs, plan_tensors(inputs, plan), plan);
+  return plan;
+}
+
+}  // namespace relatent

@@ -1,0 +1,13 @@
+// What decides the bytes of a conversion, for the journal of an unfinished one.
+#pragma once
+
+#include "convert/plan/options.h"
+#include "formats/journal.h"
+
+namespace relatent {
+
+// Program, every option that reaches the output as the command line gave it, source and calibration. Throws
+// Error (input, machine) when a file cannot be examined.
+RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source);
+
+}  // namespace relatent

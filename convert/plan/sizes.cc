@@ -1,0 +1,389 @@
+#include "convert/plan/sizes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+// What the latents of a lossless form hold: the values that each group's heads read.
+void choose_lossless(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
+                     LatentShape& shape) {
+  if (options.rank || options.rope_dim || options.kv_budget || options.per_device || options.key_rank) {
+    fail_usage(
+        "--method lossless fixes rank and rotary size: leave out --rank, --rope-dim, --key-rank, "
+        "--per-device "
+        "and --kv-budget");
+  }
+  shape.rope_dim = gqa.num_key_value_heads * gqa.head_dim;
+  std::vector<GroupSizes> groups;
+  for (Index g = 0; g < partition.groups; ++g) {
+    const Index per_key = shape.heads / gqa.num_key_value_heads;
+    const Index first = partition.first_head(g, shape.heads) / per_key;
+    const Index last = (partition.first_head(g + 1, shape.heads) - 1) / per_key;
+    groups.push_back({0, (last + 1 - first) * gqa.head_dim});
+  }
+  lay_out(partition, groups, shape);
+}
+
+// Coordinates of each group's latents, from whichever option gives them.
+GroupSizes choose_group(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
+                        Index rope_dim) {
+  const int given = (options.rank ? 1 : 0) + (options.kv_budget ? 1 : 0) + (options.per_device ? 1 : 0);
+  if (given != 1) {
+    fail_usage(given == 0
+                   ? "--method " + std::string(method_name(options.method)) +
+                         " needs --rank or --kv-budget (or --per-device where devices split the latents)"
+                   : "--rank and --kv-budget, or --per-device, all decide the size of the latents: give one");
+  }
+  GroupSizes out;
+  if (options.relatent.order != LatentOrder::shared) {
+    if (options.form != "tpla") {
+      fail_usage("--order belongs to --to tpla");
+    }
+    if (options.key_rank) {
+      fail_usage("--key-rank belongs to --order shared, not to " +
+                 std::string(order_name(options.relatent.order)));
+    }
+  } else if (partition.parts > 1) {
+    if (!options.key_rank) {
+      fail_usage("--key-rank is missing: how many coordinates the latents share");
+    }
+    out.key_rank = *options.key_rank;
+    if (out.key_rank < 0) {
+      fail_usage("--key-rank must not be negative");
+    }
+  } else if (options.key_rank) {
+    fail_usage("--key-rank belongs to forms whose latents share their keys, tpla and mlra");
+  }
+  if (options.per_device) {
+    const Index own = *options.per_device - rope_dim - out.key_rank;
+    if (own <= 0) {
+      fail_usage("--per-device " + std::to_string(*options.per_device) +
+                 " leaves no room for values beside a rotary key of " + std::to_string(rope_dim) +
+                 (out.key_rank > 0 ? " and shared coordinates of " + std::to_string(out.key_rank) : ""));
+    }
+    out.rank = out.key_rank + partition.parts * own;
+    return out;
+  }
+  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, config) - rope_dim;
+  if (!options.rank && total <= 0) {
+    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim));
+  }
+  if (options.rank && total % partition.groups != 0) {
+    fail_usage("--rank " + std::to_string(total) + " does not divide into " +
+               std::to_string(partition.groups) + " latents");
+  }
+  out.rank = total / partition.groups;
+  if (options.relatent.order != LatentOrder::shared && out.rank % partition.parts != 0) {
+    fail_usage("--rank " + std::to_string(out.rank) + " does not divide into " +
+               std::to_string(partition.parts) + " slices");
+  }
+  if (total <= 0) {
+    fail_usage("--rank " + std::to_string(total) + " must be at least 1");
+  }
+  if (out.rank - out.key_rank < partition.parts) {
+    fail_usage("--rank " + std::to_string(total) +
+               " leaves less than one coordinate for each latent beside --key-rank " +
+               std::to_string(out.key_rank));
+  }
+  return out;
+}
+
+// Sizes for an MLA source: its rotary key stays as it is.
+void choose_from_mla(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
+                     LatentShape& shape) {
+  const LatentGeometry& latent = *config.latent;
+  if (options.method == Method::transmla || options.method == Method::lossless) {
+    fail_usage(
+        options.method == Method::transmla
+            ? "--method transmla converts grouped-query models; this one has latents already"
+            : "--method lossless cannot split an MLA latent: scores and values of every head read all of it, "
+              "so each device would keep the whole");
+  }
+  if (options.form == "mla") {
+    fail_usage("the source is MLA already: give --to gla, tpla or mlra");
+  }
+  if (options.rope_dim && *options.rope_dim != latent.qk_rope_head_dim) {
+    fail_usage("--rope-dim: an MLA source keeps its rotary key of " +
+               std::to_string(latent.qk_rope_head_dim));
+  }
+  if (options.relatent.plain_list) {
+    fail_usage("--plain-list: an MLA source keeps its own list of rotary frequencies");
+  }
+  shape.nope_dim = latent.qk_nope_head_dim;
+  shape.rope_dim = latent.qk_rope_head_dim;
+  shape.v_dim = latent.v_head_dim;
+  shape.q_rank = latent.q_lora_rank;
+  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
+  if (options.relatent.order == LatentOrder::shared) {
+    shape.norm = LatentNorm::replicated;
+    shape.norm_rank = latent.kv_lora_rank;
+  } else {
+    shape.norm = LatentNorm::branch;
+    if (group.rank != latent.kv_lora_rank) {
+      fail_usage("--order " + std::string(order_name(options.relatent.order)) +
+                 " slices the whole latent of " + std::to_string(latent.kv_lora_rank) + ", so each of " +
+                 std::to_string(partition.parts) + " devices caches " +
+                 std::to_string(latent.kv_lora_rank / partition.parts + shape.rope_dim));
+    }
+  }
+  if (group.rank > 2 * latent.kv_lora_rank) {
+    fail_usage("latents of " + std::to_string(group.rank) +
+               " coordinates for each group of heads are more than twice the "
+               "source's " +
+               std::to_string(latent.kv_lora_rank));
+  }
+  lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
+}
+
+// Decides rank and rotary size from the options.
+void choose_sizes(const ConvertOptions& options, const Partition& partition, const ModelConfig& config,
+                  LatentShape& shape) {
+  if (config.latent) {
+    choose_from_mla(options, partition, config, shape);
+    return;
+  }
+  const GqaGeometry& gqa = *config.gqa;
+  shape.v_dim = gqa.head_dim;
+  const Index keys = gqa.num_key_value_heads * gqa.head_dim;
+  const std::string method(method_name(options.method));
+  if (options.method != Method::transmla && (options.fold || options.q_rank)) {
+    fail_usage("--fold and --q-rank belong to --method transmla, not to " + method);
+  }
+  if (options.method != Method::relatent && options.max_nats) {
+    fail_usage("--kv-budget auto belongs to --method relatent, not to " + method);
+  }
+  if (options.method == Method::lossless) {
+    choose_lossless(options, partition, gqa, shape);
+    return;
+  }
+  shape.nope_dim = gqa.head_dim;
+  shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
+  if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
+    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+               " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
+  }
+  const GroupSizes group = choose_group(options, partition, config, shape.rope_dim);
+  const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
+  if (group.rank <= 0 || group.rank > full) {
+    const Index found = group.rank * partition.groups;
+    fail_usage("--rank " + std::to_string(found) + " must lie between 1 and the full rank " +
+               std::to_string(full * partition.groups));
+  }
+  lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
+  if (options.method == Method::transmla) {
+    // The smallest fold always fits when the rotary size does.
+    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
+                    options.balance},
+                   gqa.head_dim);
+  }
+  if (options.q_rank) {
+    shape.q_rank = options.q_rank;
+  }
+}
+
+// For an engine whose list of rotary frequencies has one base: the source's frequencies that it holds. Fills
+// in the rotary size and the stride of the list.
+void fit_to_base(double wanted, const ModelConfig& config, ConvertOptions& options) {
+  const double base = geometric_base(config.rotary);
+  const Index d = config.gqa->head_dim;
+  // Every s-th frequency of the source, p / 2 of them: base^(s p / d) is the list's base.
+  const double product = static_cast<double>(d) * std::log(wanted) / std::log(base);
+  const auto whole = static_cast<Index>(std::llround(product));
+  const bool exact = std::abs(product - static_cast<double>(whole)) < 1e-6;
+  if (!options.rope_dim && exact && whole % 2 == 0 && whole <= d) {
+    options.rope_dim = whole;
+  }
+  const Index p = options.rope_dim.value_or(0);
+  if (!exact || whole > d || p <= 0 || p % 2 != 0 || whole % p != 0) {
+    const std::string why = "--engine " + options.engine + " has rotary frequencies of base " +
+                            std::to_string(static_cast<Index>(wanted)) +
+                            " only, and the source's are of base " + std::to_string(static_cast<Index>(base));
+    fail_usage(
+        !exact || whole > d ? why : why + ": --rope-dim must be an even divisor of " + std::to_string(whole));
+  }
+  options.relatent.list_stride = whole / p;
+}
+
+// A shape that kernels have, where nothing was asked for, or where a budget leaves little more than its
+// numbers. A checkpoint that caches less than all of them gets none.
+std::optional<CacheShape> default_shape(const ConvertOptions& options, const ModelConfig& config) {
+  if (options.method == Method::lossless || options.rank || options.rope_dim || options.per_device ||
+      options.max_nats || options.pad_rank) {
+    return std::nullopt;
+  }
+  const Index numbers =
+      options.kv_budget ? budget_numbers(*options.kv_budget, config) : config.cache_numbers() - 1;
+  for (const CacheShape& shape : served_shapes) {
+    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.numbers();
+    if (shape.numbers() <= numbers && near &&
+        shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
+      return shape;
+    }
+  }
+  return std::nullopt;
+}
+
+// Turns the shape of the cache, given or chosen, into rotary size and rank. What the rank leaves of the
+// latent is filled up by the layout.
+void fit_to_shape(const ModelConfig& config, const EngineTraits& traits, ConvertOptions& options) {
+  const bool can = options.form == "mla" && traits.pads_latent && config.gqa;
+  if (!options.shape && can) {
+    options.shape = default_shape(options, config);
+  }
+  if (!options.shape) {
+    return;
+  }
+  const CacheShape shape = *options.shape;
+  const std::string given = "--shape " + to_string(shape);
+  if (!can) {
+    fail_usage(options.form != "mla" ? given + " is the size of one latent, --to mla: give --per-device"
+                                     : given + " belongs to --engine transformers, relatent and deepseek");
+  }
+  if (options.method == Method::lossless) {
+    fail_usage("--method lossless fixes rank and rotary size: leave out --shape");
+  }
+  if (options.max_nats) {
+    fail_usage("--kv-budget auto chooses the sizes: leave out --shape");
+  }
+  if (options.pad_rank) {
+    fail_usage(given + " says what the latent is padded to: leave out --pad-rank");
+  }
+  const Index keys = config.gqa->num_key_value_heads * config.gqa->head_dim;
+  // A plain list holds each frequency of a head once.
+  const Index most = traits.any_frequencies ? keys : config.gqa->head_dim;
+  if (shape.rotary % 2 != 0 || shape.rotary > most) {
+    fail_usage(given + ": the rotary key must be an even number of at most " + std::to_string(most) +
+               " for this checkpoint and engine");
+  }
+  if (options.rope_dim.value_or(shape.rotary) != shape.rotary) {
+    fail_usage(given + " and --rope-dim " + std::to_string(*options.rope_dim) + " contradict each other");
+  }
+  options.rope_dim = shape.rotary;
+  const Index own = traits.undoes_norm ? traits.own_coordinates
+                                       : options.norm_coordinates.value_or(default_norm_coordinates);
+  const Index room = shape.latent - own;
+  if (room < 1 || options.rank.value_or(1) > room) {
+    fail_usage(given + " has room for a rank of " + std::to_string(std::max<Index>(0, room)) +
+               " beside the " + std::to_string(own) + " coordinates that the layout needs for itself");
+  }
+  if (options.rank && options.kv_budget) {
+    return;  // refused where sizes are chosen
+  }
+  if (!options.rank) {
+    const Index full = 2 * keys - (options.method == Method::transmla ? shape.rotary : 0);
+    options.rank = std::min(room, full);
+    if (options.kv_budget) {
+      options.rank = std::min(*options.rank, budget_numbers(*options.kv_budget, config) - shape.rotary);
+      if (*options.rank < 1) {
+        fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " +
+                   std::to_string(shape.rotary));
+      }
+      options.kv_budget.reset();
+    }
+  }
+  if (!traits.undoes_norm) {
+    options.pad_rank = shape.latent;
+    options.norm_coordinates.reset();
+  }
+}
+
+// Refuses sizes that the engine cannot hold, and decides what it needs beside them.
+void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const Engine& engine,
+                   LatentShape& shape) {
+  const EngineTraits traits = engine.traits();
+  const bool plain = options.relatent.plain_list || !traits.any_frequencies;
+  if (options.method == Method::relatent && config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
+    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+               " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
+  }
+  if (const std::string why = engine.why_not(config, shape); !why.empty()) {
+    fail_usage("--engine " + options.engine + ": " + why);
+  }
+  if (traits.normed_query) {
+    shape.q_rank = config.hidden_size;
+  } else if (!shape.q_rank && config.gqa) {
+    shape.q_rank = engine.query_rank(config);
+  }
+  if (options.shape && traits.undoes_norm) {
+    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
+  }
+  if (traits.undoes_norm) {
+    return;
+  }
+  shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
+  if (options.pad_rank) {
+    if (*options.pad_rank < shape.rank) {
+      fail_usage("--pad-rank " + std::to_string(*options.pad_rank) + " is below the rank " +
+                 std::to_string(shape.rank));
+    }
+    shape.norm_coordinates = *options.pad_rank - shape.rank;
+  }
+}
+
+}  // namespace
+
+Index budget_numbers(double budget, const ModelConfig& config) {
+  if (!(budget > 0 && budget <= 1)) {
+    fail_usage("--kv-budget must lie above 0 and at most at 1");
+  }
+  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_numbers())));
+}
+
+ConvertOptions with_engine_sizes(const ConvertOptions& options, const ModelConfig& config,
+                                 const Engine& engine) {
+  const EngineTraits traits = engine.traits();
+  ConvertOptions out = options;
+  if (traits.fixed_base) {
+    fit_to_base(*traits.fixed_base, config, out);
+  }
+  if (!out.rank && !out.kv_budget && !out.per_device && config.gqa) {
+    out.rank = engine.default_rank(config);
+  }
+  fit_to_shape(config, traits, out);
+  return out;
+}
+
+LatentShape choose_shape(const ConvertOptions& options, const Partition& partition, const Model& source,
+                         const Engine& engine) {
+  const ModelConfig& config = source.config();
+  LatentShape shape;
+  shape.heads = config.num_attention_heads;
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    shape.has_q_bias = shape.has_q_bias || source.has(Role::q_bias, i);
+  }
+  shape.form = options.form;
+  if (partition.groups > shape.heads) {
+    fail_usage("--branches " + std::to_string(partition.groups) + " is more than the model's " +
+               std::to_string(shape.heads) + " heads");
+  }
+  shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
+                   source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
+  choose_sizes(options, partition, config, shape);
+  if (shape.q_rank && config.gqa) {
+    const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
+    if (*shape.q_rank <= 0 || *shape.q_rank > full) {
+      fail_usage("--q-rank " + std::to_string(*shape.q_rank) + " must lie between 1 and the full rank " +
+                 std::to_string(full));
+    }
+  }
+  fit_to_engine(options, config, engine, shape);
+  return shape;
+}
+
+std::string unserved_shape(const ConvertOptions& options) {
+  if (!options.shape || options.engine == "relatent" ||
+      std::find(served_shapes.begin(), served_shapes.end(), *options.shape) != served_shapes.end()) {
+    return "";
+  }
+  return "--shape " + to_string(*options.shape) +
+         " fits no kernel of vLLM, SGLang, FlashMLA or FlashInfer: 512+64 and 256+64 do";
+}
+
+}  // namespace relatent

@@ -1,0 +1,29 @@
+// Sizes of the latents and the rotary key, from options and config.
+#pragma once
+
+#include "convert/forms/partition.h"
+#include "convert/model/model.h"
+#include "convert/plan/options.h"
+
+namespace relatent {
+
+// Extra latent coordinates for engines that normalise the latent.
+inline constexpr Index default_norm_coordinates = 16;
+
+// Numbers per token and layer that a budget leaves. Throws Error (usage) unless it lies in (0, 1].
+Index budget_numbers(double budget, const ModelConfig& config);
+
+// The options with what the engine's layout decides of the sizes: the rank and the rotary key of a shape that
+// kernels have, the frequencies of a fixed base, the rank of a layout that has one size only. Throws Error
+// (usage) when they contradict each other.
+ConvertOptions with_engine_sizes(const ConvertOptions& options, const ModelConfig& config,
+                                 const Engine& engine);
+
+// The shape of every converted layer. Throws Error (usage) naming the option that does not fit.
+LatentShape choose_shape(const ConvertOptions& options, const Partition& partition, const Model& source,
+                         const Engine& engine);
+
+// Sizes that were asked for and that no kernel of a serving engine has, in a sentence; else empty.
+std::string unserved_shape(const ConvertOptions& options);
+
+}  // namespace relatent

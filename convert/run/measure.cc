@@ -1,0 +1,78 @@
+#include "convert/run/measure.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <sstream>
+
+#include "formats/resume.h"
+#include "linalg/stages.h"
+
+namespace relatent {
+Measurement measure(const Model& source, const std::filesystem::path& folder, const Sequences& sequences,
+                    bool held_out) {
+  const Stage stage("measure");
+  const Model written = Model::open(folder);
+  Stream expected(source, sequences);
+  Stream found(written, sequences);
+  for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
+    run_layer(source.layer(i), expected);
+    run_layer(written.layer(i), found);
+  }
+  return {held_out, compare_logits(source, expected, written, found, sequences)};
+}
+
+std::string in_words(const Measurement& measured) {
+  const LogitComparison& logits = measured.logits;
+  std::array<char, 256> text{};
+  std::snprintf(text.data(), text.size(),
+                "lost %.4f nats on %lld %scalibration tokens%s: perplexity %.4g -> %.4g, same most likely "
+                "token %.1f %%",
+                measured.nats(), static_cast<long long>(logits.tokens), measured.held_out ? "held-out " : "",
+                measured.held_out ? "" : " that the fits have seen", std::exp(logits.source_nll),
+                std::exp(logits.converted_nll), 100 * logits.top1_agreement);
+  return text.data();
+}
+
+std::string loss_warning(const Measurement& measured, const std::vector<std::string>& reasons) {
+  if (measured.nats() <= noticeable_nats) {
+    return "";
+  }
+  std::array<char, 256> text{};
+  std::snprintf(text.data(), text.size(),
+                measured.nats() <= unusable_nats
+                    ? "%.2f nats are lost, which people who use the model will notice (perplexity %.4g "
+                      "instead of %.4g)"
+                    : "THE RESULT IS NOT USABLE: %.2f nats are lost (perplexity %.4g instead of %.4g)",
+                measured.nats(), std::exp(measured.logits.converted_nll),
+                std::exp(measured.logits.source_nll));
+  std::string out = text.data();
+  for (std::size_t i = 0; i < reasons.size(); ++i) {
+    out += (i == 0 ? ": " : "; ") + reasons[i];
+  }
+  return out;
+}
+
+std::string to_text(const Measurement& measured) {
+  const LogitComparison& l = measured.logits;
+  std::string out = (measured.held_out ? "1 " : "0 ") + std::to_string(l.tokens);
+  for (const double number : {l.source_nll, l.converted_nll, l.mean_kl, l.max_kl, l.top1_agreement,
+                              l.max_abs_logit_diff, l.rel_logit_error}) {
+    out += " " + exact_text(number);
+  }
+  return out;
+}
+
+std::optional<Measurement> measurement_from(const std::string& text) {
+  Measurement out;
+  LogitComparison& l = out.logits;
+  std::istringstream fields(text);
+  if (fields >> out.held_out >> l.tokens >> l.source_nll >> l.converted_nll >> l.mean_kl >> l.max_kl >>
+      l.top1_agreement >> l.max_abs_logit_diff >> l.rel_logit_error) {
+    return out;
+  }
+  return std::nullopt;
+}
+
+}  // namespace relatent

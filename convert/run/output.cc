@@ -1,0 +1,177 @@
+#include "convert/run/output.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "formats/error.h"
+
+namespace relatent {
+namespace {
+
+// Seconds of copying, or of converting layers that do not depend on each other, which may be lost.
+constexpr double record_every = 5;
+
+// Entries of the journal.
+constexpr const char* copied_entry = "carried";
+constexpr const char* layers_entry = "layers";
+// The file with what later layers depend on, in the work folder.
+constexpr const char* state_name = "streams";
+
+// Reciprocals of the input norm's gains bring its output to mean square 1, so that a query which passes a
+// norm of its own comes through unchanged.
+void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, LatentAttention& attention) {
+  const RowVectorF gain = source.input_norm(layer_idx).gain;
+  const Index hidden = gain.size();
+  attention.q_down = {MatrixF::Zero(hidden, hidden), {}};
+  for (Index i = 0; i < hidden; ++i) {
+    // What q_b_proj undoes is the reciprocal as it is stored.
+    const float down = rounded(dtype, 1 / gain(i));
+    if (!std::isfinite(down) || down == 0 || !std::isfinite(1 / down)) {
+      const std::string& name = source.name_of(Role::input_norm, layer_idx);
+      fail_input({source.checkpoint().file_of(name).path(), name,
+                  "holds a gain without a reciprocal in the output's dtype", "gains that are not 0",
+                  std::to_string(gain(i)), "the engine's query always passes a norm"});
+    }
+    attention.q_down.weight(i, i) = down;
+    attention.q.weight.col(i) /= down;
+  }
+  attention.q_norm = {RowVectorF::Ones(hidden), 1e-6F};
+}
+
+}  // namespace
+
+ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work)
+    : plan_(plan),
+      inputs_(inputs),
+      work_(work),
+      copy_clock_(std::min(record_every, plan.options.save.every)),
+      layer_clock_(std::min(record_every, plan.options.save.every)),
+      state_clock_(plan.options.save.every) {
+  open_writer();
+}
+
+std::filesystem::path ConvertedOutput::state_file() const {
+  return work_.file(state_name);
+}
+
+void ConvertedOutput::open_writer() {
+  std::vector<TensorSpec> specs;
+  specs.reserve(plan_.tensors.size());
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    specs.push_back(tensor.spec);
+  }
+  const std::uint64_t most = plan_.options.max_shard_bytes;
+  tensors_done_ = work_.journal().last_number(copied_entry);
+  layers_done_ = work_.journal().last_number(layers_entry);
+  if (tensors_done_ > 0 || layers_done_ > 0) {
+    writer_ = CheckpointWriter::reopen(work_.output(), specs, most);
+    if (writer_) {
+      return;
+    }
+    // The shards are not what the journal speaks of.
+    work_.record(copied_entry, Index{0});
+    work_.record(layers_entry, Index{0});
+  }
+  tensors_done_ = 0;
+  layers_done_ = 0;
+  std::error_code none;
+  std::filesystem::remove(state_file(), none);
+  flush_folder(state_file().parent_path());
+  writer_ = std::make_unique<CheckpointWriter>(work_.output(), specs, most);
+}
+
+void ConvertedOutput::copy_tensors() {
+  const Checkpoint& source = inputs_.source.checkpoint();
+  Index count = 0;
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.action == TensorAction::convert) {
+      continue;
+    }
+    ++count;
+    if (count <= tensors_done_) {
+      writer_->mark_written(tensor.spec.name);
+      continue;
+    }
+    if (tensor.action == TensorAction::copy) {
+      writer_->copy(tensor.spec.name, source, tensor.source);
+    } else {
+      const MatrixF values = source.read_matrix(tensor.source);
+      writer_->write_floats(tensor.spec.name, {values.data(), static_cast<std::size_t>(values.size())});
+      source.release(tensor.source);
+    }
+    if (copy_clock_.due()) {
+      make_durable(copy_clock_, {}, copied_entry, count);
+    }
+  }
+}
+
+void ConvertedOutput::keep_layers(Index count) {
+  const ModelConfig& config = inputs_.source.config();
+  for (Index i = 0; i < count; ++i) {
+    for (const TensorSpec& spec : inputs_.engine->attention_tensors(config, plan_.shape, i, plan_.dtype)) {
+      writer_->mark_written(spec.name);
+    }
+  }
+}
+
+void ConvertedOutput::write_layer(Index layer_idx, const LatentAttention& attention) {
+  const Engine& engine = *inputs_.engine;
+  if (engine.traits().normed_query) {
+    LatentAttention passed = attention;
+    pass_query_through_norm(inputs_.source, layer_idx, plan_.dtype, passed);
+    engine.write_attention(passed, plan_.shape, layer_idx, plan_.dtype, *writer_);
+  } else {
+    engine.write_attention(attention, plan_.shape, layer_idx, plan_.dtype, *writer_);
+  }
+}
+
+void ConvertedOutput::save(Index layers, const WriteState& write_state) {
+  SaveClock& clock = write_state ? state_clock_ : layer_clock_;
+  if (clock.due()) {
+    make_durable(clock, write_state, layers_entry, layers);
+  }
+}
+
+void ConvertedOutput::make_durable(SaveClock& clock, const WriteState& write_state, const char* entry,
+                                   Index value) {
+  const std::lock_guard lock(saving_);
+  clock.save([&] {
+    writer_->flush();
+    if (!write_state || state_written(write_state)) {
+      work_.record(entry, value);
+    }
+  });
+}
+
+bool ConvertedOutput::state_written(const WriteState& write_state) const {
+  try {
+    write_state(state_file());
+    return true;
+  } catch (const Error& error) {
+    // No room for the state: the conversion needs it only to go on from here after an interruption.
+    if (error.kind() != ErrorKind::machine) {
+      throw;
+    }
+    return false;
+  }
+}
+
+void ConvertedOutput::finish(const Rotary& rotary) {
+  writer_->finish();
+  for (const std::filesystem::path& file : plan_.side_files) {
+    copy_whole_file(file, work_.output() / file.filename());
+  }
+  const Model& source = inputs_.source;
+  const nlohmann::ordered_json config =
+      inputs_.engine->config(source.checkpoint().config(), source.config(), plan_.shape, rotary, plan_.dtype);
+  write_text(work_.output() / "config.json", config.dump(2) + "\n");
+  for (const ExtraFile& file : inputs_.engine->extra_files()) {
+    write_text(work_.output() / file.name, std::string(file.text));
+  }
+}
+
+}  // namespace relatent

@@ -1,0 +1,60 @@
+// The output of a conversion while it grows in its work folder, and what of it outlives an interruption.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "convert/plan/plan.h"
+#include "formats/checkpoint.h"
+#include "formats/work_folder.h"
+
+namespace relatent {
+
+// Nothing of it is called by two threads at once but copy_tensors, which runs beside the rest.
+class ConvertedOutput {
+ public:
+  // New weight files, or those of the run that is continued. Plan, inputs and work must outlive it.
+  ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work);
+
+  // Layers that the run which is continued has written.
+  Index layers_done() const { return layers_done_; }
+  // Where a method keeps what later layers depend on.
+  std::filesystem::path state_file() const;
+
+  // Writes what is not converted.
+  void copy_tensors();
+  // The first layers, up to `count`, are there and stay.
+  void keep_layers(Index count);
+  void write_layer(Index layer_idx, const LatentAttention& attention);
+  // After every layer but the last, with the number of layers done: makes them durable when it is time,
+  // together with what write_state, where given, writes to state_file().
+  using WriteState = std::function<void(const std::filesystem::path&)>;
+  void save(Index layers, const WriteState& write_state);
+  // Everything is written: adds config and side files.
+  void finish(const Rotary& rotary);
+
+  std::uint64_t bytes_written() const { return writer_->bytes_written(); }
+
+ private:
+  void open_writer();
+  // Records what is durable from now on. Returns without a record when write_state found no room.
+  void make_durable(SaveClock& clock, const WriteState& write_state, const char* entry, Index value);
+  bool state_written(const WriteState& write_state) const;
+
+  const ConvertPlan& plan_;
+  const ConvertInputs& inputs_;
+  WorkFolder& work_;
+  std::unique_ptr<CheckpointWriter> writer_;
+  Index tensors_done_ = 0;
+  Index layers_done_ = 0;
+  // Tensors are copied beside the conversion, and one record must be durable before the next is begun.
+  std::mutex saving_;
+  SaveClock copy_clock_;
+  SaveClock layer_clock_;
+  SaveClock state_clock_;
+};
+
+}  // namespace relatent

@@ -1,0 +1,24 @@
+// Sizes that the options leave open, chosen by what they lose on held-out calibration tokens.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "convert/methods/size_search.h"
+#include "convert/plan/plan.h"
+#include "formats/work_folder.h"
+
+namespace relatent {
+
+struct SizeChoice {
+  ConvertOptions options;         // with the sizes
+  std::vector<SizeTrial> trials;  // none where nothing was to be chosen
+  std::vector<std::string> warnings;
+};
+
+// options: completed (plan.h). Trials are recorded in the work folder, if there is one, and those recorded
+// there are not made again. Throws Error (usage) when options contradict each other.
+SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
+                                  WorkFolder* work, const SizeSearch::Watch& watch);
+
+}  // namespace relatent

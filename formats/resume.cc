@@ -1,0 +1,75 @@
+#include "formats/resume.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "formats/error.h"
+#include "formats/hash.h"
+
+namespace relatent {
+namespace {
+
+// A save takes at most one part in so many of the time.
+constexpr int save_share = 10;
+
+std::string hashed(std::string_view text) {
+  Hasher hasher;
+  hasher.add_text(text);
+  return hasher.hexadecimal();
+}
+
+}  // namespace
+
+std::string exact_text(double number) {
+  std::array<char, 64> out{};
+  const auto [end, status] = std::to_chars(out.data(), out.data() + out.size(), number);
+  return {out.data(), end};
+}
+
+RunIdentity program_identity() {
+  return {{"the program", "relatent " RELATENT_VERSION}};
+}
+
+std::string file_identity(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) {
+    fail_system(path, "cannot examine", errno);
+  }
+  std::string nanoseconds = std::to_string(status.st_mtim.tv_nsec);
+  nanoseconds.insert(0, 9 - nanoseconds.size(), '0');
+  return std::to_string(status.st_size) + " bytes, changed " + std::to_string(status.st_mtim.tv_sec) + "." +
+         nanoseconds;
+}
+
+void add_source_identity(const Checkpoint& source, RunIdentity& facts) {
+  const auto add = [&](const std::filesystem::path& path, const std::string& more) {
+    facts.emplace_back("the source's " + path.filename().string(), file_identity(path) + more);
+  };
+  add(source.config_path(), ", " + hashed(source.config().dump()));
+  if (source.index_path()) {
+    add(*source.index_path(), "");
+  }
+  std::set<std::filesystem::path> shards;
+  for (const std::string& name : source.tensor_names()) {
+    const SafetensorsFile& file = source.file_of(name);
+    if (shards.insert(file.path()).second) {
+      add(file.path(), ", header " + hashed(file.header_text()));
+    }
+  }
+  for (const std::filesystem::path& path : source.side_files()) {
+    add(path, "");
+  }
+}
+
+bool SaveClock::due() const {
+  const Clock::duration since = Clock::now() - last_;
+  return every_ <= 0 || (since >= std::chrono::duration<double>(every_) && since >= save_share * took_);
+}
+
+}  // namespace relatent

@@ -1,0 +1,58 @@
+// What runs that can be continued have in common: what decides their result, and when to make progress
+// durable.
+#pragma once
+
+#include <chrono>
+#include <filesystem>
+#include <functional>
+#include <string>
+
+#include "formats/checkpoint.h"
+#include "formats/journal.h"
+
+namespace relatent {
+
+// The shortest text that gives the number back.
+std::string exact_text(double number);
+
+// How a run deals with being interrupted.
+struct SaveOptions {
+  // Go on with what an unfinished run left, if it did.
+  bool resume = false;
+  // Seconds of work that may be lost, about; 0 = save after every layer. Saving never takes more than a tenth
+  // of the time.
+  double every = 30;
+  // Called when an unfinished run is taken up, before anything is computed.
+  std::function<void()> taken_up = {};
+};
+
+// The program's version.
+RunIdentity program_identity();
+// Size and time of last change: "123 bytes, changed 1700000000.123456789". Throws Error (input, machine).
+std::string file_identity(const std::filesystem::path& path);
+// Every file of the source that reaches the result: its shards (with a checksum of their headers), index,
+// config (with a checksum) and side files.
+void add_source_identity(const Checkpoint& source, RunIdentity& facts);
+
+// Says when it is time to save.
+class SaveClock {
+ public:
+  explicit SaveClock(double every) : every_(every), last_(Clock::now()) {}
+  bool due() const;
+  // Runs and times a save.
+  template <typename Save>
+  void save(Save&& work) {
+    const Clock::time_point start = Clock::now();
+    work();
+    last_ = Clock::now();
+    took_ = last_ - start;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double every_;
+  Clock::time_point last_;
+  Clock::duration took_{};
+};
+
+}  // namespace relatent

@@ -1,0 +1,69 @@
+#include "formats/resume.h"
+
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <limits>
+#include <string>
+#include <thread>
+
+#include "tests/support/expect_error.h"
+#include "tests/support/temp_folder.h"
+#include "tests/support/tiny_model.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::expect_error;
+using testing_support::TempFolder;
+using testing_support::tiny_model;
+
+TEST(ExactText, GivesTheNumberBack) {
+  for (const double number : {0.1, 1.0 / 3, -2.5e-300, 1e22, std::numeric_limits<double>::denorm_min()}) {
+    EXPECT_EQ(std::strtod(exact_text(number).c_str(), nullptr), number);
+  }
+}
+
+TEST(SourceFacts, ChangeWithAnyFileThatIsRead) {
+  const TempFolder folder;
+  tiny_model().write(folder / "model");
+  folder.write("model/tokenizer.json", "{}");
+  const auto facts = [&] {
+    RunIdentity out;
+    add_source_identity(Checkpoint::open(folder / "model"), out);
+    return out;
+  };
+  const RunIdentity before = facts();
+  EXPECT_EQ(difference(before, facts()), "");
+  for (const std::string& name :
+       {std::string("config.json"), std::string("model.safetensors"), std::string("tokenizer.json")}) {
+    const std::filesystem::path path = folder / ("model/" + name);
+    const auto time = std::filesystem::last_write_time(path);
+    std::filesystem::last_write_time(path, time + std::chrono::nanoseconds(1000));
+    EXPECT_NE(difference(before, facts()).find("the source's " + name), std::string::npos);
+    std::filesystem::last_write_time(path, time);
+    EXPECT_EQ(difference(before, facts()), "");
+  }
+  folder.write("model/chat_template.jinja", "");
+  EXPECT_NE(difference(before, facts()).find("chat_template.jinja was not there"), std::string::npos);
+  expect_error(ErrorKind::input, {"missing"}, [&] { file_identity(folder / "missing"); });
+}
+
+TEST(SaveClock, SavesWhenItIsTime) {
+  SaveClock always(0);
+  EXPECT_TRUE(always.due());
+  always.save([] {});
+  EXPECT_TRUE(always.due());
+  SaveClock rarely(3600);
+  EXPECT_FALSE(rarely.due());
+  // A slow save is not repeated at once.
+  SaveClock slow(1e-9);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  EXPECT_TRUE(slow.due());
+  slow.save([] { std::this_thread::sleep_for(std::chrono::milliseconds(200)); });
+  EXPECT_FALSE(slow.due());
+}
+
+}  // namespace
+}  // namespace relatent
