@@ -2,6 +2,11 @@
 if(NOT CPACK_GENERATOR STREQUAL "DEB")
   return()
 endif()
+# CPack would only leave out what the program depends on.
+find_program(SHLIBDEPS dpkg-shlibdeps)
+if(NOT SHLIBDEPS)
+  message(FATAL_ERROR "dpkg-shlibdeps is missing; install the Debian package dpkg-dev")
+endif()
 file(GLOB_RECURSE licenses ${CPACK_TEMPORARY_INSTALL_DIRECTORY}/*/share/doc/relatent/LICENSE)
 foreach(license ${licenses})
   get_filename_component(docs ${license} DIRECTORY)

@@ -20,11 +20,7 @@ skip() {
 
 install_packages "${BUILD_PACKAGES[@]}" dpkg-dev file
 step "configure" cmake --preset package
-step "build" cmake --build --preset package
-(
-  cd build/package
-  step "pack" cpack -G DEB
-)
+step "build and pack" cmake --build --preset package --target package
 version="$(build/package/cli/relatent --version)"
 package="build/package/relatent_${version#relatent }_$(dpkg --print-architecture).deb"
 step "what the package says of itself" dpkg-deb --info "$package"
