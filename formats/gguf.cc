@@ -1,0 +1,666 @@
+#include "formats/gguf.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <system_error>
+#include <type_traits>
+#include <unordered_set>
+
+#include "formats/error.h"
+#include "formats/narrowing.h"
+#include "linalg/stages.h"
+
+namespace relatent {
+namespace {
+
+static_assert(std::endian::native == std::endian::little);
+
+constexpr std::string_view kMagic = "GGUF";
+constexpr std::uint32_t kVersion = 3;
+constexpr std::uint32_t kArray = 9;
+constexpr std::size_t kMostDimensions = 4;
+
+// What a key and a tensor info take at least, so that counts are known to be false before anything is
+// allocated: a name of one byte, a type and a value of one byte; a name, the number of dimensions, one of
+// them, type and offset.
+constexpr std::uint64_t kShortestKey = 8 + 1 + 4 + 1;
+constexpr std::uint64_t kShortestTensor = 8 + 1 + 4 + 8 + 4 + 8;
+
+constexpr std::array<std::string_view, 12> kTypeNames = {"u8",  "i8",   "u16",    "i16", "u32", "i32",
+                                                         "f32", "bool", "string", "u64", "i64", "f64"};
+
+// The number of a scalar type, given its place in the variant, which has no arrays between the scalars.
+constexpr std::uint32_t code_of(std::size_t place) {
+  return static_cast<std::uint32_t>(place < kArray ? place : place + 1);
+}
+
+template <typename T>
+struct ElementOf {
+  using Type = void;
+};
+template <typename T>
+struct ElementOf<std::vector<T>> {
+  using Type = T;
+};
+
+struct TensorType {
+  std::uint32_t code;
+  std::string_view name;
+};
+
+constexpr std::array kQuantised{
+    TensorType{2, "Q4_0"},      TensorType{3, "Q4_1"},      TensorType{4, "Q4_2"},
+    TensorType{5, "Q4_3"},      TensorType{6, "Q5_0"},      TensorType{7, "Q5_1"},
+    TensorType{8, "Q8_0"},      TensorType{9, "Q8_1"},      TensorType{10, "Q2_K"},
+    TensorType{11, "Q3_K"},     TensorType{12, "Q4_K"},     TensorType{13, "Q5_K"},
+    TensorType{14, "Q6_K"},     TensorType{15, "Q8_K"},     TensorType{16, "IQ2_XXS"},
+    TensorType{17, "IQ2_XS"},   TensorType{18, "IQ3_XXS"},  TensorType{19, "IQ1_S"},
+    TensorType{20, "IQ4_NL"},   TensorType{21, "IQ3_S"},    TensorType{22, "IQ2_S"},
+    TensorType{23, "IQ4_XS"},   TensorType{29, "IQ1_M"},    TensorType{31, "Q4_0_4_4"},
+    TensorType{32, "Q4_0_4_8"}, TensorType{33, "Q4_0_8_8"}, TensorType{34, "TQ1_0"},
+    TensorType{35, "TQ2_0"},    TensorType{39, "MXFP4"},    TensorType{40, "NVFP4"},
+    TensorType{41, "Q1_0"},
+};
+
+constexpr std::array kOtherTypes{
+    TensorType{24, "I8"},  TensorType{25, "I16"}, TensorType{26, "I32"},
+    TensorType{27, "I64"}, TensorType{28, "F64"},
+};
+
+template <std::size_t Size>
+std::optional<std::string> name_in(const std::array<TensorType, Size>& types, std::uint32_t code) {
+  const auto found =
+      std::find_if(types.begin(), types.end(), [code](const TensorType& type) { return type.code == code; });
+  return found == types.end() ? std::nullopt : std::optional<std::string>(found->name);
+}
+
+std::optional<DType> dtype_of(std::uint32_t code) {
+  switch (code) {
+    case 0:
+      return DType::f32;
+    case 1:
+      return DType::f16;
+    case 30:
+      return DType::bf16;
+    default:
+      return std::nullopt;
+  }
+}
+
+// The next multiple of the alignment, a power of two; nothing when it does not fit.
+std::optional<std::uint64_t> padded(std::uint64_t size, std::uint64_t alignment) {
+  if (__builtin_add_overflow(size, alignment - 1, &size)) {
+    return std::nullopt;
+  }
+  return size & ~(alignment - 1);
+}
+
+// Bytes of a tensor; nothing when a dimension is not positive or the count is not below 2^63.
+std::optional<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>& dims) {
+  auto product = static_cast<std::int64_t>(size_of(dtype));
+  for (const std::int64_t dimension : dims) {
+    if (dimension <= 0 || __builtin_mul_overflow(product, dimension, &product)) {
+      return std::nullopt;
+    }
+  }
+  return static_cast<std::uint64_t>(product);
+}
+
+// What is wrong with the name of a tensor; empty when nothing is.
+std::string name_problem(std::string_view name) {
+  if (name.empty()) {
+    return "a tensor without a name";
+  }
+  if (name.find('\0') != std::string_view::npos) {
+    return "a tensor name with a NUL";
+  }
+  if (name.size() > kGgufLongestName) {
+    return "a tensor name of " + std::to_string(name.size()) + " bytes";
+  }
+  return {};
+}
+
+// Walks through a header; every step is checked against what is left of the file.
+class Reader {
+ public:
+  Reader(const std::filesystem::path& file, std::span<const std::byte> bytes) : file_(file), bytes_(bytes) {}
+
+  std::uint64_t position() const { return position_; }
+  std::uint64_t left() const { return bytes_.size() - position_; }
+
+  template <typename T>
+  T number(const char* what) {
+    T value;
+    std::memcpy(&value, take(sizeof(T), what).data(), sizeof(T));
+    return value;
+  }
+
+  std::string string(const char* what) {
+    const auto length = number<std::uint64_t>(what);
+    const std::span<const std::byte> bytes = take(length, what);
+    return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+  }
+
+  // A count of things of at least `shortest` bytes each.
+  void require_room(std::uint64_t count, std::uint64_t shortest, const char* what) const {
+    if (count > left() / shortest) {
+      fail_input({.file = file_,
+                  .problem = "the file is truncated",
+                  .expected = std::to_string(count) + " " + what,
+                  .found = std::to_string(left()) + " bytes for them"});
+    }
+  }
+
+  template <typename T>
+  T element(const std::string& key) {
+    if constexpr (std::is_same_v<T, std::string>) {
+      return string("a string");
+    } else if constexpr (std::is_same_v<T, bool>) {
+      const auto value = number<std::uint8_t>("a bool");
+      if (value > 1) {
+        complain(key, "a bool of 0 or 1", std::to_string(value));
+      }
+      return value == 1;
+    } else {
+      return number<T>("a value");
+    }
+  }
+
+  template <typename T>
+  GgufValue value(const std::string& key, bool array) {
+    if (!array) {
+      return GgufValue(std::in_place_type<T>, element<T>(key));
+    }
+    const auto count = number<std::uint64_t>("the length of an array");
+    constexpr std::uint64_t kShortest = std::is_same_v<T, std::string> ? 8 : sizeof(T);
+    require_room(count, kShortest, "elements of an array");
+    std::vector<T> values;
+    values.reserve(count);
+    for (std::uint64_t i = 0; i < count; ++i) {
+      values.push_back(element<T>(key));
+    }
+    return GgufValue(std::in_place_type<std::vector<T>>, std::move(values));
+  }
+
+  GgufValue value(const std::string& key) {
+    auto type = number<std::uint32_t>("the type of a value");
+    const bool array = type == kArray;
+    if (array) {
+      type = number<std::uint32_t>("the type of an array");
+      if (type == kArray) {
+        complain(key, "an array of scalars or strings", "an array of arrays");
+      }
+    }
+    switch (type) {
+      case 0:
+        return value<std::uint8_t>(key, array);
+      case 1:
+        return value<std::int8_t>(key, array);
+      case 2:
+        return value<std::uint16_t>(key, array);
+      case 3:
+        return value<std::int16_t>(key, array);
+      case 4:
+        return value<std::uint32_t>(key, array);
+      case 5:
+        return value<std::int32_t>(key, array);
+      case 6:
+        return value<float>(key, array);
+      case 7:
+        return value<bool>(key, array);
+      case 8:
+        return value<std::string>(key, array);
+      case 10:
+        return value<std::uint64_t>(key, array);
+      case 11:
+        return value<std::int64_t>(key, array);
+      case 12:
+        return value<double>(key, array);
+      default:
+        complain(key, "a value type from 0 to 12", std::to_string(type));
+    }
+  }
+
+  [[noreturn]] void complain(const std::string& key, const std::string& expected,
+                             const std::string& found) const {
+    fail_input({.file = file_,
+                .problem = "key \"" + key.substr(0, 200) + "\"",
+                .expected = expected,
+                .found = found});
+  }
+
+ private:
+  std::span<const std::byte> take(std::uint64_t size, const char* what) {
+    if (size > left()) {
+      fail_input(
+          {.file = file_,
+           .problem = "the file is truncated",
+           .expected = std::to_string(size) + " bytes of " + what + " at byte " + std::to_string(position_),
+           .found = std::to_string(left())});
+    }
+    const std::span<const std::byte> taken = bytes_.subspan(position_, size);
+    position_ += size;
+    return taken;
+  }
+
+  const std::filesystem::path& file_;
+  std::span<const std::byte> bytes_;
+  std::uint64_t position_ = 0;
+};
+
+void check_beginning(const std::filesystem::path& file, Reader& reader, std::span<const std::byte> bytes) {
+  if (bytes.size() < kMagic.size() || std::memcmp(bytes.data(), kMagic.data(), kMagic.size()) != 0) {
+    fail_input({.file = file,
+                .problem = "not a GGUF file",
+                .expected = "a file that begins with GGUF",
+                .found = bytes.empty() ? "an empty file" : "other bytes"});
+  }
+  static_cast<void>(reader.number<std::uint32_t>("the magic"));
+  const auto version = reader.number<std::uint32_t>("the version");
+  if (version == kVersion) {
+    return;
+  }
+  // A small number in the other byte order.
+  if (version != 0 && (version & 0xffffU) == 0) {
+    fail_input({.file = file,
+                .problem = "the byte order",
+                .expected = "a little-endian GGUF file",
+                .found = "a big-endian one",
+                .next_step = "convert the source again for little-endian machines"});
+  }
+  fail_input({.file = file,
+              .problem = "the version of the format",
+              .expected = "GGUF version 3",
+              .found = "version " + std::to_string(version),
+              .next_step = "convert the source again with a newer converter"});
+}
+
+// A tensor info; its offset still counts from the beginning of the data.
+GgufTensor read_tensor(const std::filesystem::path& file, Reader& reader) {
+  GgufTensor tensor;
+  tensor.name = reader.string("a tensor name");
+  const auto complain = [&](const std::string& problem, const std::string& expected, const std::string& found,
+                            const std::string& next_step = {}) {
+    fail_input({.file = file,
+                .tensor = tensor.name,
+                .problem = problem,
+                .expected = expected,
+                .found = found,
+                .next_step = next_step});
+  };
+  if (const std::string problem = name_problem(tensor.name); !problem.empty()) {
+    complain(problem, "1 to " + std::to_string(kGgufLongestName) + " bytes without a NUL", "");
+  }
+  const auto count = reader.number<std::uint32_t>("the number of dimensions");
+  if (count == 0 || count > kMostDimensions) {
+    complain("dimensions", "1 to 4", std::to_string(count));
+  }
+  for (std::uint32_t i = 0; i < count; ++i) {
+    tensor.dims.push_back(reader.number<std::int64_t>("a dimension"));
+  }
+  tensor.shape.assign(tensor.dims.rbegin(), tensor.dims.rend());
+  const auto type = reader.number<std::uint32_t>("a tensor type");
+  const std::optional<DType> dtype = dtype_of(type);
+  if (!dtype) {
+    if (const std::optional<std::string> quantised = name_in(kQuantised, type)) {
+      complain("its numbers are quantised", "F32, F16 or BF16", *quantised,
+               "give a file of dequantised tensors, or the checkpoint it was made of");
+    }
+    complain("tensor type", "F32, F16 or BF16",
+             name_in(kOtherTypes, type).value_or("type " + std::to_string(type)));
+  }
+  tensor.dtype = *dtype;
+  const std::optional<std::uint64_t> bytes = tensor_bytes(tensor.dtype, tensor.dims);
+  if (!bytes) {
+    complain("dimensions", "positive ones and a byte count below 2^63", shape_text(tensor.dims));
+  }
+  tensor.bytes = *bytes;
+  tensor.offset = reader.number<std::uint64_t>("an offset");
+  return tensor;
+}
+
+// Checks that the tensors lie one behind the other from data_begin, and makes their offsets count from the
+// start of the file.
+void place_tensors(const std::filesystem::path& file, std::vector<GgufTensor>& tensors,
+                   std::uint64_t header_end, std::uint64_t alignment, std::uint64_t file_bytes) {
+  // Header and file lie in memory, so that this does not overflow.
+  const std::uint64_t begin = *padded(header_end, alignment);
+  std::uint64_t next = 0;
+  for (GgufTensor& tensor : tensors) {
+    if (tensor.offset != next) {
+      fail_input({.file = file,
+                  .tensor = tensor.name,
+                  .problem = "offset",
+                  .expected = std::to_string(next) + ", the aligned end of the tensors before it",
+                  .found = std::to_string(tensor.offset)});
+    }
+    if (begin > file_bytes || next > file_bytes - begin || tensor.bytes > file_bytes - begin - next) {
+      fail_input({.file = file,
+                  .tensor = tensor.name,
+                  .problem = "the file is truncated",
+                  .expected =
+                      std::to_string(tensor.bytes) + " bytes of data at byte " + std::to_string(begin + next),
+                  .found = "a file of " + std::to_string(file_bytes)});
+    }
+    tensor.offset = begin + next;
+    next = *padded(next + tensor.bytes, alignment);
+  }
+  // Some writers leave out the last padding.
+  if (file_bytes > begin + next) {
+    fail_input({.file = file,
+                .problem = "bytes after the last tensor",
+                .expected = "at most " + std::to_string(begin + next) + " bytes",
+                .found = std::to_string(file_bytes)});
+  }
+}
+
+// The bytes of a header in the making.
+class Header {
+ public:
+  template <typename T>
+  void number(T value) {
+    text_.append(reinterpret_cast<const char*>(&value), sizeof(T));
+  }
+
+  void string(std::string_view text) {
+    number(std::uint64_t{text.size()});
+    text_ += text;
+  }
+
+  void value(const GgufValue& value) {
+    constexpr std::size_t kScalars = kTypeNames.size();
+    const bool array = value.index() >= kScalars;
+    if (array) {
+      number(kArray);
+    }
+    number(code_of(value.index() % kScalars));
+    std::visit(
+        [this](const auto& held) {
+          using T = std::decay_t<decltype(held)>;
+          using Element = typename ElementOf<T>::Type;
+          if constexpr (std::is_void_v<Element>) {
+            element<T>(held);
+          } else {
+            number(std::uint64_t{held.size()});
+            for (const auto& one : held) {
+              element<Element>(one);
+            }
+          }
+        },
+        value);
+  }
+
+  std::string take() { return std::move(text_); }
+
+ private:
+  template <typename T>
+  void element(const T& value) {
+    if constexpr (std::is_same_v<T, std::string>) {
+      string(value);
+    } else if constexpr (std::is_same_v<T, bool>) {
+      number(static_cast<std::uint8_t>(value ? 1 : 0));
+    } else {
+      number(value);
+    }
+  }
+
+  std::string text_;
+};
+
+std::uint64_t alignment_of(const GgufMetadata& metadata) {
+  for (const auto& [key, value] : metadata) {
+    if (key == kGgufAlignmentKey) {
+      const auto* alignment = std::get_if<std::uint32_t>(&value);
+      if (alignment == nullptr || !std::has_single_bit(*alignment)) {
+        throw std::invalid_argument("general.alignment has to be a u32 and a power of two");
+      }
+      return *alignment;
+    }
+  }
+  return kGgufDefaultAlignment;
+}
+
+}  // namespace
+
+std::string gguf_type_name(const GgufValue& value) {
+  constexpr std::size_t kScalars = kTypeNames.size();
+  static_assert(std::variant_size_v<GgufValue> == 2 * kScalars);
+  return (value.index() < kScalars ? "" : "array of ") + std::string(kTypeNames[value.index() % kScalars]);
+}
+
+std::uint32_t gguf_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return 0;
+    case DType::f16:
+      return 1;
+    case DType::bf16:
+      return 30;
+    default:
+      throw std::invalid_argument("no GGUF file of ours holds " + std::string(safetensors_name(dtype)));
+  }
+}
+
+GgufFile GgufFile::open(const std::filesystem::path& path) {
+  GgufFile result;
+  result.file_ = MappedFile::open(path);
+  Reader reader(path, result.file_.bytes());
+  check_beginning(path, reader, result.file_.bytes());
+  const auto tensor_count = reader.number<std::uint64_t>("the number of tensors");
+  const auto key_count = reader.number<std::uint64_t>("the number of keys");
+  reader.require_room(tensor_count, kShortestTensor, "tensors");
+  reader.require_room(key_count, kShortestKey, "keys");
+
+  for (std::uint64_t i = 0; i < key_count; ++i) {
+    std::string key = reader.string("a key");
+    if (key.empty()) {
+      fail_input({.file = path, .problem = "key " + std::to_string(i) + " is empty"});
+    }
+    if (!result.keys_.emplace(key, i).second) {
+      fail_input({.file = path, .problem = "key \"" + key.substr(0, 200) + "\" appears twice"});
+    }
+    GgufValue value = reader.value(key);
+    result.metadata_.emplace_back(std::move(key), std::move(value));
+  }
+  const std::string alignment_key(kGgufAlignmentKey);
+  if (const auto* alignment = result.find_as<std::uint32_t>(alignment_key)) {
+    if (!std::has_single_bit(*alignment)) {
+      reader.complain(alignment_key, "a power of two", std::to_string(*alignment));
+    }
+    result.alignment_ = *alignment;
+  }
+
+  for (std::uint64_t i = 0; i < tensor_count; ++i) {
+    GgufTensor tensor = read_tensor(path, reader);
+    if (!result.names_.emplace(tensor.name, i).second) {
+      fail_input({.file = path, .tensor = tensor.name, .problem = "appears twice in the header"});
+    }
+    result.tensors_.push_back(std::move(tensor));
+  }
+  place_tensors(path, result.tensors_, reader.position(), result.alignment_, result.file_bytes());
+  return result;
+}
+
+const GgufValue* GgufFile::find(const std::string& key) const {
+  const auto found = keys_.find(key);
+  return found == keys_.end() ? nullptr : &metadata_[found->second].second;
+}
+
+const GgufTensor* GgufFile::find_tensor(const std::string& name) const {
+  const auto found = names_.find(name);
+  return found == names_.end() ? nullptr : &tensors_[found->second];
+}
+
+std::span<const std::byte> GgufFile::bytes(const TensorInfo& tensor) const {
+  const std::span<const std::byte> all = file_.bytes();
+  if (tensor.offset > all.size() || tensor.bytes > all.size() - tensor.offset) {
+    throw std::invalid_argument("tensor " + tensor.name + " is not one of " + path().string());
+  }
+  return all.subspan(tensor.offset, tensor.bytes);
+}
+
+void GgufFile::fail_key(const std::string& key, const std::string& expected, const std::string& found) const {
+  fail_input({.file = path(),
+              .problem = "key \"" + key.substr(0, 200) + "\"",
+              .expected = expected,
+              .found = found});
+}
+
+GgufWriter::GgufWriter(PendingFile file, const GgufMetadata& metadata, std::vector<TensorSpec> specs)
+    : file_(std::move(file)) {
+  const std::uint64_t alignment = alignment_of(metadata);
+  Header header;
+  for (const char letter : kMagic) {
+    header.number(letter);
+  }
+  header.number(kVersion);
+  header.number(std::uint64_t{specs.size()});
+  header.number(std::uint64_t{metadata.size()});
+  std::unordered_set<std::string_view> keys;
+  for (const auto& [key, value] : metadata) {
+    if (key.empty() || !keys.insert(key).second) {
+      throw std::invalid_argument("GGUF key empty or used twice: " + key);
+    }
+    header.string(key);
+    header.value(value);
+  }
+  std::uint64_t end = 0;
+  slots_.reserve(specs.size());
+  for (TensorSpec& spec : specs) {
+    if (const std::string problem = name_problem(spec.name); !problem.empty()) {
+      throw std::invalid_argument(problem + ": " + spec.name);
+    }
+    if (!index_.emplace(spec.name, slots_.size()).second) {
+      throw std::invalid_argument("tensor name used twice: " + spec.name);
+    }
+    const std::uint32_t type = gguf_type_of(spec.dtype);
+    const std::optional<std::uint64_t> bytes = tensor_bytes(spec.dtype, spec.shape);
+    if (spec.shape.empty() || spec.shape.size() > kMostDimensions || !bytes) {
+      throw std::invalid_argument("tensor " + spec.name + ": GGUF has no place for the shape " +
+                                  shape_text(spec.shape));
+    }
+    header.string(spec.name);
+    header.number(static_cast<std::uint32_t>(spec.shape.size()));
+    for (auto dimension = spec.shape.rbegin(); dimension != spec.shape.rend(); ++dimension) {
+      header.number(*dimension);
+    }
+    header.number(type);
+    header.number(end);
+    const std::uint64_t begin = end;
+    const std::optional<std::uint64_t> next =
+        __builtin_add_overflow(end, *bytes, &end) ? std::nullopt : padded(end, alignment);
+    if (!next) {
+      throw std::invalid_argument("tensor " + spec.name + " ends beyond 2^64 bytes");
+    }
+    end = *next;
+    slots_.push_back({std::move(spec), begin, false});
+  }
+  header_ = header.take();
+  header_.resize(*padded(header_.size(), alignment));
+  if (__builtin_add_overflow(std::uint64_t{header_.size()}, end, &file_bytes_)) {
+    throw std::invalid_argument("the tensors end beyond 2^64 bytes");
+  }
+  for (Slot& slot : slots_) {
+    slot.offset += header_.size();
+  }
+}
+
+GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata,
+                       std::vector<TensorSpec> specs)
+    : GgufWriter(PendingFile(path), metadata, std::move(specs)) {
+  // What nobody writes to, the padding, is zero from here on.
+  file_.reserve(file_bytes_);
+  file_.write_at(0, std::as_bytes(std::span<const char>(header_)));
+  dirty_ = true;
+}
+
+std::unique_ptr<GgufWriter> GgufWriter::reopen(const std::filesystem::path& path,
+                                               const GgufMetadata& metadata, std::vector<TensorSpec> specs) {
+  std::filesystem::path partial = path;
+  partial += ".partial";
+  std::error_code missing;
+  if (!std::filesystem::exists(partial, missing)) {
+    std::filesystem::rename(path, partial, missing);
+  }
+  if (!std::filesystem::is_regular_file(partial, missing)) {
+    return nullptr;
+  }
+  // Not make_unique: the constructor is private.
+  std::unique_ptr<GgufWriter> out(new GgufWriter(PendingFile::reopen(path), metadata, std::move(specs)));
+  out->file_.keep();
+  const MappedFile found = MappedFile::open(partial);
+  if (found.bytes().size() != out->file_bytes_ ||
+      std::memcmp(found.bytes().data(), out->header_.data(), out->header_.size()) != 0) {
+    return nullptr;
+  }
+  return out;
+}
+
+void GgufWriter::flush() {
+  const Stage stage("flush");
+  file_.keep();
+  // Before flushing: what another thread writes in the meantime waits for the next time.
+  if (dirty_.exchange(false)) {
+    file_.flush();
+  }
+}
+
+GgufWriter::Slot& GgufWriter::claim(const std::string& name) {
+  const auto found = index_.find(name);
+  if (found == index_.end()) {
+    throw std::invalid_argument("tensor " + name + " was not announced to " + file_.path().string());
+  }
+  Slot& slot = slots_[found->second];
+  if (slot.written) {
+    throw std::invalid_argument("tensor " + name + " is written twice to " + file_.path().string());
+  }
+  return slot;
+}
+
+void GgufWriter::write_floats(const std::string& name, std::span<const float> values) {
+  const Stage stage("write");
+  std::vector<std::byte> storage;
+  copy_bytes(name, narrow_floats(file_.path(), name, claim(name).spec.dtype, values, storage));
+}
+
+void GgufWriter::copy_bytes(const std::string& name, std::span<const std::byte> bytes) {
+  Slot& slot = claim(name);
+  if (bytes.size() != slot.spec.bytes()) {
+    throw std::invalid_argument("tensor " + name + ": expected " + std::to_string(slot.spec.bytes()) +
+                                " bytes, got " + std::to_string(bytes.size()));
+  }
+  file_.write_at(slot.offset, bytes);
+  slot.written = true;
+  dirty_ = true;
+}
+
+void GgufWriter::copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor) {
+  const Stage stage("copy");
+  Slot& slot = claim(name);
+  if (slot.spec.dtype != tensor.dtype || slot.spec.shape != tensor.shape) {
+    throw std::invalid_argument("tensor " + name + ": expected " +
+                                std::string(safetensors_name(slot.spec.dtype)) + " " +
+                                shape_text(slot.spec.shape) + ", got " +
+                                std::string(safetensors_name(tensor.dtype)) + " " + shape_text(tensor.shape));
+  }
+  file_.copy_at(slot.offset, source.path(), tensor.offset, tensor.bytes);
+  slot.written = true;
+  dirty_ = true;
+}
+
+void GgufWriter::finish() {
+  const Stage stage("flush");
+  for (const Slot& slot : slots_) {
+    if (!slot.written) {
+      throw std::logic_error("tensor " + slot.spec.name + " was never written to " + file_.path().string());
+    }
+  }
+  file_.commit();
+}
+
+}  // namespace relatent

@@ -1,0 +1,166 @@
+// One GGUF file, version 3, little-endian: validated whole before any tensor is touched, read by mapping,
+// written as a stream.
+//
+// Layout: "GGUF", u32 version, i64 tensor count, i64 key count, keys with their values, tensor infos, zeros
+// up to the alignment, data. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "formats/files.h"
+#include "formats/safetensors.h"
+#include "linalg/dtype.h"
+
+namespace relatent {
+
+// A value of the metadata; readers tell integers and floats of different widths apart, so the type counts.
+// Scalars stand in the order of their numbers in a file, arrays of them likewise. Arrays do not nest.
+using GgufValue =
+    std::variant<std::uint8_t, std::int8_t, std::uint16_t, std::int16_t, std::uint32_t, std::int32_t, float,
+                 bool, std::string, std::uint64_t, std::int64_t, double, std::vector<std::uint8_t>,
+                 std::vector<std::int8_t>, std::vector<std::uint16_t>, std::vector<std::int16_t>,
+                 std::vector<std::uint32_t>, std::vector<std::int32_t>, std::vector<float>, std::vector<bool>,
+                 std::vector<std::string>, std::vector<std::uint64_t>, std::vector<std::int64_t>,
+                 std::vector<double>>;
+
+// "u32", "string", "array of i32" ...
+std::string gguf_type_name(const GgufValue& value);
+
+// Keys and values in the order of the file.
+using GgufMetadata = std::vector<std::pair<std::string, GgufValue>>;
+
+inline constexpr std::string_view kGgufAlignmentKey = "general.alignment";
+inline constexpr std::uint32_t kGgufDefaultAlignment = 32;
+// Of a tensor's name, in bytes; ggml keeps names in 64 with a NUL.
+inline constexpr std::size_t kGgufLongestName = 63;
+
+// The number of a tensor type in a file: F32 0, F16 1, BF16 30. Throws std::invalid_argument for other
+// dtypes.
+std::uint32_t gguf_type_of(DType dtype);
+
+// `shape` is row-major like everywhere else; `dims` is the same list reversed, fastest first, as the file has
+// it. `offset` counts from the start of the file.
+struct GgufTensor : TensorInfo {
+  std::vector<std::int64_t> dims;
+};
+
+class GgufFile {
+ public:
+  // Maps the file and checks everything its header claims: magic, version 3 and little-endian, counts and
+  // lengths within the file, keys and tensor names unique and not empty, names of at most 63 bytes without a
+  // NUL, known value types, no nested arrays, bools of 0 or 1, one to four positive dimensions whose byte
+  // count is below 2^63, tensors of F32, F16 or BF16, an alignment that is a power of two, offsets that each
+  // equal the sum of the sizes before them rounded up to the alignment, data within the file and nothing
+  // behind it but padding. Throws Error (input) naming file, tensor or key, expected and found.
+  static GgufFile open(const std::filesystem::path& path);
+
+  const GgufMetadata& metadata() const { return metadata_; }
+  const GgufValue* find(const std::string& key) const;  // nullptr when absent
+  // The value of a key, nullptr when absent. Throws Error (input) when it has another type.
+  template <typename T>
+  const T* find_as(const std::string& key) const {
+    const GgufValue* value = find(key);
+    if (value == nullptr) {
+      return nullptr;
+    }
+    const T* typed = std::get_if<T>(value);
+    if (typed == nullptr) {
+      fail_key(key, gguf_type_name(GgufValue(std::in_place_type<T>)), gguf_type_name(*value));
+    }
+    return typed;
+  }
+  // The value of a key. Throws Error (input) when it is absent or has another type.
+  template <typename T>
+  const T& get(const std::string& key) const {
+    const T* typed = find_as<T>(key);
+    if (typed == nullptr) {
+      fail_key(key, gguf_type_name(GgufValue(std::in_place_type<T>)), "no such key");
+    }
+    return *typed;
+  }
+
+  // In the order of their data.
+  const std::vector<GgufTensor>& tensors() const { return tensors_; }
+  const GgufTensor* find_tensor(const std::string& name) const;  // nullptr when absent
+  std::span<const std::byte> bytes(const TensorInfo& tensor) const;
+  // Lets the kernel drop the pages of a tensor that is done with.
+  void release(const TensorInfo& tensor) const { file_.release(tensor.offset, tensor.bytes); }
+  std::uint32_t alignment() const { return alignment_; }
+  std::uint64_t file_bytes() const { return file_.bytes().size(); }
+  const std::filesystem::path& path() const { return file_.path(); }
+
+ private:
+  [[noreturn]] void fail_key(const std::string& key, const std::string& expected,
+                             const std::string& found) const;
+
+  MappedFile file_;
+  std::uint32_t alignment_ = kGgufDefaultAlignment;
+  GgufMetadata metadata_;
+  std::vector<GgufTensor> tensors_;
+  std::unordered_map<std::string, std::size_t> keys_;
+  std::unordered_map<std::string, std::size_t> names_;
+};
+
+// Writes one GGUF file whose metadata and tensors are all known beforehand; the header goes first, tensors
+// may arrive in any order, different ones from several threads at once. The file appears under its name only
+// by finish().
+class GgufWriter {
+ public:
+  // Data is laid out in the order of specs, whose shapes are row-major. The metadata is written as it is; a
+  // general.alignment in it is kept to. Throws std::invalid_argument for what GgufFile::open would refuse,
+  // Error (machine) when the disk is full or not writable.
+  GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<TensorSpec> specs);
+
+  // Goes on with the file that an earlier process kept at this path, partial or finished, whose metadata and
+  // specs were the same; no tensor counts as written yet. nullptr when there is no such file or its size or
+  // header differ.
+  static std::unique_ptr<GgufWriter> reopen(const std::filesystem::path& path, const GgufMetadata& metadata,
+                                            std::vector<TensorSpec> specs);
+
+  // Counts a tensor of a reopened file as written (std::invalid_argument when there is none of that name).
+  void mark_written(const std::string& name) { claim(name).written = true; }
+  // What was written so far is on the disk when this returns, and outlives this object.
+  void flush();
+  // Narrows float32 values to the tensor's dtype and writes them. Throws Error (input) when a value is not
+  // finite or overflows the dtype, naming the tensor; std::invalid_argument as copy_bytes does.
+  void write_floats(const std::string& name, std::span<const float> values);
+  // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise; also when written
+  // twice).
+  void copy_bytes(const std::string& name, std::span<const std::byte> bytes);
+  // Copies a tensor of a safetensors file without decoding it; dtype and shape must agree.
+  void copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor);
+  // Throws std::logic_error naming the first tensor that was never written; else flushes and renames into
+  // place.
+  void finish();
+  // Size of the whole file, with the padding at its end.
+  std::uint64_t file_bytes() const { return file_bytes_; }
+
+ private:
+  struct Slot {
+    TensorSpec spec;
+    std::uint64_t offset = 0;
+    bool written = false;
+  };
+  GgufWriter(PendingFile file, const GgufMetadata& metadata, std::vector<TensorSpec> specs);
+  Slot& claim(const std::string& name);
+
+  PendingFile file_;
+  std::vector<Slot> slots_;
+  std::unordered_map<std::string, std::size_t> index_;
+  std::uint64_t file_bytes_ = 0;
+  std::string header_;
+  std::atomic<bool> dirty_ = false;  // written to since the last flush
+};
+
+}  // namespace relatent

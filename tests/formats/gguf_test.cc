@@ -1,0 +1,582 @@
+#include "formats/gguf.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "tests/support/expect_error.h"
+#include "tests/support/temp_folder.h"
+
+namespace relatent {
+namespace {
+
+using testing_support::bytes_of;
+using testing_support::expect_error;
+using testing_support::read_bytes;
+using testing_support::TempFolder;
+using testing_support::text_of;
+
+template <typename T>
+std::string raw(T value) {
+  return {reinterpret_cast<const char*>(&value), sizeof(T)};
+}
+
+std::string u32(std::uint32_t value) {
+  return raw(value);
+}
+
+std::string u64(std::uint64_t value) {
+  return raw(value);
+}
+
+std::string text(const std::string& value) {
+  return u64(value.size()) + value;
+}
+
+std::string key(const std::string& name, std::uint32_t type, const std::string& value) {
+  return text(name) + u32(type) + value;
+}
+
+std::string tensor(const std::string& name, const std::vector<std::uint64_t>& dims, std::uint32_t type,
+                   std::uint64_t offset) {
+  std::string out = text(name) + u32(static_cast<std::uint32_t>(dims.size()));
+  for (const std::uint64_t dimension : dims) {
+    out += u64(dimension);
+  }
+  return out + u32(type) + u64(offset);
+}
+
+// A whole file; data is put behind the padding of the header.
+struct Made {
+  std::uint32_t version = 3;
+  // The initialisers let a caller name only the parts it has.
+  std::vector<std::string> keys = {};
+  std::vector<std::string> tensors = {};
+  std::string data = {};
+  std::size_t alignment = 32;
+
+  std::string header() const {
+    std::string out = "GGUF" + u32(version) + u64(tensors.size()) + u64(keys.size());
+    for (const std::vector<std::string>* list : {&keys, &tensors}) {
+      for (const std::string& entry : *list) {
+        out += entry;
+      }
+    }
+    return out;
+  }
+
+  std::string bytes() const {
+    std::string out = header();
+    out.resize((out.size() + alignment - 1) / alignment * alignment);
+    return out + data;
+  }
+};
+
+std::string letters(std::size_t count) {
+  std::string out(count, '\0');
+  for (std::size_t i = 0; i < count; ++i) {
+    out[i] = static_cast<char>('a' + i % 26);
+  }
+  return out;
+}
+
+Made good() {
+  return {.keys = {key("general.architecture", 8, text("deepseek2")), key("a.u8", 0, raw(std::uint8_t{200})),
+                   key("a.i8", 1, raw(std::int8_t{-100})), key("a.u16", 2, raw(std::uint16_t{60000})),
+                   key("a.i16", 3, raw(std::int16_t{-30000})), key("a.u32", 4, u32(4'000'000'000U)),
+                   key("a.i32", 5, raw(-2'000'000'000)), key("a.f32", 6, raw(0.25F)),
+                   key("a.bool", 7, raw(std::uint8_t{1})), key("a.u64", 10, u64(~std::uint64_t{0})),
+                   key("a.i64", 11, raw(std::numeric_limits<std::int64_t>::min())),
+                   key("a.f64", 12, raw(1e300)), key("b.empty", 9, u32(8) + u64(0)),
+                   key("b.strings", 9, u32(8) + u64(2) + text("Ġa") + text("")),
+                   key("b.i32", 9, u32(5) + u64(3) + raw(1) + raw(-2) + raw(3)),
+                   key("b.f32", 9, u32(6) + u64(1) + raw(-1.5F)), key("b.u32", 9, u32(4) + u64(1) + u32(7)),
+                   key("b.bool", 9, u32(7) + u64(2) + std::string("\1\0", 2))},
+          .tensors = {tensor("token_embd.weight", {3, 2}, 0, 0), tensor("norm", {5}, 1, 32),
+                      tensor("four", {1, 2, 3, 4}, 30, 64)},
+          .data = letters(24) + std::string(8, '\0') + letters(10) + std::string(22, '\0') + letters(48)};
+}
+
+TEST(GgufFile, ReadsAHandMadeFile) {
+  const TempFolder folder;
+  const Made made = good();
+  const std::filesystem::path path = folder.write("a.gguf", made.bytes());
+  const GgufFile file = GgufFile::open(path);
+  EXPECT_EQ(file.path(), path);
+  EXPECT_EQ(file.file_bytes(), made.bytes().size());
+  EXPECT_EQ(file.alignment(), 32U);
+
+  const GgufMetadata expected = {{"general.architecture", std::string("deepseek2")},
+                                 {"a.u8", std::uint8_t{200}},
+                                 {"a.i8", std::int8_t{-100}},
+                                 {"a.u16", std::uint16_t{60000}},
+                                 {"a.i16", std::int16_t{-30000}},
+                                 {"a.u32", std::uint32_t{4'000'000'000U}},
+                                 {"a.i32", std::int32_t{-2'000'000'000}},
+                                 {"a.f32", 0.25F},
+                                 {"a.bool", true},
+                                 {"a.u64", ~std::uint64_t{0}},
+                                 {"a.i64", std::numeric_limits<std::int64_t>::min()},
+                                 {"a.f64", 1e300},
+                                 {"b.empty", std::vector<std::string>{}},
+                                 {"b.strings", std::vector<std::string>{"Ġa", ""}},
+                                 {"b.i32", std::vector<std::int32_t>{1, -2, 3}},
+                                 {"b.f32", std::vector<float>{-1.5F}},
+                                 {"b.u32", std::vector<std::uint32_t>{7}},
+                                 {"b.bool", std::vector<bool>{true, false}}};
+  EXPECT_EQ(file.metadata(), expected);
+
+  ASSERT_EQ(file.tensors().size(), 3U);
+  const GgufTensor& embedding = file.tensors()[0];
+  EXPECT_EQ(embedding.name, "token_embd.weight");
+  EXPECT_EQ(embedding.dtype, DType::f32);
+  EXPECT_EQ(embedding.dims, (std::vector<std::int64_t>{3, 2}));
+  EXPECT_EQ(embedding.shape, (std::vector<std::int64_t>{2, 3}));
+  EXPECT_EQ(embedding.bytes, 24U);
+  EXPECT_EQ(embedding.offset % 32, 0U);
+  EXPECT_EQ(text_of(file.bytes(embedding)), letters(24));
+  EXPECT_EQ(file.tensors()[1].dtype, DType::f16);
+  EXPECT_EQ(text_of(file.bytes(file.tensors()[1])), letters(10));
+  EXPECT_EQ(file.tensors()[2].dtype, DType::bf16);
+  EXPECT_EQ(file.tensors()[2].shape, (std::vector<std::int64_t>{4, 3, 2, 1}));
+  EXPECT_EQ(text_of(file.bytes(file.tensors()[2])), letters(48));
+
+  EXPECT_EQ(file.find_tensor("norm"), &file.tensors()[1]);
+  EXPECT_EQ(file.find_tensor("missing"), nullptr);
+  file.release(embedding);
+  EXPECT_EQ(text_of(file.bytes(embedding)), letters(24));
+  TensorInfo foreign;
+  foreign.offset = made.bytes().size() - 1;
+  foreign.bytes = 2;
+  EXPECT_THROW(file.bytes(foreign), std::invalid_argument);
+}
+
+TEST(GgufFile, GivesValuesOfTheTypeThatWasAskedFor) {
+  const TempFolder folder;
+  const GgufFile file = GgufFile::open(folder.write("a.gguf", good().bytes()));
+  EXPECT_EQ(*file.find_as<std::uint32_t>("a.u32"), 4'000'000'000U);
+  EXPECT_EQ(file.find_as<std::uint32_t>("missing"), nullptr);
+  EXPECT_EQ(file.get<std::string>("general.architecture"), "deepseek2");
+  EXPECT_EQ(file.get<std::vector<std::string>>("b.strings").size(), 2U);
+  EXPECT_EQ(file.find("missing"), nullptr);
+  EXPECT_EQ(gguf_type_name(*file.find("a.f64")), "f64");
+  expect_error(ErrorKind::input, {"a.gguf: ", "key \"a.u64\"", "expected u32", "found u64"},
+               [&] { file.find_as<std::uint32_t>("a.u64"); });
+  expect_error(ErrorKind::input, {"key \"b.i32\"", "expected string", "found array of i32"},
+               [&] { file.get<std::string>("b.i32"); });
+  expect_error(ErrorKind::input, {"key \"missing\"", "expected f32", "no such key"},
+               [&] { file.get<float>("missing"); });
+}
+
+TEST(GgufFile, TakesUnusualButValidFiles) {
+  const TempFolder folder;
+  const auto open = [&](const std::string& bytes) { return GgufFile::open(folder.write("a.gguf", bytes)); };
+  // Nothing in it, with and without the padding.
+  EXPECT_TRUE(open(Made{}.header()).tensors().empty());
+  EXPECT_TRUE(open(Made{}.bytes()).metadata().empty());
+  // The last padding is there or not.
+  const Made padded = {.tensors = {tensor("a", {1}, 0, 0)}, .data = letters(4)};
+  EXPECT_EQ(text_of(open(padded.bytes()).bytes(open(padded.bytes()).tensors()[0])), "abcd");
+  EXPECT_EQ(open(padded.bytes() + std::string(28, '\0')).tensors().size(), 1U);
+  // Another alignment.
+  for (const std::size_t alignment : {1U, 8U, 4096U}) {
+    Made made = {.keys = {key("general.alignment", 4, u32(static_cast<std::uint32_t>(alignment)))},
+                 .tensors = {tensor("a", {3}, 30, 0),
+                             tensor("b", {2}, 0, (6 + alignment - 1) / alignment * alignment)},
+                 .alignment = alignment};
+    made.data = letters(6);
+    made.data.resize((6 + alignment - 1) / alignment * alignment);
+    made.data += "ABCDEFGH";
+    const GgufFile file = open(made.bytes());
+    EXPECT_EQ(file.alignment(), alignment);
+    EXPECT_EQ(text_of(file.bytes(file.tensors()[1])), "ABCDEFGH");
+  }
+  const std::string longest(63, 'n');
+  EXPECT_EQ(open(Made{.tensors = {tensor(longest, {1}, 0, 0)}, .data = letters(4)}.bytes()).tensors()[0].name,
+            longest);
+}
+
+struct Case {
+  Made made;
+  std::vector<std::string> parts;
+};
+
+TEST(GgufFile, RefusesWhatItsHeaderMayNotSay) {
+  const auto keyed = [](const std::string& entry) { return Made{.keys = {entry}}; };
+  const auto one = [](const std::string& entry, std::size_t data = 4) {
+    return Made{.tensors = {entry}, .data = letters(data)};
+  };
+  const std::string quantised = "dequantised";
+  const std::vector<Case> cases = {
+      // versions
+      {{.version = 1}, {"expected GGUF version 3", "found version 1"}},
+      {{.version = 2}, {"expected GGUF version 3", "found version 2"}},
+      {{.version = 4}, {"found version 4"}},
+      {{.version = 0}, {"found version 0"}},
+      {{.version = 0x03000000}, {"expected a little-endian", "found a big-endian"}},
+      {{.version = 0x02000000}, {"found a big-endian"}},
+      // keys
+      {keyed(key("", 4, u32(1))), {"key 0 is empty"}},
+      {{.keys = {key("a", 4, u32(1)), key("a", 8, text("x"))}}, {"key \"a\" appears twice"}},
+      {keyed(key("a", 13, u64(0))), {"key \"a\"", "expected a value type", "found 13"}},
+      {keyed(key("a", ~0U, u64(0))), {"key \"a\"", "found 4294967295"}},
+      {keyed(key("a", 7, raw(std::uint8_t{2}))), {"key \"a\"", "a bool of 0 or 1", "found 2"}},
+      {keyed(key("a", 9, u32(7) + u64(1) + "\xff")), {"key \"a\"", "a bool of 0 or 1", "found 255"}},
+      {keyed(key("a", 9, u32(9) + u64(1) + u32(4) + u64(0))), {"key \"a\"", "found an array of arrays"}},
+      {keyed(key("a", 9, u32(13) + u64(0))), {"key \"a\"", "found 13"}},
+      {keyed(key("a", 9, u32(4) + u64(1ULL << 62U))), {"truncated", "4611686018427387904 elements"}},
+      {keyed(key("a", 9, u32(8) + u64(5))), {"truncated", "5 elements", "found 15 bytes"}},
+      {keyed(key("a", 9, u32(12) + u64(~0ULL))), {"truncated", "18446744073709551615 elements"}},
+      {keyed(key("a", 8, u64(~0ULL))), {"truncated", "18446744073709551615 bytes of a string"}},
+      {keyed(u64(~0ULL - 7) + "aaaaaaaaaa"), {"truncated", "bytes of a key"}},
+      // alignment
+      {keyed(key("general.alignment", 4, u32(0))), {"general.alignment", "a power of two", "found 0"}},
+      {keyed(key("general.alignment", 4, u32(48))), {"general.alignment", "a power of two", "found 48"}},
+      {keyed(key("general.alignment", 10, u64(32))), {"general.alignment", "expected u32", "found u64"}},
+      // names
+      {one(tensor("", {1}, 0, 0)), {"without a name"}},
+      {one(tensor(std::string("a\0b", 3), {1}, 0, 0)), {"a NUL", "a\\x00b"}},
+      {one(tensor(std::string(64, 'n'), {1}, 0, 0)), {"a tensor name of 64 bytes", "1 to 63"}},
+      {{.tensors = {tensor("w", {1}, 0, 0), tensor("w", {1}, 0, 32)}, .data = letters(36)},
+       {"tensor w", "appears twice"}},
+      // dimensions
+      {one(tensor("w", {}, 0, 0)), {"tensor w", "expected 1 to 4", "found 0"}},
+      {one(tensor("w", {1, 1, 1, 1, 1}, 0, 0)), {"tensor w", "expected 1 to 4", "found 5"}},
+      {one(tensor("w", {0}, 0, 0)), {"tensor w", "positive", "found [0]"}},
+      {one(tensor("w", {1, ~0ULL}, 0, 0)), {"tensor w", "positive", "found [1, -1]"}},
+      {one(tensor("w", {1ULL << 61U}, 0, 0)), {"tensor w", "below 2^63", "2305843009213693952"}},
+      {one(tensor("w", {1ULL << 32U, 1ULL << 32U}, 1, 0)), {"tensor w", "below 2^63"}},
+      {one(tensor("w", {1ULL << 62U, 4, 1ULL << 62U, 4}, 30, 0)), {"tensor w", "below 2^63"}},
+      {one(tensor("w", {1ULL << 60U}, 0, 0)), {"tensor w", "truncated", "4611686018427387904 bytes"}},
+      // types
+      {one(tensor("w", {256}, 12, 0)), {"tensor w", "quantised", "found Q4_K", quantised}},
+      {one(tensor("w", {256}, 8, 0)), {"tensor w", "found Q8_0", quantised}},
+      {one(tensor("w", {256}, 39, 0)), {"tensor w", "found MXFP4", quantised}},
+      {one(tensor("w", {1}, 26, 0)), {"tensor w", "tensor type", "expected F32, F16 or BF16", "found I32"}},
+      {one(tensor("w", {1}, 28, 0)), {"tensor w", "found F64"}},
+      {one(tensor("w", {1}, 1000, 0)), {"tensor w", "found type 1000"}},
+      // layout
+      {one(tensor("w", {1}, 0, 32)), {"tensor w", "offset", "expected 0", "found 32"}},
+      {one(tensor("w", {1}, 0, ~0ULL)), {"tensor w", "offset", "found 18446744073709551615"}},
+      {one(tensor("w", {1}, 0, 0), 3), {"tensor w", "truncated", "4 bytes of data"}},
+      {one(tensor("w", {1}, 0, 0), 33), {"bytes after the last tensor"}},
+      {{.tensors = {tensor("v", {1}, 0, 0), tensor("w", {1}, 0, 4)}, .data = letters(8)},
+       {"tensor w", "offset", "expected 32", "found 4"}},
+      {{.tensors = {tensor("v", {1}, 0, 0), tensor("w", {1}, 0, 0)}, .data = letters(36)},
+       {"tensor w", "offset", "expected 32", "found 0"}},
+      {{.tensors = {tensor("v", {1}, 0, 0), tensor("w", {1}, 0, 32)}, .data = letters(32)},
+       {"tensor w", "truncated"}},
+      {{.data = letters(1)}, {"bytes after the last tensor"}},
+  };
+  const TempFolder folder;
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    SCOPED_TRACE(i);
+    std::vector<std::string> parts = cases[i].parts;
+    parts.emplace_back("a.gguf: ");
+    expect_error(ErrorKind::input, parts,
+                 [&] { GgufFile::open(folder.write("a.gguf", cases[i].made.bytes())); });
+  }
+}
+
+TEST(GgufFile, RefusesABadBeginning) {
+  const TempFolder folder;
+  const auto open = [&](const std::string& bytes) {
+    return [&folder, bytes] { GgufFile::open(folder.write("a.gguf", bytes)); };
+  };
+  expect_error(ErrorKind::input, {"a.gguf", "not a GGUF file", "found an empty file"}, open(""));
+  expect_error(ErrorKind::input, {"not a GGUF file", "begins with GGUF"}, open("GGU"));
+  expect_error(ErrorKind::input, {"not a GGUF file"}, open("ggjt" + u32(3) + std::string(64, '\0')));
+  // Counts that nothing can hold, told before anything is allocated.
+  const std::string rest(1000, '\0');
+  for (const std::uint64_t count : {std::uint64_t{32}, std::uint64_t{1} << 40U, ~std::uint64_t{0}}) {
+    expect_error(ErrorKind::input, {"truncated", std::to_string(count) + " tensors", "found 1000 bytes"},
+                 open("GGUF" + u32(3) + u64(count) + u64(0) + rest));
+  }
+  for (const std::uint64_t count : {std::uint64_t{72}, std::uint64_t{1} << 40U, ~std::uint64_t{0}}) {
+    expect_error(ErrorKind::input, {"truncated", std::to_string(count) + " keys", "found 1000 bytes"},
+                 open("GGUF" + u32(3) + u64(0) + u64(count) + rest));
+  }
+  // Counts that are off by one read keys as tensors or the other way round.
+  const Made made = good();
+  for (const int tensors : {-1, 0, 1}) {
+    for (const int keys : {-1, 0, 1}) {
+      if (tensors == 0 && keys == 0) {
+        continue;
+      }
+      const std::string bytes =
+          "GGUF" + u32(3) + u64(made.tensors.size() + static_cast<std::size_t>(tensors)) +
+          u64(made.keys.size() + static_cast<std::size_t>(keys)) + made.bytes().substr(24);
+      expect_error(ErrorKind::input, {"a.gguf: "}, open(bytes));
+    }
+  }
+  expect_error(ErrorKind::input, {"missing.gguf", "cannot open"},
+               [&] { GgufFile::open(folder / "missing.gguf"); });
+}
+
+TEST(GgufFile, RefusesEveryCut) {
+  const TempFolder folder;
+  const std::string bytes = good().bytes();
+  for (std::size_t size = 0; size < bytes.size(); ++size) {
+    SCOPED_TRACE(size);
+    expect_error(ErrorKind::input, {"a.gguf: "},
+                 [&] { GgufFile::open(folder.write("a.gguf", bytes.substr(0, size))); });
+  }
+}
+
+TEST(GgufFile, SurvivesEveryFlippedByte) {
+  const TempFolder folder;
+  const Made made = good();
+  const std::string bytes = made.bytes();
+  std::mt19937 random(11);
+  for (std::size_t at = 0; at < made.header().size(); ++at) {
+    for (int repetition = 0; repetition < 4; ++repetition) {
+      std::string damaged = bytes;
+      const auto mask = repetition == 0 ? 0xffU : 1 + random() % 255;
+      damaged[at] = static_cast<char>(static_cast<unsigned char>(damaged[at]) ^ mask);
+      try {
+        // What is still valid can be read to its last byte.
+        const GgufFile file = GgufFile::open(folder.write("a.gguf", damaged));
+        std::size_t sum = 0;
+        for (const GgufTensor& one : file.tensors()) {
+          sum += text_of(file.bytes(one)).size();
+        }
+        EXPECT_LE(sum, made.data.size());
+      } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::input);
+      }
+    }
+  }
+}
+
+TEST(GgufWriter, GoldenBytes) {
+  const TempFolder folder;
+  GgufMetadata metadata;
+  {
+    const GgufFile source = GgufFile::open(folder.write("source.gguf", good().bytes()));
+    metadata = source.metadata();
+  }
+  GgufWriter writer(folder / "a.gguf", metadata,
+                    {{"token_embd.weight", DType::f32, {2, 3}},
+                     {"norm", DType::f16, {5}},
+                     {"four", DType::bf16, {4, 3, 2, 1}}});
+  writer.copy_bytes("four", bytes_of(letters(48)));
+  writer.copy_bytes("token_embd.weight", bytes_of(letters(24)));
+  EXPECT_FALSE(std::filesystem::exists(folder / "a.gguf"));
+  writer.copy_bytes("norm", bytes_of(letters(10)));
+  writer.finish();
+  EXPECT_FALSE(std::filesystem::exists(folder / "a.gguf.partial"));
+  const std::string expected = good().bytes() + std::string(16, '\0');
+  EXPECT_EQ(read_bytes(folder / "a.gguf"), expected);
+  EXPECT_EQ(writer.file_bytes(), expected.size());
+}
+
+TEST(GgufWriter, WritesOneValueOfEveryTypeAndReadsItBack) {
+  const TempFolder folder;
+  const GgufMetadata metadata = {
+      {"u8s", std::vector<std::uint8_t>{1, 255}},
+      {"i8s", std::vector<std::int8_t>{-1}},
+      {"u16s", std::vector<std::uint16_t>{65535}},
+      {"i16s", std::vector<std::int16_t>{-2}},
+      {"u32s", std::vector<std::uint32_t>{4'294'967'295U}},
+      {"i32s", std::vector<std::int32_t>{-3, 4}},
+      {"f32s", std::vector<float>{0.5F}},
+      {"bools", std::vector<bool>{false, true, true}},
+      {"strings", std::vector<std::string>{"a b", std::string("\0", 1)}},
+      {"u64s", std::vector<std::uint64_t>{~std::uint64_t{0}}},
+      {"i64s", std::vector<std::int64_t>{-5}},
+      {"f64s", std::vector<double>{1e-300}},
+      {"none", std::vector<std::int32_t>{}},
+      {"general.alignment", std::uint32_t{64}},
+  };
+  GgufWriter writer(folder / "a.gguf", metadata, {{"a", DType::f32, {1}}, {"b", DType::f32, {1}}});
+  writer.write_floats("b", std::vector<float>{2});
+  writer.write_floats("a", std::vector<float>{1});
+  writer.finish();
+  const GgufFile file = GgufFile::open(folder / "a.gguf");
+  EXPECT_EQ(file.metadata(), metadata);
+  EXPECT_EQ(file.alignment(), 64U);
+  EXPECT_EQ(file.tensors()[0].offset % 64, 0U);
+  EXPECT_EQ(file.tensors()[1].offset, file.tensors()[0].offset + 64);
+  EXPECT_EQ(file.file_bytes(), file.tensors()[1].offset + 64);
+  EXPECT_EQ(text_of(file.bytes(file.tensors()[1])), raw(2.0F));
+}
+
+TEST(GgufWriter, RoundsFloatsToTheDType) {
+  const TempFolder folder;
+  const std::vector<float> values = {1.0F, -1.0F / 3.0F, 65504.0F, 1e-7F};
+  GgufWriter writer(folder / "a.gguf", {},
+                    {{"f32", DType::f32, {4}}, {"f16", DType::f16, {2, 2}}, {"bf16", DType::bf16, {4, 1}}});
+  for (const char* name : {"bf16", "f32", "f16"}) {
+    writer.write_floats(name, values);
+  }
+  writer.finish();
+  const GgufFile file = GgufFile::open(folder / "a.gguf");
+  for (const GgufTensor& one : file.tensors()) {
+    std::vector<float> found(4);
+    decode_floats(one.dtype, file.bytes(one), found);
+    for (std::size_t i = 0; i < 4; ++i) {
+      EXPECT_EQ(found[i], rounded(one.dtype, values[i])) << one.name << " " << i;
+    }
+  }
+}
+
+TEST(GgufWriter, RefusesNumbersThatNoFileShouldHold) {
+  const TempFolder folder;
+  GgufWriter writer(folder / "a.gguf", {}, {{"f32", DType::f32, {2}}, {"f16", DType::f16, {2}}});
+  expect_error(ErrorKind::input, {"a.gguf", "tensor f32", "not a number", "inf at index 1"}, [&] {
+    writer.write_floats("f32", std::vector<float>{1, std::numeric_limits<float>::infinity()});
+  });
+  expect_error(ErrorKind::input, {"tensor f16", "not a number", "nan at index 0"}, [&] {
+    writer.write_floats("f16", std::vector<float>{std::nanf(""), 1});
+  });
+  expect_error(ErrorKind::input, {"tensor f16", "too large for F16", "found 1 of 2", "wider dtype"}, [&] {
+    writer.write_floats("f16", std::vector<float>{1, 70000});
+  });
+  writer.write_floats("f32", std::vector<float>{1, 70000});
+  writer.write_floats("f16", std::vector<float>{1, 2});
+  writer.finish();
+}
+
+TEST(GgufWriter, CopiesATensorOfASafetensorsFile) {
+  const TempFolder folder;
+  SafetensorsWriter first(folder / "a.safetensors", {{"w", DType::bf16, {2, 3}}});
+  first.write("w", bytes_of("abcdefghijkl"));
+  first.finish();
+  const SafetensorsFile source = SafetensorsFile::open(folder / "a.safetensors");
+  GgufWriter writer(folder / "a.gguf", {}, {{"x", DType::bf16, {2, 3}}, {"y", DType::bf16, {3, 2}}});
+  EXPECT_THROW(writer.copy("y", source, source.tensors()[0]), std::invalid_argument);
+  writer.copy("x", source, source.tensors()[0]);
+  EXPECT_THROW(writer.copy("x", source, source.tensors()[0]), std::invalid_argument);
+  writer.copy_bytes("y", bytes_of("ABCDEFGHIJKL"));
+  writer.finish();
+  const GgufFile file = GgufFile::open(folder / "a.gguf");
+  EXPECT_EQ(text_of(file.bytes(*file.find_tensor("x"))), "abcdefghijkl");
+}
+
+TEST(GgufWriter, WritesAnEmptyFile) {
+  const TempFolder folder;
+  GgufWriter writer(folder / "a.gguf", {{"general.architecture", std::string("x")}}, {});
+  writer.finish();
+  EXPECT_TRUE(GgufFile::open(folder / "a.gguf").tensors().empty());
+  EXPECT_EQ(writer.file_bytes() % 32, 0U);
+}
+
+TEST(GgufWriter, GoesOnWithAFileThatWasKept) {
+  const TempFolder folder;
+  const GgufMetadata metadata = {{"k", std::uint32_t{1}}};
+  const std::vector<TensorSpec> specs = {{"a", DType::f32, {1}}, {"b", DType::f32, {1}}};
+  const std::filesystem::path path = folder / "a.gguf";
+  EXPECT_EQ(GgufWriter::reopen(path, metadata, specs), nullptr);
+  {
+    GgufWriter writer(path, metadata, specs);
+    writer.copy_bytes("a", bytes_of("abcd"));
+    writer.flush();
+    writer.copy_bytes("b", bytes_of("lost"));
+  }
+  EXPECT_FALSE(std::filesystem::exists(path));
+  EXPECT_EQ(GgufWriter::reopen(path, {{"k", std::uint32_t{2}}}, specs), nullptr);
+  EXPECT_EQ(GgufWriter::reopen(path, metadata, {{"a", DType::f32, {1}}}), nullptr);
+  EXPECT_EQ(GgufWriter::reopen(path, metadata, {{"b", DType::f32, {1}}, {"a", DType::f32, {1}}}), nullptr);
+  EXPECT_TRUE(std::filesystem::exists(folder / "a.gguf.partial"));
+  std::unique_ptr<GgufWriter> writer = GgufWriter::reopen(path, metadata, specs);
+  ASSERT_NE(writer, nullptr);
+  EXPECT_THROW(writer->finish(), std::logic_error);
+  EXPECT_THROW(writer->mark_written("c"), std::invalid_argument);
+  writer->mark_written("a");
+  EXPECT_THROW(writer->mark_written("a"), std::invalid_argument);
+  writer->copy_bytes("b", bytes_of("efgh"));
+  writer->finish();
+  const std::string bytes = read_bytes(path);
+
+  // A finished file is taken up as well.
+  writer = GgufWriter::reopen(path, metadata, specs);
+  ASSERT_NE(writer, nullptr);
+  EXPECT_FALSE(std::filesystem::exists(path));
+  writer->mark_written("a");
+  writer->mark_written("b");
+  writer->finish();
+  EXPECT_EQ(read_bytes(path), bytes);
+  const GgufFile file = GgufFile::open(path);
+  EXPECT_EQ(text_of(file.bytes(file.tensors()[0])), "abcd");
+  EXPECT_EQ(text_of(file.bytes(file.tensors()[1])), "efgh");
+
+  // The wrong length, or nothing at all.
+  folder.write("b.gguf.partial", bytes.substr(0, bytes.size() - 1));
+  EXPECT_EQ(GgufWriter::reopen(folder / "b.gguf", metadata, specs), nullptr);
+  folder.write("c.gguf.partial", "");
+  EXPECT_EQ(GgufWriter::reopen(folder / "c.gguf", metadata, specs), nullptr);
+}
+
+TEST(GgufWriter, RefusesMisuse) {
+  const TempFolder folder;
+  const auto make = [&](const GgufMetadata& metadata, const std::vector<TensorSpec>& specs) {
+    const GgufWriter writer(folder / "a.gguf", metadata, specs);
+  };
+  const std::vector<GgufMetadata> bad_metadata = {
+      {{"", std::uint32_t{1}}},
+      {{"a", std::uint32_t{1}}, {"a", 1.0F}},
+      {{"general.alignment", std::uint32_t{0}}},
+      {{"general.alignment", std::uint32_t{24}}},
+      {{"general.alignment", std::uint64_t{32}}},
+  };
+  for (const GgufMetadata& metadata : bad_metadata) {
+    EXPECT_THROW(make(metadata, {}), std::invalid_argument);
+  }
+  const std::vector<std::vector<TensorSpec>> bad_specs = {
+      {{"a", DType::f32, {1}}, {"a", DType::f32, {2}}},
+      {{"", DType::f32, {1}}},
+      {{std::string("a\0", 2), DType::f32, {1}}},
+      {{std::string(64, 'n'), DType::f32, {1}}},
+      {{"a", DType::f32, {}}},
+      {{"a", DType::f32, {1, 1, 1, 1, 1}}},
+      {{"a", DType::f32, {0}}},
+      {{"a", DType::f32, {-1}}},
+      {{"a", DType::f32, {1LL << 61}}},
+      {{"a", DType::f64, {1}}},
+      {{"a", DType::u8, {1}}},
+      {{"a", DType::f32, {1LL << 60}},
+       {"b", DType::f32, {1LL << 60}},
+       {"c", DType::f32, {1LL << 60}},
+       {"d", DType::f32, {1LL << 60}}},
+  };
+  for (const std::vector<TensorSpec>& specs : bad_specs) {
+    EXPECT_THROW(make({}, specs), std::invalid_argument);
+  }
+  expect_error(ErrorKind::machine, {"a.gguf.partial", "cannot reserve"}, [&] {
+    make({}, {{"a", DType::f32, {1LL << 60}}});
+  });
+  EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
+  expect_error(ErrorKind::machine, {"no/a.gguf.partial"},
+               [&] { const GgufWriter writer(folder / "no/a.gguf", {}, {}); });
+
+  GgufWriter writer(folder / "a.gguf", {}, {{"a", DType::f32, {1}}, {"b", DType::f16, {2}}});
+  EXPECT_THROW(writer.copy_bytes("a", bytes_of("x")), std::invalid_argument);
+  EXPECT_THROW(writer.copy_bytes("c", bytes_of("x")), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("c", std::vector<float>{1}), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("b", std::vector<float>{1}), std::invalid_argument);
+  writer.copy_bytes("a", bytes_of("abcd"));
+  EXPECT_THROW(writer.copy_bytes("a", bytes_of("abcd")), std::invalid_argument);
+  EXPECT_THROW(writer.write_floats("a", std::vector<float>{1}), std::invalid_argument);
+  try {
+    writer.finish();
+    ADD_FAILURE() << "an unfinished file was finished";
+  } catch (const std::logic_error& error) {
+    EXPECT_NE(std::string(error.what()).find("tensor b "), std::string::npos) << error.what();
+  }
+  writer.write_floats("b", std::vector<float>{1, 2});
+  writer.finish();
+  EXPECT_EQ(GgufFile::open(folder / "a.gguf").tensors().size(), 2U);
+}
+
+}  // namespace
+}  // namespace relatent
