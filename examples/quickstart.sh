@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
 # From a fresh clone to a converted checkpoint and the proof of how close it is. Safe to run again.
+# With RELATENT_BIN, an installed program, nothing is built: RELATENT_BIN=relatent examples/quickstart.sh
 set -euo pipefail
+# shellcheck source=examples/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [[ -n "${RELATENT_BIN:-}" ]]; then
+  relatent="$(realpath "$(command -v "$RELATENT_BIN")")" || {
+    echo "$RELATENT_BIN (RELATENT_BIN) is not a program" >&2
+    exit 2
+  }
+fi
 cd "$ROOT"
 
-install_packages "${BUILD_PACKAGES[@]}"
-build_release relatent
+if [[ -z "${RELATENT_BIN:-}" ]]; then
+  install_packages "${BUILD_PACKAGES[@]}"
+  build_release relatent
+  relatent=build/release/cli/relatent
+fi
 
-relatent=build/release/cli/relatent
 model=examples/llama-3m
 out=examples/out
 rm -rf "$out"

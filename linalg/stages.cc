@@ -58,7 +58,8 @@ const char* Stage::current() {
 std::string Stage::path() {
   std::string out;
   for (const Stage* stage = t_innermost; stage != nullptr; stage = stage->outer_) {
-    out = stage->name_ + (out.empty() ? "" : ", " + out);
+    out.insert(0, out.empty() ? "" : ", ");
+    out.insert(0, stage->name_);
   }
   return out;
 }

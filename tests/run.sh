@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what is missing, builds, and runs every test. Safe to run again.
+# Installs what is missing, builds, lints, and runs every test but tests/package.sh. Safe to run again.
 #
 # RELATENT_MODELS may name a folder with models/ and tokens/ of larger checkpoints, which then take part; without it small
 # ones stand in that the tests make. Where small sets of tests stand for large ones, the output says what was left out;
@@ -10,6 +10,7 @@ if [[ -n "${RELATENT_MODELS:-}" ]]; then
   RELATENT_MODELS="$(realpath "$RELATENT_MODELS")"
   export RELATENT_MODELS
 fi
+# shellcheck source=examples/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../examples/setup.sh"
 cd "$ROOT"
 export RELATENT_BIN="$ROOT/build/release/cli/relatent"
@@ -38,6 +39,9 @@ install_packages "${BUILD_PACKAGES[@]}" python3 python3-venv
 build_release all
 step "includes go one way" python3 tests/check_includes.py
 step "unit tests" ctest --preset release
+step "install" cmake --install build/release --prefix build/install
+step "the installed program" build/install/bin/relatent --version
+step "lint" tests/lint.sh
 
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
 run_tests "engine tests: pinned transformers" tests/engine

@@ -79,8 +79,8 @@ Index held_out_sequences(const ConvertOptions& options, const ConvertInputs& inp
 }
 
 Sequences fit_sequences(const ConvertOptions& options, const ConvertInputs& inputs) {
-  Sequences out = inputs.calibration->sequences();
-  out = first_sequences(std::move(out), out.count - held_out_sequences(options, inputs));
+  const Sequences all = inputs.calibration->sequences();
+  Sequences out = first_sequences(all, all.count - held_out_sequences(options, inputs));
   if (options.relatent.fit.tokens > 0) {
     const Index count = std::max<Index>(1, options.relatent.fit.tokens / out.length);
     out = first_sequences(std::move(out), count);

@@ -50,7 +50,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
       inputs.source, [&](Index layer_idx) { return input_moments(inputs, layer_idx); },
       fit_sequences(options, inputs), relatent_options(options, inputs, {}),
       [&](const SizeTrial& trial) {
-        if (work) {
+        if (work != nullptr) {
           work->record(trial_entry, std::to_string(trial.rope_dim) + " " + std::to_string(trial.rank) + " " +
                                         std::to_string(trial.key_rank) + " " + exact_text(trial.nats));
         }

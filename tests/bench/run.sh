@@ -7,7 +7,7 @@
 # PYTHON names the interpreter (default python3; tests/run.sh keeps one with all it needs in ~/.cache/relatent),
 # RELATENT_BIN a binary, TMPDIR where the checkpoints go: about 9 GB as the options stand.
 set -euo pipefail
-# shellcheck disable=SC1091
+# shellcheck source=examples/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../examples/setup.sh"
 out="$ROOT/build/bench"
 if (($# > 0)) && [[ "$1" != -* ]]; then

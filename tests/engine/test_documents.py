@@ -34,7 +34,7 @@ RELATIVE, ABSOLUTE = 2e-2, 2e-3
 # Of vLLM, SGLang and CMake.
 FOREIGN_OPTIONS = {
     *("--model-impl", "--tensor-parallel-size", "--dcp-size"),
-    *("--preset", "--build"),
+    *("--preset", "--build", "--install", "--prefix", "--target"),
 }
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

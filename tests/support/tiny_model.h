@@ -39,6 +39,8 @@ struct TinyOptions {
 };
 
 // A checkpoint in memory, to be altered at will before it is written.
+// Moving JSON asserts, which is no exception.
+// NOLINTNEXTLINE(bugprone-exception-escape)
 struct TinyModel {
   struct Tensor {
     DType dtype = DType::f32;

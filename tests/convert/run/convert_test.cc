@@ -60,11 +60,11 @@ class Convert : public testing::Test {
   ConvertOptions write(const TinyOptions& options) { return write(tiny_model(options)); }
   // Moments of the source as it is now.
   fs::path calibrated(DType compute = DType::f32, Index sequences = 12) const {
-    const fs::path path = folder_ / "moments.h5";
+    fs::path path = folder_ / "moments.h5";
     calibrate(Model::open(source()), random_sequences(1, sequences, 40, 50), path, ignore, {}, compute);
     return path;
   }
-  ConvertReport run(const ConvertOptions& options) const {
+  static ConvertReport run(const ConvertOptions& options) {
     fs::remove_all(options.output);
     return Conversion(options).run(ignore);
   }

@@ -1,0 +1,16 @@
+# Run by CPack on the tree that is about to be packed: names of documents as Debian wants them.
+if(NOT CPACK_GENERATOR STREQUAL "DEB")
+  return()
+endif()
+# CPack would only leave out what the program depends on.
+find_program(SHLIBDEPS dpkg-shlibdeps)
+if(NOT SHLIBDEPS)
+  message(FATAL_ERROR "dpkg-shlibdeps is missing; install the Debian package dpkg-dev")
+endif()
+file(GLOB_RECURSE licenses ${CPACK_TEMPORARY_INSTALL_DIRECTORY}/*/share/doc/relatent/LICENSE)
+foreach(license ${licenses})
+  get_filename_component(docs ${license} DIRECTORY)
+  file(RENAME ${license} ${docs}/copyright)
+  execute_process(COMMAND gzip -9n ${docs}/CHANGELOG.md COMMAND_ERROR_IS_FATAL ANY)
+  file(RENAME ${docs}/CHANGELOG.md.gz ${docs}/changelog.gz)
+endforeach()
