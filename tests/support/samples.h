@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <cstdint>
 #include <initializer_list>
 #include <random>
@@ -80,7 +81,7 @@ struct GqaSample {
   bool kv_bias = false;
   bool o_bias = false;
   float attention_factor = 1;
-  Index window = 0;
+  std::optional<Index> window = {};
 };
 
 inline GqaAttention random_gqa(Random& random, const GqaSample& sample) {

@@ -56,7 +56,7 @@ TEST(GlaEngine, WhatIsWrittenComputesTheSame) {
     const LatentAttention layer = random_layer(random, sample);
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
-    EXPECT_EQ(model.config().model_type, "llama with qk_rope_dim");
+    EXPECT_EQ(model.config().family->name, "gla");
     EXPECT_EQ(model.config().cache_numbers(), 4 * 8 + 6);
     for (Index i = 0; i < 2; ++i) {
       EXPECT_LE(relative_error(output_of(model.attention(i), x), output_by_the_book(layer, x)), kFloatNoise);

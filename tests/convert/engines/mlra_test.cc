@@ -53,7 +53,7 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
     const LatentAttention layer = random_layer(random, sample);
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
-    EXPECT_EQ(model.config().model_type, "gpt2 with mlra_model");
+    EXPECT_EQ(model.config().family->name, "mlra");
     EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
     EXPECT_TRUE(model.config().tie_word_embeddings);
     for (Index i = 0; i < 2; ++i) {

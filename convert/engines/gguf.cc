@@ -1,0 +1,157 @@
+#include "convert/engines/gguf.h"
+
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <utility>
+
+#include "convert/engines/layout.h"
+#include "formats/gguf.h"
+#include "formats/gguf_tokenizer.h"
+
+namespace relatent {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+// llama.cpp's LLAMA_FTYPE_*.
+int file_type(DType dtype) {
+  return dtype == DType::f32 ? 0 : dtype == DType::f16 ? 1 : 32;
+}
+
+// llama.cpp wants u32 and f32 exactly.
+GgufMetadata metadata_of(const Json& config) {
+  GgufMetadata out;
+  for (const auto& [key, value] : config.items()) {
+    if (value.is_string()) {
+      out.emplace_back(key, value.get<std::string>());
+    } else if (value.is_number_integer()) {
+      out.emplace_back(key, value.get<std::uint32_t>());
+    } else {
+      out.emplace_back(key, value.get<float>());
+    }
+  }
+  return out;
+}
+
+class GgufSink final : public TensorSink {
+ public:
+  explicit GgufSink(std::unique_ptr<GgufWriter> writer) : writer_(std::move(writer)) {}
+
+  void write_floats(const std::string& name, std::span<const float> values) override {
+    writer_->write_floats(name, values);
+  }
+  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override {
+    writer_->copy(name, source.file_of(source_name), source.info(source_name));
+  }
+  void mark_written(const std::string& name) override { writer_->mark_written(name); }
+  void flush() override { writer_->flush(); }
+  void finish() override { writer_->finish(); }
+  std::uint64_t bytes_written() const override { return writer_->file_bytes(); }
+
+ private:
+  std::unique_ptr<GgufWriter> writer_;
+};
+
+class GgufEngine final : public Engine {
+ public:
+  std::string_view name() const override { return "gguf"; }
+  std::string_view family() const override { return "deepseek2"; }
+
+  EngineTraits traits() const override {
+    return {.forms = {"mla"},
+            .any_frequencies = false,
+            .query_bias = false,
+            .normed_latent = true,
+            .any_cache_shape = true,
+            .single_file = true};
+  }
+
+  DType stored_dtype(Role /*role*/, const std::vector<std::int64_t>& shape, DType wanted) const override {
+    return shape.size() == 1 ? DType::f32 : wanted;
+  }
+
+  Json config(const Json& /*source_config*/, const ModelConfig& source, const LatentShape& shape,
+              const Rotary& rotary, DType dtype) const override {
+    const Index rank = shape.rank + shape.norm_coordinates;
+    Json out;
+    const auto put = [&](const std::string& key, const auto& value) { out["deepseek2." + key] = value; };
+    out["general.architecture"] = "deepseek2";
+    out["general.type"] = "model";
+    out["general.file_type"] = file_type(dtype);
+    put("vocab_size", source.vocab_size);
+    put("context_length", source.max_position_embeddings);
+    put("embedding_length", source.hidden_size);
+    put("block_count", source.num_hidden_layers);
+    put("leading_dense_block_count", source.num_hidden_layers);
+    put("feed_forward_length", source.intermediate_size);
+    // Asked for, and read by nothing where every layer is dense.
+    put("expert_feed_forward_length", source.intermediate_size);
+    put("expert_shared_count", 0);
+    put("attention.head_count", shape.heads);
+    put("attention.head_count_kv", 1);
+    put("attention.layer_norm_rms_epsilon", static_cast<float>(source.rms_norm_eps));
+    put("attention.q_lora_rank", shape.q_rank.value_or(0));
+    put("attention.kv_lora_rank", rank);
+    put("attention.key_length", rank + shape.rope_dim);
+    put("attention.value_length", rank);
+    put("attention.key_length_mla", shape.nope_dim + shape.rope_dim);
+    put("attention.value_length_mla", shape.v_dim);
+    put("rope.dimension_count", shape.rope_dim);
+    put("rope.freq_base", static_cast<float>(geometric_base(rotary)));
+    return out;
+  }
+
+  OutputKind output_kind() const override { return OutputKind::new_file; }
+
+  std::unique_ptr<TensorSink> open_output(const OutputPlan& plan, bool reopen) const override {
+    GgufMetadata metadata = metadata_of(plan.config);
+    GgufMetadata tokenizer =
+        plan.pre_tokenizer == "no_vocab"
+            ? gguf_no_vocab()
+            : gguf_tokenizer(plan.source->folder(), plan.source->config(), plan.pre_tokenizer,
+                             plan.config.at("deepseek2.vocab_size").get<std::int64_t>());
+    metadata.insert(metadata.end(), std::make_move_iterator(tokenizer.begin()),
+                    std::make_move_iterator(tokenizer.end()));
+    std::unique_ptr<GgufWriter> writer =
+        reopen ? GgufWriter::reopen(plan.path, metadata, plan.tensors)
+               : std::make_unique<GgufWriter>(plan.path, metadata, plan.tensors);
+    return writer ? std::make_unique<GgufSink>(std::move(writer)) : nullptr;
+  }
+
+  void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
+                       const LayerWriter& out) const override {
+    const JointLayer layer = joint_layer(a);
+    const LatentBranch& branch = a.branches.front();
+    if (shape.q_rank) {
+      out.put(Role::q_a_weight, a.q_down.weight);
+      out.put(Role::q_a_norm, a.q_norm.gain);
+    }
+    out.put(Role::q_weight, layer.q);
+    out.put(Role::kv_a_weight, layer.kv_a);
+    out.put(Role::kv_a_norm, branch.norm.gain);
+    const Index n = a.nope_dim;
+    const Index w = a.v_dim;
+    const Index rank = branch.up.cols();
+    MatrixF k_b(a.heads * rank, n);
+    MatrixF v_b(a.heads * w, rank);
+    for (Index h = 0; h < a.heads; ++h) {
+      k_b.middleRows(h * rank, rank) = branch.up.middleRows(h * (n + w), n).transpose();
+      v_b.middleRows(h * w, w) = branch.up.middleRows(h * (n + w) + n, w);
+    }
+    out.put(Role::k_b_weight, k_b);
+    out.put(Role::v_b_weight, v_b);
+    out.put(Role::o_weight, a.o.weight);
+  }
+
+  std::vector<std::string> readers(const ModelConfig& /*config*/) const override {
+    return {"read by llama.cpp, stock: llama-server -m FILE"};
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> make_gguf_engine() {
+  return std::make_unique<GgufEngine>();
+}
+
+}  // namespace relatent
