@@ -294,7 +294,8 @@ void add_convert(CLI::App& app, Command& chosen) {
   ConvertOptions& convert = options->convert;
   CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
   command->add_option("model", convert.source, "Source checkpoint folder")->required();
-  command->add_option("-o,--output", convert.output, "Folder to make; must not exist")->required();
+  command->add_option("-o,--output", convert.output, "Folder (gguf: file) to make; must not exist")
+      ->required();
   command
       ->add_option(
           "--to", convert.form,
@@ -420,12 +421,18 @@ void add_convert(CLI::App& app, Command& chosen) {
           "--engine", convert.engine,
           "Who is to load the result: transformers (stock, and vLLM through its transformers backend); "
           "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
-          "deepseek (no biases: vLLM, SGLang, llama.cpp); mlra, gla (the authors' code)")
+          "deepseek (no biases: vLLM, SGLang); gguf (likewise, a file for llama.cpp); mlra, gla (the "
+          "authors' "
+          "code)")
       ->check(CLI::IsMember(engine_names()))
       ->capture_default_str();
+  command->add_option(
+      "--pre-tokenizer", convert.pre_tokenizer,
+      "gguf: llama.cpp's name for how the tokenizer cuts text, e.g. llama-bpe or qwen2; no_vocab "
+      "leaves the tokenizer out (default: found from tokenizer.json)");
   command
       ->add_option("--norm-coordinates", convert.norm_coordinates,
-                   "deepseek, mlra: coordinates added to each latent to steady its norm (default 16)")
+                   "deepseek, gguf, mlra: coordinates added to each latent to steady its norm (default 16)")
       ->check(CLI::NonNegativeNumber);
   command->add_option("--pad-rank", convert.pad_rank,
                       "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");

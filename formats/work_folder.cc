@@ -38,7 +38,7 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
   folder_ += ".partial";
   // A run that ended between the rename and the removal of its folder is to be tidied up after.
   const bool may_be_done = resume && is_there(folder_ / kJournalName) && !is_there(output());
-  if (kind_ == OutputKind::new_folder && !may_be_done) {
+  if (kind_ != OutputKind::file && !may_be_done) {
     require_absent(path_);
   }
   struct stat status {};
@@ -112,7 +112,7 @@ void WorkFolder::take_up(const RunIdentity& facts) {
   }
   complete_ = journal_->last(kComplete).has_value();
   if (!complete_ || (is_there(output()) && is_there(path_))) {
-    if (kind_ == OutputKind::new_folder) {
+    if (kind_ != OutputKind::file) {
       require_absent(path_);
     }
   }
@@ -185,6 +185,9 @@ void WorkFolder::commit() {
     if (kind_ == OutputKind::new_folder) {
       rename_new_folder(output(), path_);
     } else {
+      if (kind_ == OutputKind::new_file) {
+        require_absent(path_);
+      }
       if (::rename(output().c_str(), path_.c_str()) != 0) {
         fail_machine(path_, "cannot rename the finished file into place", errno);
       }

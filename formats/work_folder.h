@@ -20,6 +20,7 @@ namespace relatent {
 // What there may be under the output's name already.
 enum class OutputKind {
   new_folder,  // nothing
+  new_file,    // nothing
   file,        // a file, which is replaced
 };
 

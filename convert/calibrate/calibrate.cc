@@ -47,8 +47,8 @@ LayerMoments observe_layer(const Layer& layer, Stream& stream, bool last) {
       const MatrixF x = normed(layer.input_norm, stream.sequence(first + s));
       inputs.middleRows(s * length, length) = x;
       sums.row(s) = x.cast<double>().colwise().sum();
-      const MatrixF mixed =
-          std::visit([&](const auto& kind) { return mix_heads(kind, x, table, &mass[i]); }, layer.attention);
+      const MatrixF mixed = std::visit(
+          [&](const auto& kind) { return attention_forward(kind, x, table, &mass[i]); }, layer.attention);
       if (!last) {
         stream.sequence(first + s) += output_projection(layer.attention)(mixed);
         add_mlp(layer, stream.sequence(first + s));
@@ -80,7 +80,7 @@ RunIdentity run_identity(const Model& model, const Sequences& sequences, DType c
   Hasher tokens;
   tokens.add(bytes_of(sequences.tokens));
   out.emplace_back("the checksum of the tokens", tokens.hexadecimal());
-  add_source_identity(model.checkpoint(), out);
+  add_source_identity(model.folder("calibrated"), out);
   return out;
 }
 

@@ -1,8 +1,6 @@
 #include "convert/engines/deepseek.h"
 
-#include <cmath>
 #include <nlohmann/json.hpp>
-#include <stdexcept>
 
 #include "convert/engines/layout.h"
 
@@ -30,7 +28,7 @@ class DeepseekEngine final : public Engine {
     Json out = deepseek_config(source_config, source, shape, dtype);
     out["attention_bias"] = false;
     out["kv_lora_rank"] = stored_rank(shape);
-    out["q_lora_rank"] = nullptr;
+    out["q_lora_rank"] = shape.q_rank ? Json(*shape.q_rank) : Json(nullptr);
     const double base = geometric_base(rotary);
     // YaRN of factor 1 is the plain list, and every reader knows it for this model type, whose published
     // checkpoints are YaRN; vLLM 0.32 rotates a `default` list wrongly on CPUs.
@@ -46,25 +44,14 @@ class DeepseekEngine final : public Engine {
 
   void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
                        const LayerWriter& out) const override {
+    const JointLayer layer = joint_layer(a);
     const LatentBranch& branch = a.branches.front();
-    if (a.q.bias.size() > 0 || a.o.bias.size() > 0 || branch.down.bias.size() > 0 ||
-        a.rotary_key.bias.size() > 0 || !branch.norm.present()) {
-      throw std::logic_error("deepseek: the layer has a bias, or no norm on its latent");
+    if (shape.q_rank) {
+      out.put(Role::q_a_weight, a.q_down.weight);
+      out.put(Role::q_a_norm, a.q_norm.gain);
     }
-    const Index n = a.nope_dim;
-    const Index p = a.rope_dim;
-    // Engines multiply scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
-    const double rescale = static_cast<double>(a.scale) * std::sqrt(static_cast<double>(n + p));
-    MatrixF q = a.q.weight * static_cast<float>(rescale);
-    for (Index h = 0; h < a.heads; ++h) {
-      to_pairs(q, h * (n + p) + n, p);
-    }
-    out.put(Role::q_weight, q);
-    const Index rank = stored_rank(shape);
-    MatrixF kv_a(rank + p, branch.down.weight.cols());
-    kv_a << branch.down.weight, a.rotary_key.weight;
-    to_pairs(kv_a, rank, p);
-    out.put(Role::kv_a_weight, kv_a);
+    out.put(Role::q_weight, layer.q);
+    out.put(Role::kv_a_weight, layer.kv_a);
     out.put(Role::kv_a_norm, branch.norm.gain);
     out.put(Role::kv_b_weight, branch.up);
     out.put(Role::o_weight, a.o.weight);

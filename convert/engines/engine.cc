@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "convert/engines/deepseek.h"
+#include "convert/engines/gguf.h"
 #include "convert/engines/gla.h"
 #include "convert/engines/mlra.h"
 #include "convert/engines/relatent.h"
@@ -20,6 +21,7 @@ std::vector<std::unique_ptr<Engine>> all_engines() {
   out.push_back(make_transformers_engine());
   out.push_back(make_relatent_engine());
   out.push_back(make_deepseek_engine());
+  out.push_back(make_gguf_engine());
   out.push_back(make_mlra_engine());
   out.push_back(make_gla_engine());
   return out;

@@ -47,8 +47,10 @@ struct EngineTraits {
   bool any_cache_shape = false;         // its readers have no kernels of certain sizes
   bool normed_query = false;            // the query passes a normalised latent as wide as the input
   bool latent_source = true;            // what an MLA source's norm becomes has a place
+  bool stores_tied_head = false;        // the head is written where it is the embedding too
   bool must_tie = false;                // the output head is the embedding
   std::optional<double> norm_eps{};     // of the layers' norms; none = the config's
+  bool single_file = false;             // the output is a file with its tokenizer inside, not a folder
 };
 
 struct ExtraFile {
@@ -64,6 +66,7 @@ struct OutputPlan {
   const Checkpoint* source = nullptr;
   std::vector<std::filesystem::path> side_files;  // of the source, to go along
   std::uint64_t max_shard_bytes = 0;
+  std::string pre_tokenizer;  // of single files: --pre-tokenizer
 };
 
 class Engine {

@@ -121,6 +121,25 @@ double query_rescale(const LatentAttention& a) {
   return static_cast<double>(a.scale) * std::sqrt(static_cast<double>(a.nope_dim + a.rope_dim));
 }
 
+JointLayer joint_layer(const LatentAttention& a) {
+  const LatentBranch& branch = a.branches.front();
+  if (a.q.bias.size() > 0 || a.q_down.bias.size() > 0 || a.o.bias.size() > 0 || branch.down.bias.size() > 0 ||
+      a.rotary_key.bias.size() > 0 || !branch.norm.present()) {
+    throw std::logic_error("joint_layer: the layer has a bias, or no norm on its latent");
+  }
+  const Index n = a.nope_dim;
+  const Index p = a.rope_dim;
+  JointLayer out;
+  out.q = a.q.weight * static_cast<float>(query_rescale(a));
+  for (Index h = 0; h < a.heads; ++h) {
+    to_pairs(out.q, h * (n + p) + n, p);
+  }
+  out.kv_a.resize(branch.down.out() + p, branch.down.weight.cols());
+  out.kv_a << branch.down.weight, a.rotary_key.weight;
+  to_pairs(out.kv_a, branch.down.out(), p);
+  return out;
+}
+
 StoredQuery store_query(const LatentAttention& a, Index size, DType dtype) {
   const double rescale = query_rescale(a);
   const MatrixF q = a.q.weight * static_cast<float>(rescale);

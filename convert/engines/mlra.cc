@@ -27,6 +27,7 @@ class MlraEngine final : public Engine {
             .fixed_base = rotary_base,
             .normed_latent = true,
             .normed_query = true,
+            .stores_tied_head = true,
             .latent_source = false,
             .must_tie = true,
             .norm_eps = eps};

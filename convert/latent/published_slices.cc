@@ -35,7 +35,7 @@ std::string_view order_name(LatentOrder order) {
   return "";
 }
 
-MatrixD even_rotation(Index size) {
+MatrixD hadamard_rotation(Index size) {
   Index power = 1;
   while (size % (2 * power) == 0) {
     power *= 2;
@@ -69,7 +69,7 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   const MatrixD down = map_of(latent.down);
   const MatrixD moment = second_moment(down, input_moment);
   const MatrixD turn =
-      order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : even_rotation(rank);
+      order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : hadamard_rotation(rank);
   const bool normed = latent.norm.present();
   const double energy = moment.trace();
 

@@ -26,6 +26,6 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
                              MomentRef input_moment, MomentRef query_moment);
 
 // An orthogonal matrix whose entries all have about the same size, [size, size].
-MatrixD even_rotation(Index size);
+MatrixD hadamard_rotation(Index size);
 
 }  // namespace relatent

@@ -14,10 +14,17 @@ class Lossless final : public ConversionMethod {
 
   Rotary rotary() const override {
     const ModelConfig& config = inputs_.source.config();
+    if (config.latent) {
+      return config.rotary;
+    }
     return lossless_rotary(config.rotary, config.gqa->num_key_value_heads);
   }
 
   LatentAttention convert(Index layer_idx, Moments moments) const override {
+    // MLA in another layout.
+    if (inputs_.source.config().latent) {
+      return std::get<LatentAttention>(inputs_.source.attention(layer_idx));
+    }
     return naming_layer(layer_idx, [&] {
       const LayerMaps maps = maps_of(std::get<GqaAttention>(inputs_.source.attention(layer_idx)));
       std::vector<JointLatent> latents;

@@ -81,13 +81,13 @@ AttentionSample TwinStreams::sample_attention(const AttentionHalf& source, Index
     MatrixF query;
     if (gqa != nullptr) {
       GqaProjections projections = project(*gqa, x, table);
-      source_.sequence(s) += gqa->o(mix_heads(*gqa, projections));
+      source_.sequence(s) += gqa->o(attention_forward(*gqa, projections));
       out.source_key.middleRows(s * length, length) = projections.k;
       values.middleRows(s * length, length) = projections.v;
       query = std::move(projections.q);
     } else {
       MlaProjections projections = project(*mla, x, table);
-      source_.sequence(s) += mla->o(mix_heads(*mla, x, table));
+      source_.sequence(s) += mla->o(attention_forward(*mla, x, table));
       out.source_key.middleRows(s * length, length) = projections.key;
       values.middleRows(s * length, length) = projections.key.rightCols(value_dim);
       query = std::move(projections.query);
@@ -131,8 +131,7 @@ void TwinStreams::follow_source(const AttentionHalf& source) {
   const RotaryTable table(rotary_of(source.attention), source_.length());
   parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
     auto hidden = source_.sequence(static_cast<Index>(i));
-    hidden += output_projection(source.attention)(
-        mix_heads(source.attention, normed(source.input_norm, hidden), table));
+    hidden += attention_output(source.input_norm, source.attention, hidden, table);
   });
 }
 
@@ -146,8 +145,7 @@ void TwinStreams::finish_attention(const AttentionHalf& source, LatentAttention&
   if (!refit) {
     parallel_for(static_cast<std::size_t>(source_.count()), [&](std::size_t i) {
       const auto s = static_cast<Index>(i);
-      converted_.sequence(s) +=
-          converted.o(mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table));
+      converted_.sequence(s) += attention_output(source.input_norm, converted, converted_.sequence(s), table);
     });
     return;
   }
@@ -167,7 +165,7 @@ void TwinStreams::finish_attention(const AttentionHalf& source, LatentAttention&
     MatrixF errors(count * kept, hidden);
     parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
       const Index s = first + static_cast<Index>(i);
-      MatrixF a = mix_heads(converted, normed(source.input_norm, converted_.sequence(s)), table);
+      MatrixF a = attention_forward(converted, normed(source.input_norm, converted_.sequence(s)), table);
       mixed.middleRows(s * length, length) = a;
       auto here = errors.middleRows(static_cast<Index>(i) * kept, kept);
       for (Index j = 0; j < kept; ++j) {

@@ -104,9 +104,9 @@ Index LatentAttention::total_rank() const {
   return rank;
 }
 
-MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
-                  DistanceMass* mass) {
-  return mix_heads(attention, project(attention, x, table), mass);
+MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass) {
+  return attention_forward(attention, project(attention, x, table), mass);
 }
 
 GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table) {
@@ -116,7 +116,8 @@ GqaProjections project(const GqaAttention& attention, const MatrixF& x, const Ro
   return out;
 }
 
-MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections, DistanceMass* mass) {
+MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
+                          DistanceMass* mass) {
   const Stage stage("attention");
   const Index d = attention.head_dim;
   const auto& [q, k, v] = projections;
@@ -156,8 +157,8 @@ VectorF inverse_rms(const MatrixF& rows, float eps, const ConstBlock& x) {
   return (y.rowwise().squaredNorm().array() / static_cast<float>(y.cols()) + eps).sqrt().inverse();
 }
 
-MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
-                  DistanceMass* mass) {
+MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass) {
   const Stage stage("attention");
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
@@ -211,8 +212,8 @@ MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const Rota
   return out;
 }
 
-MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table) {
-  return std::visit([&](const auto& kind) { return mix_heads(kind, x, table); }, attention);
+MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table) {
+  return std::visit([&](const auto& kind) { return attention_forward(kind, x, table); }, attention);
 }
 
 const Linear& output_projection(const Attention& attention) {

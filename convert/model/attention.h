@@ -103,8 +103,8 @@ struct DistanceMass {
 // Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before
 // o_proj, [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass,
 // when given, is added to; a head of several branches counts their mean.
-MatrixF mix_heads(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
-                  DistanceMass* mass = nullptr);
+MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass = nullptr);
 // What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
 struct GqaProjections {
   MatrixF q;
@@ -112,16 +112,16 @@ struct GqaProjections {
   MatrixF v;
 };
 GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
-MatrixF mix_heads(const GqaAttention& attention, const GqaProjections& projections,
-                  DistanceMass* mass = nullptr);
+MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
+                          DistanceMass* mass = nullptr);
 // What LatentAttention's queries act on: x, or norm(q_down x).
 MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
 // 1 / √(mean((rows x)²) + eps) for every row of x [length, hidden]; empty without rows.
 VectorF inverse_rms(const MatrixF& rows, float eps,
                     const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& x);
-MatrixF mix_heads(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
-                  DistanceMass* mass = nullptr);
-MatrixF mix_heads(const Attention& attention, const MatrixF& x, const RotaryTable& table);
+MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass = nullptr);
+MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table);
 
 const Linear& output_projection(const Attention& attention);
 const Rotary& rotary_of(const Attention& attention);

@@ -77,6 +77,18 @@ MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::Ou
   return x;
 }
 
+MatrixF attention_output(const RmsNorm& input_norm, const Attention& attention,
+                         const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden,
+                         const RotaryTable& table) {
+  return output_projection(attention)(attention_forward(attention, normed(input_norm, hidden), table));
+}
+
+MatrixF attention_output(const RmsNorm& input_norm, const LatentAttention& attention,
+                         const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden,
+                         const RotaryTable& table) {
+  return attention.o(attention_forward(attention, normed(input_norm, hidden), table));
+}
+
 void add_mlp(const MlpHalf& half, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden) {
   const Stage stage("MLP");
   const MatrixF x = normed(half.post_attention_norm, hidden);
@@ -94,8 +106,7 @@ void run_layer(const Layer& layer, Stream& stream) {
   const RotaryTable table(rotary_of(layer.attention), stream.length());
   parallel_for(static_cast<std::size_t>(stream.count()), [&](std::size_t s) {
     auto hidden = stream.sequence(static_cast<Index>(s));
-    hidden += output_projection(layer.attention)(
-        mix_heads(layer.attention, normed(layer.input_norm, hidden), table));
+    hidden += attention_output(layer.input_norm, layer.attention, hidden, table);
     add_mlp(layer, hidden);
   });
 }

@@ -36,6 +36,14 @@ class Stream {
 // x = norm(h) for the rows of one sequence.
 MatrixF normed(const RmsNorm& norm, const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden);
 
+// What the attention of a layer adds to the rows of one sequence: o(heads(norm h)).
+MatrixF attention_output(const RmsNorm& input_norm, const Attention& attention,
+                         const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden,
+                         const RotaryTable& table);
+MatrixF attention_output(const RmsNorm& input_norm, const LatentAttention& attention,
+                         const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& hidden,
+                         const RotaryTable& table);
+
 // h += down(silu(gate(norm h)) * up(norm h)), and what the experts of norm h add, where there are some.
 void add_mlp(const MlpHalf& half, Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>> hidden);
 

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "convert/model/families/family.h"
+#include "formats/error.h"
+#include "formats/gguf_source.h"
 #include "linalg/stages.h"
 #include "linalg/threads.h"
 
@@ -33,16 +35,30 @@ std::array<Projection, 3> projections_of(Mlp& mlp) {
 
 }  // namespace
 
-Model::Model(Checkpoint checkpoint, ModelConfig config)
-    : checkpoint_(std::move(checkpoint)),
+Model::Model(std::unique_ptr<TensorSource> source, ModelConfig config)
+    : source_(std::move(source)),
       config_(std::move(config)),
-      tensors_(place_tensors(checkpoint_, config_)),
+      tensors_(place_tensors(*source_, config_)),
       names_(tensors_) {}
 
-Model Model::open(const std::filesystem::path& folder) {
-  Checkpoint checkpoint = Checkpoint::open(folder);
-  ModelConfig config = parse_config(checkpoint.config(), checkpoint.config_path());
-  return {std::move(checkpoint), std::move(config)};
+Model Model::open(const std::filesystem::path& path) {
+  std::unique_ptr<TensorSource> source;
+  if (GgufSource::is_one(path)) {
+    source = std::make_unique<GgufSource>(GgufSource::open(path));
+  } else {
+    source = std::make_unique<Checkpoint>(Checkpoint::open(path));
+  }
+  ModelConfig config = parse_config(source->config(), source->config_path());
+  return {std::move(source), std::move(config)};
+}
+
+const Checkpoint& Model::folder(const std::string& purpose) const {
+  const auto* folder = dynamic_cast<const Checkpoint*>(source_.get());
+  if (folder == nullptr) {
+    fail_usage(source_->path().string() + ": a single file is a result, which cannot be " + purpose +
+               ": give the checkpoint folder that it was made from");
+  }
+  return *folder;
 }
 
 GqaAttention Model::gqa_geometry(Index layer_idx) const {
@@ -162,8 +178,8 @@ Layer Model::packed_layer(Index layer_idx) const {
 MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
   const Stage stage("read weights");
   const std::string& name = name_of(Role::embed_tokens, -1);
-  const TensorInfo& info = checkpoint_.info(name);
-  const std::span<const std::byte> bytes = checkpoint_.bytes(name);
+  const TensorInfo& info = source_->info(name);
+  const std::span<const std::byte> bytes = source_->bytes(name);
   const std::size_t row_bytes = static_cast<std::size_t>(config_.hidden_size) * size_of(info.dtype);
   MatrixF out(static_cast<Index>(ids.size()), config_.hidden_size);
   for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -175,13 +191,14 @@ MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
 
 MatrixF Model::head_rows(Index first, Index count) const {
   const Stage stage("read weights");
-  const std::string& name = name_of(config_.tie_word_embeddings ? Role::embed_tokens : Role::lm_head, -1);
-  const TensorInfo& info = checkpoint_.info(name);
+  const std::string& name = name_of(
+      has(Role::lm_head, -1) && !config_.tie_word_embeddings ? Role::lm_head : Role::embed_tokens, -1);
+  const TensorInfo& info = source_->info(name);
   const std::size_t row_bytes = static_cast<std::size_t>(config_.hidden_size) * size_of(info.dtype);
   MatrixF out(count, config_.hidden_size);
   decode_floats(info.dtype,
-                checkpoint_.bytes(name).subspan(static_cast<std::size_t>(first) * row_bytes,
-                                                static_cast<std::size_t>(count) * row_bytes),
+                source_->bytes(name).subspan(static_cast<std::size_t>(first) * row_bytes,
+                                             static_cast<std::size_t>(count) * row_bytes),
                 {out.data(), static_cast<std::size_t>(out.size())});
   return out;
 }

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,11 +31,15 @@ struct Layer : AttentionHalf, MlpHalf {};
 
 class Model {
  public:
-  // Reads config.json and headers only. Throws Error as Checkpoint::open, parse_config and place_tensors do.
-  static Model open(const std::filesystem::path& folder);
+  // A checkpoint folder or a GGUF file. Reads config and headers only. Throws Error as Checkpoint::open,
+  // GgufSource::open, parse_config and place_tensors do.
+  static Model open(const std::filesystem::path& path);
 
   const ModelConfig& config() const { return config_; }
-  const Checkpoint& checkpoint() const { return checkpoint_; }
+  const TensorSource& checkpoint() const { return *source_; }
+  // The checkpoint as the folder that it is. Throws Error (usage) for a single file, of which `purpose`
+  // cannot be done: "calibrated", "converted".
+  const Checkpoint& folder(const std::string& purpose) const;
   const std::vector<PlacedTensor>& tensors() const { return tensors_; }
   // part: which latent or expert, of roles that have several.
   bool has(Role role, Index layer_idx, Index part = -1) const { return names_.has(role, layer_idx, part); }
@@ -63,8 +68,8 @@ class Model {
   MatrixF head_rows(Index first, Index count) const;
 
  private:
-  Model(Checkpoint checkpoint, ModelConfig config);
-  LayerReader reader(Index layer_idx) const { return {checkpoint_, names_, config_, layer_idx}; }
+  Model(std::unique_ptr<TensorSource> source, ModelConfig config);
+  LayerReader reader(Index layer_idx) const { return {*source_, names_, config_, layer_idx}; }
   GqaAttention gqa_geometry(Index layer_idx) const;
   Mlp mlp(Index layer_idx) const;
   Experts experts(Index layer_idx) const;
@@ -74,7 +79,7 @@ class Model {
   void pack_projections(const Projections& projections, Index layer_idx, Work& work) const;
   void pack_mlp(Index layer_idx, MlpHalf& out, Work& work) const;
 
-  Checkpoint checkpoint_;
+  std::unique_ptr<TensorSource> source_;
   ModelConfig config_;
   std::vector<PlacedTensor> tensors_;
   TensorNames names_;

@@ -41,15 +41,25 @@ void check_source(const Model& source) {
   }
   for (const PlacedTensor& tensor : source.tensors()) {
     if (is_mlp_bias(tensor.role)) {
-      fail_input({source.checkpoint().folder(), tensor.name, "has no place in a latent layout",
+      fail_input({source.checkpoint().path(), tensor.name, "has no place in a latent layout",
                   "an MLP without biases", "a bias", ""});
     }
   }
 }
 
+bool only_relays_out(const ConvertOptions& options, const ConvertInputs& inputs) {
+  return options.method == Method::lossless && inputs.partition.whole() &&
+         inputs.source.config().latent.has_value() && inputs.engine->traits().normed_latent;
+}
+
 void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
   const Model& source = inputs.source;
   const EngineTraits traits = inputs.engine->traits();
+  if (!options.pre_tokenizer.empty() && !traits.single_file) {
+    fail_usage("--pre-tokenizer belongs to --engine " +
+               join_words(engine_names([](const EngineTraits& t) { return t.single_file; })) + ", not to " +
+               options.engine);
+  }
   if (!traits.latent_source && source.config().latent) {
     fail_usage("--engine " + options.engine +
                " normalises every latent on its own, which is not what an MLA source does: --engine "
@@ -75,13 +85,13 @@ void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
     }
     return;
   }
-  if (options.method != Method::relatent) {
+  if (options.method != Method::relatent && !only_relays_out(options, inputs)) {
     fail_usage("--engine " + options.engine +
                " normalises the latent and has no biases: only --method relatent fits a checkpoint to that");
   }
   check_plain_rotary(source);
   if (source.has(Role::o_bias, 0)) {
-    fail_input({source.checkpoint().folder(), source.name_of(Role::o_bias, 0),
+    fail_input({source.checkpoint().path(), source.name_of(Role::o_bias, 0),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
   }
   if (options.pad_rank && !inputs.partition.whole()) {

@@ -12,6 +12,9 @@ namespace relatent {
 // Throws Error (input) when the source holds something that no latent layout has a place for, by name.
 void check_source(const Model& source);
 
+// The source is MLA and becomes MLA of the same sizes, its norm included, in the engine's layout.
+bool only_relays_out(const ConvertOptions& options, const ConvertInputs& inputs);
+
 // Throws Error when the engine cannot hold the source or what is asked for, whatever the sizes: usage, or
 // input where the source is to blame.
 void check_engine(const ConvertOptions& options, const ConvertInputs& inputs);

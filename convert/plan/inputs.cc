@@ -24,6 +24,7 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
                     {},
                     find_form(options.form),
                     {}};
+  static_cast<void>(out.source.folder("converted"));
   if (out.form == nullptr) {
     fail_usage("--to " + options.form + " is not one of: " + join_words(form_names(), "or"));
   }
@@ -55,7 +56,7 @@ void check_calibration(const ConvertInputs& inputs) {
   const std::string found = inputs.source.checkpoint().fingerprint();
   if (inputs.calibration->header().source_fingerprint != found) {
     fail_input({inputs.calibration->path(), "",
-                "made from another checkpoint than " + inputs.source.checkpoint().folder().string(),
+                "made from another checkpoint than " + inputs.source.checkpoint().path().string(),
                 "fingerprint " + found, inputs.calibration->header().source_fingerprint,
                 "run `relatent calibrate` on it"});
   }

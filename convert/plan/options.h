@@ -83,6 +83,9 @@ struct ConvertOptions {
   std::optional<Index> norm_coordinates;
   std::optional<Index> pad_rank;
   std::string engine = "transformers";
+  // Engines that write a single file: llama.cpp's name for how the tokenizer cuts text, "no_vocab" to leave
+  // the tokenizer out; empty = found from tokenizer.json.
+  std::string pre_tokenizer;
   std::optional<DType> dtype;  // none = as the source
   // Calibration sequences that the fits leave alone, on which the result is measured; none = a few of many.
   std::optional<Index> held_out;

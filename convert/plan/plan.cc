@@ -143,14 +143,15 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
     if (!reason.empty()) {
       plan.left_out.push_back(tensor.name + ": " + std::string(reason));
     } else if (to == kept.end()) {
-      fail_input({source.checkpoint().folder(), tensor.name, "has no place in the layout",
+      fail_input({source.checkpoint().path(), tensor.name, "has no place in the layout",
                   "a tensor of " + std::string(converted.family->name), "one that it does not have", ""});
     } else {
       plan.tensors.push_back(kept_tensor(inputs, plan.options, to->second, tensor.name));
     }
   }
   const auto head = kept.find({Role::lm_head, -1, -1});
-  if (config.tie_word_embeddings && head != kept.end() && head->second.presence == Presence::required) {
+  if (config.tie_word_embeddings && head != kept.end() &&
+      (head->second.presence == Presence::required || inputs.engine->traits().stores_tied_head)) {
     plan.tensors.push_back(
         kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, -1)));
   }
@@ -170,7 +171,9 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
       largest_cast = std::max(largest_cast, tensor.spec.bytes() / size_of(tensor.spec.dtype) * 8);
     }
   }
-  plan.side_files = source.checkpoint().side_files();
+  if (!inputs.engine->traits().single_file) {
+    plan.side_files = source.folder("converted").side_files();
+  }
   for (const std::filesystem::path& file : plan.side_files) {
     plan.output_bytes += std::filesystem::file_size(file);
   }

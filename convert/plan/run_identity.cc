@@ -59,6 +59,7 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("--pad-rank", options.pad_rank);
   add("--shape", options.shape);
   add("--engine", std::string_view(options.engine));
+  add("--pre-tokenizer", std::string_view(options.pre_tokenizer));
   add("--dtype", options.dtype);
   add("--max-shard-size", options.max_shard_bytes);
   add("--held-out", options.held_out);

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "convert/plan/checks.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -96,11 +97,31 @@ GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inpu
   return out;
 }
 
+// An MLA source in another layout: nothing of it changes.
+void keep_mla(const ConvertOptions& options, const ConvertInputs& inputs, LatentShape& shape) {
+  const LatentGeometry& latent = *inputs.source.config().latent;
+  if (options.rank || options.rope_dim || options.kv_budget || options.norm_coordinates || options.pad_rank) {
+    fail_usage(
+        "--method lossless keeps the sizes of an MLA source: leave out --rank, --rope-dim, --kv-budget, "
+        "--norm-coordinates and --pad-rank");
+  }
+  shape.nope_dim = latent.qk_nope_head_dim;
+  shape.rope_dim = latent.qk_rope_head_dim;
+  shape.v_dim = latent.v_head_dim;
+  shape.q_rank = latent.q_lora_rank;
+  shape.norm = LatentNorm::branch;
+  lay_out(inputs.partition, {{0, latent.kv_lora_rank}}, shape);
+}
+
 // Sizes for an MLA source: its rotary key stays as it is.
 void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs, LatentShape& shape) {
   const Partition& partition = inputs.partition;
   const ModelConfig& config = inputs.source.config();
   const LatentGeometry& latent = *config.latent;
+  if (only_relays_out(options, inputs)) {
+    keep_mla(options, inputs, shape);
+    return;
+  }
   if (options.method == Method::transmla || options.method == Method::lossless) {
     fail_usage(
         options.method == Method::transmla
@@ -109,7 +130,9 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
               "so each device would keep the whole");
   }
   if (!inputs.form->latent_source) {
-    fail_usage("the source is MLA already: give --to gla, tpla or mlra");
+    fail_usage("the source is MLA already: give --to gla, tpla or mlra, or --method lossless with --engine " +
+               join_words(engine_names([](const EngineTraits& t) { return t.normed_latent; }), "or") +
+               " for another layout of it");
   }
   if (options.rope_dim && *options.rope_dim != latent.qk_rope_head_dim) {
     fail_usage("--rope-dim: an MLA source keeps its rotary key of " +
@@ -323,6 +346,9 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   }
   if (!traits.normed_latent) {
     return;
+  }
+  if (config.latent) {
+    return;  // its norm is the source's
   }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {

@@ -106,9 +106,12 @@ Measurement measure_output(const ConvertPlan& plan, const ConvertInputs& inputs,
                  held > 0 && plan.options.method == Method::relatent);
 }
 
-std::uint64_t weight_bytes(const std::filesystem::path& folder) {
+std::uint64_t weight_bytes(const std::filesystem::path& output) {
+  if (!std::filesystem::is_directory(output)) {
+    return std::filesystem::file_size(output);
+  }
   std::uint64_t out = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+  for (const auto& entry : std::filesystem::directory_iterator(output)) {
     out += entry.path().extension() == ".safetensors" ? entry.file_size() : 0;
   }
   return out;
@@ -136,9 +139,10 @@ std::optional<Index> settled_fold(const ConvertPlan& plan, const ConvertInputs& 
 }  // namespace
 
 std::unique_ptr<WorkFolder> claim_output(const ConvertOptions& options, const ConvertInputs& inputs) {
-  const RunIdentity identity = run_identity(with_compute_type(options, inputs), inputs.source.checkpoint());
-  auto work =
-      std::make_unique<WorkFolder>(options.output, OutputKind::new_folder, identity, options.save.resume);
+  const RunIdentity identity =
+      run_identity(with_compute_type(options, inputs), inputs.source.folder("converted"));
+  auto work = std::make_unique<WorkFolder>(options.output, inputs.engine->output_kind(), identity,
+                                           options.save.resume);
   if (work->resumed() && options.save.taken_up) {
     options.save.taken_up();
   }

@@ -32,7 +32,7 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
     const float down = rounded(dtype, 1 / gain(i));
     if (!std::isfinite(down) || down == 0 || !std::isfinite(1 / down)) {
       const std::string& name = source.name_of(Role::input_norm, layer_idx);
-      fail_input({source.checkpoint().file_of(name).path(), name,
+      fail_input({source.checkpoint().path_of(name), name,
                   "holds a gain without a reciprocal in the output's dtype", "gains that are not 0",
                   std::to_string(gain(i)), "the engine's query always passes a norm"});
     }
@@ -75,9 +75,10 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
       work_.output(),
       {},
       engine.config(source.checkpoint().config(), source.config(), plan_.shape, rotary, plan_.dtype),
-      &source.checkpoint(),
+      &source.folder("converted"),
       plan_.side_files,
-      plan_.options.max_shard_bytes};
+      plan_.options.max_shard_bytes,
+      plan_.options.pre_tokenizer};
   for (const PlannedTensor& tensor : plan_.tensors) {
     output.tensors.push_back(tensor.spec);
   }
@@ -101,7 +102,7 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
 }
 
 void ConvertedOutput::copy_tensors() {
-  const Checkpoint& source = inputs_.source.checkpoint();
+  const Checkpoint& source = inputs_.source.folder("converted");
   Index count = 0;
   for (const PlannedTensor& tensor : plan_.tensors) {
     if (tensor.action == TensorAction::convert) {

@@ -16,48 +16,50 @@ const std::vector<ShardLayout>& layouts() {
       // The checkpoint's own names; every rank's tensors are contiguous slices.
       {"plain",
        {
-           {Role::embed_tokens, Holder::vocabulary, Split::rows},
-           {Role::final_norm, Holder::every, Split::whole},
-           {Role::lm_head, Holder::vocabulary, Split::rows},
-           {Role::input_norm, Holder::every, Split::whole},
-           {Role::post_attention_norm, Holder::every, Split::whole},
-           {Role::q_weight, Holder::heads, Split::rows},
-           {Role::q_bias, Holder::heads, Split::rows},
-           {Role::k_weight, Holder::kv_heads, Split::rows},
-           {Role::k_bias, Holder::kv_heads, Split::rows},
-           {Role::v_weight, Holder::kv_heads, Split::rows},
-           {Role::v_bias, Holder::kv_heads, Split::rows},
-           {Role::o_weight, Holder::heads, Split::columns},
-           {Role::o_bias, Holder::first, Split::whole},
-           {Role::q_a_weight, Holder::every, Split::whole},
-           {Role::q_a_bias, Holder::every, Split::whole},
-           {Role::q_a_norm, Holder::every, Split::whole},
-           {Role::kv_a_weight, Holder::latent, Split::whole},
-           {Role::kv_a_bias, Holder::latent, Split::whole},
-           {Role::kv_a_norm, Holder::latent, Split::whole},
-           {Role::kv_b_weight, Holder::latent_heads, Split::rows},
-           {Role::kv_b_bias, Holder::latent_heads, Split::rows},
-           {Role::k_rope_weight, Holder::every, Split::whole},
-           {Role::k_rope_bias, Holder::every, Split::whole},
-           {Role::kv_norm_weight, Holder::every, Split::whole},
-           {Role::kv_shared_weight, Holder::shared_latent, Split::whole},
-           {Role::kv_shared_bias, Holder::shared_latent, Split::whole},
-           {Role::gate_weight, Holder::inner, Split::rows},
-           {Role::gate_bias, Holder::inner, Split::rows},
-           {Role::up_weight, Holder::inner, Split::rows},
-           {Role::up_bias, Holder::inner, Split::rows},
-           {Role::down_weight, Holder::inner, Split::columns},
-           {Role::down_bias, Holder::first, Split::whole},
-           {Role::router_weight, Holder::every, Split::whole},
-           {Role::router_bias, Holder::every, Split::whole},
-           {Role::expert_gate_weight, Holder::expert_inner, Split::rows},
-           {Role::expert_up_weight, Holder::expert_inner, Split::rows},
-           {Role::expert_down_weight, Holder::expert_inner, Split::columns},
-           {Role::shared_gate_weight, Holder::expert_inner, Split::rows},
-           {Role::shared_up_weight, Holder::expert_inner, Split::rows},
-           {Role::shared_down_weight, Holder::expert_inner, Split::columns},
-           {Role::prediction, Holder::first, Split::whole},
-           {Role::inv_freq, Holder::every, Split::whole},
+           {Role::embed_tokens, HeldBy::vocabulary, Split::rows},
+           {Role::final_norm, HeldBy::every, Split::whole},
+           {Role::lm_head, HeldBy::vocabulary, Split::rows},
+           {Role::input_norm, HeldBy::every, Split::whole},
+           {Role::post_attention_norm, HeldBy::every, Split::whole},
+           {Role::q_weight, HeldBy::heads, Split::rows},
+           {Role::q_bias, HeldBy::heads, Split::rows},
+           {Role::k_weight, HeldBy::kv_heads, Split::rows},
+           {Role::k_bias, HeldBy::kv_heads, Split::rows},
+           {Role::v_weight, HeldBy::kv_heads, Split::rows},
+           {Role::v_bias, HeldBy::kv_heads, Split::rows},
+           {Role::o_weight, HeldBy::heads, Split::columns},
+           {Role::o_bias, HeldBy::first, Split::whole},
+           {Role::q_a_weight, HeldBy::every, Split::whole},
+           {Role::q_a_bias, HeldBy::every, Split::whole},
+           {Role::q_a_norm, HeldBy::every, Split::whole},
+           {Role::kv_a_weight, HeldBy::latent, Split::whole},
+           {Role::kv_a_bias, HeldBy::latent, Split::whole},
+           {Role::kv_a_norm, HeldBy::latent, Split::whole},
+           {Role::kv_b_weight, HeldBy::latent_heads, Split::rows},
+           {Role::kv_b_bias, HeldBy::latent_heads, Split::rows},
+           {Role::k_b_weight, HeldBy::latent_heads, Split::rows},
+           {Role::v_b_weight, HeldBy::latent_heads, Split::rows},
+           {Role::k_rope_weight, HeldBy::every, Split::whole},
+           {Role::k_rope_bias, HeldBy::every, Split::whole},
+           {Role::kv_norm_weight, HeldBy::every, Split::whole},
+           {Role::kv_shared_weight, HeldBy::shared_latent, Split::whole},
+           {Role::kv_shared_bias, HeldBy::shared_latent, Split::whole},
+           {Role::gate_weight, HeldBy::intermediate, Split::rows},
+           {Role::gate_bias, HeldBy::intermediate, Split::rows},
+           {Role::up_weight, HeldBy::intermediate, Split::rows},
+           {Role::up_bias, HeldBy::intermediate, Split::rows},
+           {Role::down_weight, HeldBy::intermediate, Split::columns},
+           {Role::down_bias, HeldBy::first, Split::whole},
+           {Role::router_weight, HeldBy::every, Split::whole},
+           {Role::router_bias, HeldBy::every, Split::whole},
+           {Role::expert_gate_weight, HeldBy::expert_intermediate, Split::rows},
+           {Role::expert_up_weight, HeldBy::expert_intermediate, Split::rows},
+           {Role::expert_down_weight, HeldBy::expert_intermediate, Split::columns},
+           {Role::shared_gate_weight, HeldBy::expert_intermediate, Split::rows},
+           {Role::shared_up_weight, HeldBy::expert_intermediate, Split::rows},
+           {Role::shared_down_weight, HeldBy::expert_intermediate, Split::columns},
+           {Role::prediction, HeldBy::first, Split::whole},
+           {Role::inv_freq, HeldBy::every, Split::whole},
        }},
   };
   return all;
@@ -123,28 +125,28 @@ std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, I
   return Units{has->first_head - whole.first_head, has->head_count, whole.head_count};
 }
 
-std::optional<Units> units_of(Holder holder, const ModelConfig& config, const Rank& rank, Index part) {
-  switch (holder) {
-    case Holder::every:
+std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const Rank& rank, Index part) {
+  switch (held_by) {
+    case HeldBy::every:
       return Units{};
-    case Holder::first:
+    case HeldBy::first:
       return rank.index == 0 ? std::optional(Units{}) : std::nullopt;
-    case Holder::vocabulary: {
+    case HeldBy::vocabulary: {
       const Index first = rank.index * config.vocab_size / rank.tp;
       return Units{first, (rank.index + 1) * config.vocab_size / rank.tp - first, config.vocab_size};
     }
-    case Holder::inner:
+    case HeldBy::intermediate:
       return equal_part(rank.index, rank.tp, config.intermediate_size);
-    case Holder::expert_inner:
+    case HeldBy::expert_intermediate:
       return equal_part(rank.index, rank.tp, config.experts->intermediate_size);
-    case Holder::heads:
+    case HeldBy::heads:
       return rank.heads;
-    case Holder::kv_heads:
+    case HeldBy::kv_heads:
       return rank.kv_heads;
-    case Holder::latent:
-    case Holder::latent_heads:
-      return latent_units(config, rank, part, holder == Holder::latent_heads);
-    case Holder::shared_latent: {
+    case HeldBy::latent:
+    case HeldBy::latent_heads:
+      return latent_units(config, rank, part, held_by == HeldBy::latent_heads);
+    case HeldBy::shared_latent: {
       const std::vector<Index>& shared = rank.share.shared;
       return std::find(shared.begin(), shared.end(), part) != shared.end() ? std::optional(Units{})
                                                                            : std::nullopt;
@@ -229,7 +231,7 @@ std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout
     placed.emplace(tensor.name, tensor);
   }
   std::vector<ShardedTensor> out;
-  for (const SafetensorsFile& file : model.checkpoint().files()) {
+  for (const SafetensorsFile& file : model.folder("sharded").files()) {
     for (const TensorInfo& info : file.tensors()) {
       const PlacedTensor& place = placed.at(info.name);
       const auto rule = std::find_if(layout.rules.begin(), layout.rules.end(),
@@ -240,7 +242,7 @@ std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout
       ShardedTensor tensor{{info.name, info.dtype, info.shape}, rule->split, {}};
       const std::int64_t size = info.shape[tensor.axis()];
       for (const Rank& rank : ranks) {
-        const std::optional<Units> units = units_of(rule->holder, config, rank, place.part);
+        const std::optional<Units> units = units_of(rule->held_by, config, rank, place.part);
         const std::int64_t each = units ? size / units->all : 0;
         tensor.ranks.push_back(units ? std::optional(RankPart{units->first * each, units->count * each})
                                      : std::nullopt);

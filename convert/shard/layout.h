@@ -12,22 +12,22 @@
 namespace relatent {
 
 // Who has a tensor, or which of equal units of it.
-enum class Holder {
-  every,          // all ranks, the whole tensor
-  first,          // rank 0, the whole tensor: what is added once to the ranks' sum, or never read
-  vocabulary,     // a range of tokens, as even as can be
-  inner,          // an equal range of intermediate_size
-  expert_inner,   // an equal range of the intermediate size of every expert, and of the shared experts'
-  heads,          // the query heads of the rank
-  kv_heads,       // the key/value heads that the rank's query heads read
-  latent,         // ranks that have the latent, the whole tensor
-  latent_heads,   // ranks that have the latent, the heads of it that they have
-  shared_latent,  // ranks that have a latent that reads these shared coordinates, the whole tensor
+enum class HeldBy {
+  every,                // all ranks, the whole tensor
+  first,                // rank 0, the whole tensor: what is added once to the ranks' sum, or never read
+  vocabulary,           // a range of tokens, as even as can be
+  intermediate,         // an equal range of intermediate_size
+  expert_intermediate,  // an equal range of the intermediate size of every expert, and of the shared experts'
+  heads,                // the query heads of the rank
+  kv_heads,             // the key/value heads that the rank's query heads read
+  latent,               // ranks that have the latent, the whole tensor
+  latent_heads,         // ranks that have the latent, the heads of it that they have
+  shared_latent,        // ranks that have a latent that reads these shared coordinates, the whole tensor
 };
 
 struct ShardRule {
   Role role;
-  Holder holder;
+  HeldBy held_by;
   Split split;
 };
 

@@ -87,7 +87,7 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
     fail_usage("--layout " + options.layout + " is not one of: " + known_shard_layouts());
   }
   const Model model = Model::open(options.source);
-  const Checkpoint& checkpoint = model.checkpoint();
+  const Checkpoint& checkpoint = model.folder("sharded");
   std::vector<ShardedTensor> tensors = sharded_tensors(model, *layout, options.tp);
   const std::vector<std::filesystem::path> carried = carried_files(checkpoint);
   PendingFolder folder(options.output);

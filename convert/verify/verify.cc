@@ -41,12 +41,10 @@ LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& 
   std::vector<SequenceErrors> errors(static_cast<std::size_t>(source_stream.count()));
   parallel_for(errors.size(), [&](std::size_t i) {
     const auto s = static_cast<Index>(i);
-    const auto attend = [s](const Layer& layer, const RotaryTable& table, const Stream& stream) {
-      const MatrixF x = normed(layer.input_norm, stream.sequence(s));
-      return output_projection(layer.attention)(mix_heads(layer.attention, x, table));
-    };
-    const MatrixF from_source = attend(source, source_table, source_stream);
-    const MatrixF from_converted = attend(converted, converted_table, converted_stream);
+    const MatrixF from_source =
+        attention_output(source.input_norm, source.attention, source_stream.sequence(s), source_table);
+    const MatrixF from_converted = attention_output(converted.input_norm, converted.attention,
+                                                    converted_stream.sequence(s), converted_table);
     source_stream.sequence(s) += from_source;
     converted_stream.sequence(s) += from_converted;
     add_mlp(source, source_stream.sequence(s));
@@ -103,7 +101,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
                                   const LayerProgress& progress) {
   const ModelConfig& config = converted.config();
   if (!config.latent) {
-    fail_usage("--tp runs latent models device by device, and " + converted.checkpoint().folder().string() +
+    fail_usage("--tp runs latent models device by device, and " + converted.checkpoint().path().string() +
                " is " + std::string(config.family->name));
   }
   const std::vector<DeviceShare> shares = device_shares(*config.latent, tp);
@@ -128,7 +126,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
       auto hidden = split.sequence(static_cast<Index>(s));
       const MatrixF x = normed(layer.input_norm, hidden);
       for (const LatentAttention& part : parts) {
-        hidden += part.o(mix_heads(part, x, table));
+        hidden += part.o(attention_forward(part, x, table));
       }
       add_mlp(layer, hidden);
     });

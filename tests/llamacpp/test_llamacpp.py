@@ -1,4 +1,7 @@
-"""Folders of `--engine deepseek` in llama.cpp: their converter, their engine, our logits."""
+"""Conversions in llama.cpp: files of `--engine gguf`, and folders of `--engine deepseek` by their converter.
+
+Their engine, our logits.
+"""
 
 import json
 import os
@@ -8,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Their reader of such files comes with their converter.
+sys.path.insert(0, str(Path(sys.prefix, "share/llama.cpp/gguf-py")))
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -27,6 +33,10 @@ MODELS = {
     "made-qwen2": ("--rope-dim", 16, "--rank", 48),
 }
 IN_FULL_SET = ("qwen2-13m",)
+# What the folder's config says for other readers: YaRN of factor 1, experts that no layer has.
+NOT_READ = ("GGUF.", "general.", "deepseek2.expert_", "deepseek2.rope.scaling.")
+# MLA already, and only written in another layout.
+RELAID = "deepseek-14m"
 # A request for every position, so fewer positions than in other comparisons.
 SEQUENCES, LENGTH = 2, 48
 TOLERANCE = 1e-3
@@ -35,17 +45,17 @@ THREADS = 1
 torch.set_num_threads(THREADS)
 
 
-def convert(source: Path, sizes: tuple, folder: Path) -> Path:
-    """In float32, calibrated, without the fits that take long."""
-    calibration, out = folder / "calibration.h5", folder / "converted"
+def calibrate(source: Path, folder: Path) -> Path:
+    out = folder / "calibration.h5"
     tokens = ("--tokens", support.CALIBRATION_TOKENS, "--sequences", 8, "--length", 256)
-    support.relatent("calibrate", source, *tokens, "-o", calibration, "--quiet")
-    options = ("--engine", "deepseek", *sizes, "--dtype", "float32")
-    fits = ("--no-query-fit", "--no-key-fit")
-    support.relatent(
-        *("convert", source, "-o", out, "--calibration", calibration),
-        *(*options, *fits, "--quiet"),
-    )
+    support.relatent("calibrate", source, *tokens, "-o", out, "--quiet")
+    return out
+
+
+def convert(source: Path, calibration: Path, out: Path, *options: Any) -> Path:
+    """In float32, calibrated, without the fits that take long."""
+    fits = ("--no-query-fit", "--no-key-fit", "--dtype", "float32", "--quiet")
+    support.relatent("convert", source, "-o", out, "--calibration", calibration, *options, *fits)
     return out
 
 
@@ -98,18 +108,67 @@ class Engine:
         return out
 
 
-@pytest.fixture(scope="module", params=checkpoints.present("llama-3m", "llama-26m", "qwen2-13m"))
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=checkpoints.present("llama-3m", "llama-26m", "qwen2-13m", RELAID))
+def converted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The same conversion as a folder, and as files by their converter and by us."""
     if request.param in IN_FULL_SET and os.environ.get("RELATENT_FULL") != "1":
         pytest.skip(f"{request.param} NOT TESTED in the small set: set RELATENT_FULL=1")
     source = checkpoints.find_model(request.param)
-    return convert(source, MODELS[request.param], tmp_path_factory.mktemp(request.param))
+    scratch = tmp_path_factory.mktemp(request.param)
+    ours = scratch / "ours.gguf"
+    pre = ("--engine", "gguf", "--pre-tokenizer", "gpt-2")
+    if request.param in checkpoints.present(RELAID):
+        exact = ("--method", "lossless", "--dtype", "float32", "--quiet")
+        support.relatent("convert", source, "-o", ours, *exact, *pre)
+        return {"folder": source, "converter": to_gguf(source, scratch), "gguf": ours}
+    calibration = calibrate(source, scratch)
+    sizes = MODELS[request.param]
+    folder = convert(source, calibration, scratch / "folder", "--engine", "deepseek", *sizes)
+    convert(source, calibration, ours, *pre, *sizes)
+    return {"folder": folder, "converter": to_gguf(folder, scratch), "gguf": ours}
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    return Engine(to_gguf(folder, tmp_path_factory.mktemp("gguf")), vocabulary)
+def folder(converted: dict[str, Path]) -> Path:
+    return converted["folder"]
+
+
+@pytest.fixture(scope="module", params=("converter", "gguf"))
+def engine(request: pytest.FixtureRequest, converted: dict[str, Path]) -> Engine:
+    vocabulary = json.loads((converted["folder"] / "config.json").read_text())["vocab_size"]
+    return Engine(converted[request.param], vocabulary)
+
+
+def test_the_same_file(converted: dict[str, Path]) -> None:
+    """As their converter makes it of the folder: every tensor, and every key that it has."""
+    theirs, ours = (gguf.GGUFReader(converted[kind]) for kind in ("converter", "gguf"))
+    found = {tensor.name: tensor for tensor in ours.tensors}
+    for tensor in theirs.tensors:
+        if tensor.name == "output.weight" and tensor.name not in found:
+            # The folder has a head of its own; the file leaves out one that is the embedding.
+            assert np.array_equal(tensor.data, found["token_embd.weight"].data)
+            continue
+        same = found.pop(tensor.name) if tensor.name != "token_embd.weight" else found[tensor.name]
+        assert same.tensor_type == tensor.tensor_type
+        assert np.array_equal(same.data, tensor.data), tensor.name
+    assert set(found) <= {"token_embd.weight"}
+    for key, field in theirs.fields.items():
+        if key.startswith(NOT_READ):
+            continue
+        assert key in ours.fields, key
+        assert ours.fields[key].contents() == field.contents(), key
+        assert ours.fields[key].types == field.types, key
+
+
+def test_verify_reads_it(converted: dict[str, Path]) -> None:
+    tokens = ("--tokens", support.VALIDATION_TOKENS, "--sequences", 2, "--length", 128)
+    report = json.loads(
+        support.relatent("verify", converted["folder"], converted["gguf"], *tokens, "--json")
+    )
+    assert report["rel_logit_error"] < 1e-5
+    assert report["top1_agreement"] == 1
 
 
 def test_logits(folder: Path, engine: Engine, tmp_path: Path) -> None:

@@ -85,7 +85,8 @@ inline MatrixD attend_by_the_book(Index length, Index window,
   return out;
 }
 
-// mix_heads of a grouped-query layer; mass [heads, length], when given, receives the attention per distance.
+// attention_forward of a grouped-query layer; mass [heads, length], when given, receives the attention per
+// distance.
 inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD* mass = nullptr) {
   const Index d = a.head_dim;
   std::vector<VectorD> q;
@@ -142,7 +143,7 @@ inline VectorD latent_by_the_book(const LatentAttention& a, const LatentBranch& 
   return c;
 }
 
-// mix_heads of a latent layer.
+// attention_forward of a latent layer.
 inline MatrixD mix_by_the_book(const LatentAttention& a, const MatrixF& x) {
   const Index n_dim = a.nope_dim;
   const Index p = a.rope_dim;

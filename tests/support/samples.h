@@ -3,9 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <optional>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -120,7 +120,7 @@ inline MatrixF sample_inputs(Random& random, Index length, Index hidden) {
 // The attention's part of the residual stream.
 inline MatrixF output_of(const Attention& attention, const MatrixF& x) {
   const RotaryTable table(rotary_of(attention), x.rows());
-  return output_projection(attention)(mix_heads(attention, x, table));
+  return output_projection(attention)(attention_forward(attention, x, table));
 }
 
 // [x; 1] as columns.

@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,7 +23,7 @@ namespace relatent::testing_support {
 
 // No two sizes of a tensor are equal, so that a transposed one is noticed.
 struct TinyOptions {
-  std::string model_type = "llama";  // llama, mistral or qwen2, which has biases on q, k and v
+  std::string model_type = "llama";  // of a grouped-query family
   Index hidden = 24;
   Index layers = 3;
   Index heads = 6;
@@ -133,10 +134,16 @@ inline TinyModel tiny_body(const TinyOptions& options, Random& random) {
   return model;
 }
 
+// Families that have biases on q, k and v whatever the options say.
+inline const std::set<std::string>& always_biased() {
+  static const std::set<std::string> types = {"qwen2"};
+  return types;
+}
+
 inline TinyModel tiny_model(const TinyOptions& options = {}) {
   Random random(options.seed);
   TinyModel model = tiny_body(options, random);
-  const bool always = options.model_type == "qwen2";
+  const bool always = always_biased().contains(options.model_type);
   for (Index i = 0; i < options.layers; ++i) {
     const Index q = options.heads * options.head_dim;
     const Index kv = options.kv_heads * options.head_dim;

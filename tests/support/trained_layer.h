@@ -29,7 +29,7 @@ inline LayerSample trained_layer(Index layer_idx, Index length = 128, Index coun
   out.moments.second = columns * columns.transpose() / static_cast<double>(x.rows());
   out.x = x.topRows(length);
   DistanceMass mass{MatrixD::Zero(out.attention.heads, length)};
-  mix_heads(out.attention, out.x, RotaryTable(out.attention.rotary, length), &mass);
+  attention_forward(out.attention, out.x, RotaryTable(out.attention.rotary, length), &mass);
   out.moments.distance_mass = mass.sum / static_cast<double>(length);
   return out;
 }

@@ -19,8 +19,8 @@ struct Family {
   std::string_view model_type;  // of config.json
   // Some borrow the model_type of another family: a key of config.json that only they have. Empty: none.
   std::string_view key;
-  // What the config says, in the model's terms. Family, model_type and keys that all families share are
-  // filled in before. Throws Error (input) naming the key.
+  // What the config says, in the model's terms. Family and model_type are filled in before. Throws Error
+  // (input) naming the key.
   void (*parse)(const ConfigReader& in, ModelConfig& out);
   std::vector<TensorRule> rules;
   // A layer's latent attention from its tensors; nullptr: grouped-query attention, read by its roles.
@@ -46,5 +46,6 @@ const Family& deepseek_v3_family();
 const Family& relatent_family();
 const Family& mlra_family();
 const Family& gla_family();
+const Family& gguf_deepseek2_family();
 
 }  // namespace relatent

@@ -1,5 +1,6 @@
-// llama.cpp's architecture deepseek2 as a GGUF file holds it (src/models/deepseek2.cpp, conversion/deepseek.py):
-// one normalised latent, dense MLPs, kv_b_proj as two tensors, a plain list of rotary frequencies. No biases.
+// llama.cpp's architecture deepseek2 as a GGUF file holds it (src/models/deepseek2.cpp,
+// conversion/deepseek.py): one normalised latent, dense MLPs, kv_b_proj as two tensors, a plain list of
+// rotary frequencies. No biases.
 #include <cmath>
 
 #include "convert/model/families/family.h"

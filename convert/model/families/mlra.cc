@@ -52,6 +52,7 @@ std::vector<TensorRule> mlra_rules() {
 }
 
 void parse_mlra(const ConfigReader& in, ModelConfig& out) {
+  parse_shared_keys(in, out);
   out.hidden_size = in.size("n_embd");
   out.num_hidden_layers = in.size("n_layer");
   out.num_attention_heads = in.size("n_head");

@@ -3,6 +3,8 @@
 #include <cmath>
 #include <string>
 
+#include "formats/error.h"
+
 namespace relatent {
 namespace {
 
@@ -58,7 +60,35 @@ double yarn_scale(const ConfigReader& in) {
 
 }  // namespace
 
+void parse_shared_keys(const ConfigReader& in, ModelConfig& out) {
+  out.intermediate_size = in.size("intermediate_size");
+  out.vocab_size = in.size("vocab_size");
+  if (in.has("hidden_act") && in.text("hidden_act") != "silu") {
+    in.complain("hidden_act", "\"silu\"");
+  }
+  for (const char* key : {"dtype", "torch_dtype"}) {
+    if (in.has(key)) {
+      const std::optional<DType> dtype = dtype_from_torch(in.text(key));
+      if (!dtype) {
+        in.complain(key, "bfloat16, float16 or float32");
+      }
+      out.dtype = *dtype;
+      break;
+    }
+  }
+  if (const ConfigReader::Json* quantised = in.find("quantization_config"); quantised != nullptr) {
+    if (quantised->is_object() && quantised->value("quant_method", ConfigReader::Json()) == "fp8") {
+      fail_input({in.path(), "", "quantization_config", "weights in bfloat16, float16 or float32",
+                  "FP8 weights with scales (weight_scale_inv)",
+                  "cast them to bfloat16 first, as DeepSeek's fp8_cast_bf16.py does, and remove this key"});
+    }
+    fail_input({in.path(), "", "quantization_config", "unquantised weights", "a quantised checkpoint",
+                "convert the unquantised source and quantise the result"});
+  }
+}
+
 void parse_body(const ConfigReader& in, ModelConfig& out) {
+  parse_shared_keys(in, out);
   out.hidden_size = in.size("hidden_size");
   out.num_hidden_layers = in.size("num_hidden_layers");
   out.num_attention_heads = in.size("num_attention_heads");

@@ -8,7 +8,11 @@
 
 namespace relatent {
 
-// Sizes by Llama's names: hidden_size, num_hidden_layers, ..., tie_word_embeddings.
+// What every config.json says in the same words: intermediate_size, vocab_size, dtype, and what is refused of
+// hidden_act and quantization_config.
+void parse_shared_keys(const ConfigReader& in, ModelConfig& out);
+
+// The same and sizes by Llama's names: hidden_size, num_hidden_layers, ..., tie_word_embeddings.
 void parse_body(const ConfigReader& in, ModelConfig& out);
 
 // head_dim, or hidden_size / num_attention_heads.

@@ -7,17 +7,19 @@
 namespace relatent {
 namespace {
 
-const std::array<const Family*, 8>& families() {
-  static const std::array<const Family*, 8> all = {
-      &llama_family(),       &mistral_family(),  &qwen2_family(), &deepseek_v2_family(),
-      &deepseek_v3_family(), &relatent_family(), &mlra_family(),  &gla_family()};
+const std::array<const Family*, 9>& families() {
+  static const std::array<const Family*, 9> all = {
+      &llama_family(),    &mistral_family(), &qwen2_family(), &deepseek_v2_family(),   &deepseek_v3_family(),
+      &relatent_family(), &mlra_family(),    &gla_family(),   &gguf_deepseek2_family()};
   return all;
 }
 
 }  // namespace
 
 const Family& family_of(const ConfigReader& in) {
-  const std::string model_type = in.text("model_type");
+  // A GGUF file says it by another name.
+  const char* said_by = in.has("general.architecture") ? "general.architecture" : "model_type";
+  const std::string model_type = in.text(said_by);
   const Family* found = nullptr;
   for (const Family* family : families()) {
     const bool mine = family->key.empty() || in.has(std::string(family->key).c_str());
@@ -26,7 +28,7 @@ const Family& family_of(const ConfigReader& in) {
     }
   }
   if (found == nullptr) {
-    fail_input({in.path(), "", "model_type", "one of " + known_families(), "\"" + model_type + "\"", ""});
+    fail_input({in.path(), "", said_by, "one of " + known_families(), "\"" + model_type + "\"", ""});
   }
   return *found;
 }

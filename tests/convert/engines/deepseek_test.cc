@@ -119,7 +119,7 @@ TEST(Deepseek, ReadsBackAsWritten) {
   std::filesystem::create_directory(temp / "out");
   CheckpointWriter writer(temp / "out", specs, 1'000'000'000);
   for (const std::string& name : carried) {
-    writer.copy(name, before.checkpoint(), name);
+    writer.copy(name, before.folder("copied"), name);
   }
   attention.write(layer, 0, writer);
   writer.finish();

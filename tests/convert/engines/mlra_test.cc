@@ -99,7 +99,7 @@ TEST(MlraEngine, StoredNumbersLackTheFactorsOfTheCode) {
     Random random(5);
     const LatentAttention layer = random_layer(random, sample);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
-    const Checkpoint& stored = model.checkpoint();
+    const TensorSource& stored = model.checkpoint();
     const std::string attn = "transformer.h.1.attn.";
     const auto rank = static_cast<double>(layer.branches[0].down.out());
     const double latent_scale = std::sqrt(24 / rank);

@@ -195,8 +195,8 @@ TEST(TransformersEngine, WhatIsWrittenReadsBackAsTheLayer) {
       for (Index i = 0; i < 2; ++i) {
         const Attention back = model.attention(i);
         const RotaryTable table(rotary_of(back), x.rows());
-        const MatrixF expected = layer.o(mix_heads(layer, x, RotaryTable(layer.rotary, x.rows())));
-        EXPECT_LE(relative_error(output_projection(back)(mix_heads(back, x, table)), expected),
+        const MatrixF expected = layer.o(attention_forward(layer, x, RotaryTable(layer.rotary, x.rows())));
+        EXPECT_LE(relative_error(output_projection(back)(attention_forward(back, x, table)), expected),
                   test.tolerance);
       }
       EXPECT_EQ(model.config().cache_numbers(), shape_of(sample).rank + 1 + shape_of(sample).rope_dim);
@@ -334,9 +334,9 @@ TEST(Engine, IsFoundByName) {
     ASSERT_NE(make_engine("relatent", form), nullptr);
     EXPECT_EQ(make_engine("relatent", form)->name(), "relatent");
   }
-  EXPECT_EQ(join_words(engine_names(), "or"), "transformers, relatent, deepseek, mlra or gla");
+  EXPECT_EQ(join_words(engine_names(), "or"), "transformers, relatent, deepseek, gguf, mlra or gla");
   EXPECT_EQ(join_words(engine_names([](const EngineTraits& t) { return t.normed_latent; })),
-            "deepseek and mlra");
+            "deepseek, gguf and mlra");
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ TEST(SplitValues, ReturnsTheGroupedLayer) {
       const LatentAttention split = split_values(grouped, partition, shape);
       EXPECT_LE(relative_error(output_of(split, x), output_of(grouped, x)), kFloatNoise);
       const RotaryTable table(split.rotary, x.rows());
-      EXPECT_LE(relative_error(mix_heads(split, x, table), mix_by_the_book(grouped, x)), kFloatNoise);
+      EXPECT_LE(relative_error(attention_forward(split, x, table), mix_by_the_book(grouped, x)), kFloatNoise);
 
       // As the shape says.
       EXPECT_EQ(split.total_rank(), shape.rank);

@@ -30,7 +30,7 @@ TEST(OrderName, NamesEveryOrder) {
 
 TEST(EvenRotation, IsOrthogonal) {
   for (const Index size : {1, 2, 3, 5, 6, 7, 8, 12, 16, 20, 24, 64, 96}) {
-    const MatrixD turn = even_rotation(size);
+    const MatrixD turn = hadamard_rotation(size);
     EXPECT_LE(relative_error(turn * turn.transpose(), MatrixD::Identity(size, size)), 1e-13) << size;
     // No entry is larger than those of a cosine basis.
     EXPECT_LE(turn.cwiseAbs().maxCoeff(), std::sqrt(2.0 / static_cast<double>(size)) + 1e-15) << size;
@@ -39,7 +39,7 @@ TEST(EvenRotation, IsOrthogonal) {
 
 TEST(EvenRotation, OfAPowerOfTwoIsFlat) {
   for (const Index size : {1, 2, 4, 8, 64, 128}) {
-    const MatrixD turn = even_rotation(size);
+    const MatrixD turn = hadamard_rotation(size);
     const double entry = 1 / std::sqrt(static_cast<double>(size));
     EXPECT_NEAR(turn.cwiseAbs().minCoeff(), entry, 1e-15) << size;
     EXPECT_NEAR(turn.cwiseAbs().maxCoeff(), entry, 1e-15) << size;
@@ -77,7 +77,7 @@ std::vector<MatrixD> slices_by_the_book(const Sliceable& sample, Index parts, La
   const Index rank = latents.cols();
   const MatrixD c = latents.cast<double>();
   const MatrixD turn =
-      order == LatentOrder::pca ? symmetric_eigenpairs(c.transpose() * c).vectors : even_rotation(rank);
+      order == LatentOrder::pca ? symmetric_eigenpairs(c.transpose() * c).vectors : hadamard_rotation(rank);
   std::vector<MatrixD> out;
   for (Index b = 0; b < parts; ++b) {
     std::vector<Index> which;
@@ -208,7 +208,7 @@ TEST(SliceLatent, IdenticalSlicesLoseNothing) {
     Random random(5);
     const Index own = 8 / parts;
     LatentBranch& branch = sample.layer.branches[0];
-    const MatrixD turn = even_rotation(8);
+    const MatrixD turn = hadamard_rotation(8);
     const MatrixD down = random.matrix_d(own, 24) / 5;
     const MatrixD bias = random.matrix_d(own, 1);
     const MatrixD up = random.matrix_d(branch.up.rows(), own) / 4;

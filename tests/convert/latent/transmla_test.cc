@@ -172,9 +172,10 @@ TEST(Transmla, AtFullRankTheLatentHoldsLeftoverAndValues) {
         EXPECT_LE(relative_error(latent.value_up * latent.down, sample.maps.v), 1e-12);
         EXPECT_TRUE(latent.value_shift.isZero(0));
         const LatentAttention layer = assemble_mla(sample.maps, sample.moments, key.key, latent, {});
-        EXPECT_LE(relative_error(mix_heads(layer, sample.x, RotaryTable(layer.rotary, sample.x.rows())),
-                                 mix_by_definition(sample, key.key)),
-                  kFloatNoise);
+        EXPECT_LE(
+            relative_error(attention_forward(layer, sample.x, RotaryTable(layer.rotary, sample.x.rows())),
+                           mix_by_definition(sample, key.key)),
+            kFloatNoise);
       }
     }
   }

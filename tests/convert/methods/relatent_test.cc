@@ -46,7 +46,7 @@ class Relatent : public testing::Test {
       DistanceMass mass{MatrixD::Zero(attention.heads, stream.length())};
       const RotaryTable table(attention.rotary, stream.length());
       for (Index s = 0; s < stream.count(); ++s) {
-        mix_heads(attention, x.middleRows(s * stream.length(), stream.length()), table, &mass);
+        attention_forward(attention, x.middleRows(s * stream.length(), stream.length()), table, &mass);
       }
       moments.distance_mass = mass.sum / static_cast<double>(x.rows());
       moments_.push_back(std::move(moments));

@@ -195,7 +195,7 @@ Finished finished(const Model& model, const Sequences& sequences, bool bias, boo
   out.mixed.resize(out.before.rows(), out.attention.o.weight.cols());
   for (Index s = 0; s < sequences.count; ++s) {
     out.mixed.middleRows(s * sequences.length, sequences.length) =
-        mix_heads(out.attention, normed(layer.input_norm, streams.converted().sequence(s)), table);
+        attention_forward(out.attention, normed(layer.input_norm, streams.converted().sequence(s)), table);
   }
   streams.finish_attention(layer, out.attention, refit, ridge);
   EXPECT_TRUE(streams.source().hidden() == out.wanted);

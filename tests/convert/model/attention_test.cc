@@ -79,10 +79,10 @@ TEST(GqaAttention, MixesHeadsByTheBook) {
       MatrixD expected_mass = MatrixD::Zero(sample.heads, length);
       const MatrixD expected = mix_by_the_book(attention, x, &expected_mass);
       DistanceMass mass{MatrixD::Zero(sample.heads, length)};
-      const MatrixF found = mix_heads(attention, x, table, &mass);
+      const MatrixF found = attention_forward(attention, x, table, &mass);
       EXPECT_LE(relative_error(found, expected), kFloatNoise);
-      EXPECT_TRUE(mix_heads(attention, x, table) == found);
-      EXPECT_TRUE(mix_heads(Attention(attention), x, table) == found);
+      EXPECT_TRUE(attention_forward(attention, x, table) == found);
+      EXPECT_TRUE(attention_forward(Attention(attention), x, table) == found);
 
       EXPECT_LE(relative_error(mass.sum, expected_mass), kFloatNoise);
       for (Index h = 0; h < sample.heads; ++h) {
@@ -92,7 +92,7 @@ TEST(GqaAttention, MixesHeadsByTheBook) {
       if (sample.window && *sample.window < length) {
         EXPECT_TRUE(mass.sum.rightCols(length - *sample.window).isZero(0));
       }
-      mix_heads(attention, x, table, &mass);
+      attention_forward(attention, x, table, &mass);
       EXPECT_LE(relative_error(mass.sum, 2 * expected_mass), kFloatNoise);
     }
   }
@@ -103,9 +103,9 @@ TEST(GqaAttention, LaterPositionsChangeNothingBefore) {
   const GqaAttention attention = testing_support::random_gqa(random, {});
   MatrixF x = sample_inputs(random, 30, 24);
   const RotaryTable table(attention.rotary, 30);
-  const MatrixF before = mix_heads(attention, x, table);
+  const MatrixF before = attention_forward(attention, x, table);
   x.bottomRows(10) = random.matrix(10, 24);
-  const MatrixF after = mix_heads(attention, x, table);
+  const MatrixF after = attention_forward(attention, x, table);
   EXPECT_TRUE(after.topRows(20) == before.topRows(20));
   EXPECT_GT(relative_error(after.bottomRows(10), before.bottomRows(10)), 0.1);
 }
@@ -115,7 +115,7 @@ TEST(GqaAttention, SurvivesScoresThatOverflowTheExponential) {
   GqaAttention attention = testing_support::random_gqa(random, {});
   attention.scale = 200;
   const MatrixF x = sample_inputs(random, 20, 24);
-  const MatrixF found = mix_heads(attention, x, RotaryTable(attention.rotary, 20));
+  const MatrixF found = attention_forward(attention, x, RotaryTable(attention.rotary, 20));
   EXPECT_TRUE(found.allFinite());
   // Scores of about a thousand carry float32 errors of about 1e-4.
   EXPECT_LE(relative_error(found, mix_by_the_book(attention, x)), 1e-2);
@@ -187,9 +187,9 @@ TEST(LatentAttention, MixesHeadsByTheBook) {
       const LatentAttention attention = random_latent(random, sample);
       const MatrixF x = sample_inputs(random, length, 14);
       const RotaryTable table(attention.rotary, length);
-      const MatrixF found = mix_heads(attention, x, table);
+      const MatrixF found = attention_forward(attention, x, table);
       EXPECT_LE(relative_error(found, mix_by_the_book(attention, x)), kFloatNoise);
-      EXPECT_TRUE(mix_heads(Attention(attention), x, table) == found);
+      EXPECT_TRUE(attention_forward(Attention(attention), x, table) == found);
       EXPECT_EQ(attention.total_rank(), sample.branches.size() == 1 ? 9 : 9 + 7);
     }
   }

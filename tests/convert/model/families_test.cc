@@ -46,7 +46,7 @@ TEST(Families, AreFoundByName) {
   EXPECT_EQ(
       known_families(),
       "llama, mistral, qwen2, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key mlra_model), llama "
-      "(with the key qk_rope_dim)");
+      "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {

@@ -50,7 +50,7 @@ TEST(Model, LayersAreWhatTheFileHolds) {
     tiny.config["sliding_window"] = 12;
     const Model model = open(tiny, folder);
     EXPECT_EQ(model.config().hidden_size, 24);
-    EXPECT_EQ(model.checkpoint().folder(), folder.path());
+    EXPECT_EQ(model.checkpoint().path(), folder.path());
     EXPECT_EQ(model.tensors().size(), tiny.tensors.size());
     EXPECT_TRUE(model.has(Role::up_bias, 2));
     EXPECT_FALSE(model.has(Role::up_bias, 1));

@@ -59,6 +59,7 @@ TEST(RunIdentityOfAConversion, NameEveryOptionThatDecidesTheResult) {
        }},
       {"--held-out", [](auto& o) { o.held_out = 7; }},
       {"--engine", [](auto& o) { o.engine = "deepseek"; }},
+      {"--pre-tokenizer", [](auto& o) { o.pre_tokenizer = "qwen2"; }},
       {"--dtype", [](auto& o) { o.dtype = DType::f16; }},
       {"--max-shard-size", [](auto& o) { o.max_shard_bytes = 7; }},
   };

@@ -737,7 +737,7 @@ TEST_F(Convert, SizesThatTheAuthorsLayoutsCannotHold) {
     o.branches = 4;
     o.rank = 40;
   });
-  refused(to_gla(source), {"--norm-coordinates", "deepseek and mlra, not to gla"},
+  refused(to_gla(source), {"--norm-coordinates", "deepseek, gguf and mlra, not to gla"},
           [](ConvertOptions& o) { o.norm_coordinates = 4; });
 }
 
@@ -910,7 +910,7 @@ TEST_F(Convert, ExpertsAreCarriedAndPredictionLayersLeftOut) {
         continue;
       }
       ++experts;
-      const Checkpoint& checkpoint = converted.checkpoint();
+      const TensorSource& checkpoint = converted.checkpoint();
       // Where a token goes must not change with the dtype.
       EXPECT_EQ(checkpoint.info(tensor.name).dtype,
                 tensor.role == Role::router_bias ? DType::f32 : dtype.value_or(DType::f32));

@@ -173,7 +173,7 @@ TEST(ShardLayout, TensorsInTheOrderOfTheirData) {
   tiny_model().write(folder.path());
   const Model model = Model::open(folder.path());
   const std::vector<ShardedTensor> tensors = sharded_tensors(model, *find_shard_layout("plain"), 2);
-  const std::vector<TensorInfo>& stored = model.checkpoint().files().front().tensors();
+  const std::vector<TensorInfo>& stored = model.folder("sharded").files().front().tensors();
   ASSERT_EQ(tensors.size(), stored.size());
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     EXPECT_EQ(tensors[i].spec.name, stored[i].name);
