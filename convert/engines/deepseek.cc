@@ -62,11 +62,9 @@ class DeepseekEngine final : public Engine {
     if (latent.attention_bias || config.rotary.rope_type == "longrope") {
       return {};
     }
-    return {
-        "read by transformers, stock: deepseek_v3",
-        vllm_line({latent.kv_lora_rank, latent.qk_rope_head_dim}, "vllm serve FOLDER"),
-        "read by llama.cpp, after its converter, which wants \"q_lora_rank\": 0 in config.json where there "
-        "is null"};
+    return {"read by transformers, stock: deepseek_v3",
+            vllm_line({latent.kv_lora_rank, latent.qk_rope_head_dim}, "vllm serve FOLDER"),
+            "for llama.cpp: convert with --engine gguf"};
   }
 
  private:

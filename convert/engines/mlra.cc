@@ -27,8 +27,8 @@ class MlraEngine final : public Engine {
             .fixed_base = rotary_base,
             .normed_latent = true,
             .normed_query = true,
-            .stores_tied_head = true,
             .latent_source = false,
+            .stores_tied_head = true,
             .must_tie = true,
             .norm_eps = eps};
   }

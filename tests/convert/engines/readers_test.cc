@@ -33,7 +33,8 @@ TEST(Readers, OfAShapeThatKernelsHave) {
   EXPECT_TRUE(says(latent_model("deepseek_v3", 256, 64, true), "GPUs only"));
   EXPECT_TRUE(says(latent_model("deepseek_v3", 512, 64, false), "vLLM, stock: vllm serve FOLDER"));
   EXPECT_FALSE(says(latent_model("deepseek_v3", 512, 64, false), "--model-impl"));
-  EXPECT_TRUE(says(latent_model("deepseek_v3", 512, 64, false), "llama.cpp"));
+  EXPECT_TRUE(says(latent_model("deepseek_v3", 512, 64, false), "--engine gguf"));
+  EXPECT_TRUE(says(latent_model("deepseek2", 208, 48, false), "read by llama.cpp"));
   EXPECT_FALSE(says(latent_model("deepseek_v3", 512, 64, true), "llama.cpp"));
 }
 
