@@ -108,6 +108,23 @@ def test_tied_embeddings_beside_biases(bench) -> None:
     assert_lossless(bench, folder)
 
 
+def test_seed_oss(bench, tmp_path: Path) -> None:
+    """Biases on queries, keys and values, as Qwen2 has them."""
+    folder = support.copy_checkpoint(find_model("made-qwen2"), tmp_path / "seed_oss")
+    changes = {
+        "model_type": "seed_oss",
+        "architectures": ["SeedOssForCausalLM"],
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "head_dim": 32,
+    }
+    support.edit_config(folder, changes, drop=("use_sliding_window", "sliding_window", "layer_types"))
+    assert type(support.load(folder)).__name__ == "SeedOssForCausalLM"
+    assert_same_logits(bench, folder, bench.their_logits(folder))
+    assert_lossless(bench, folder)
+
+
 def test_mistral(bench, llama: Path, tmp_path: Path) -> None:
     folder = make_mistral(llama, tmp_path / "mistral", None)
     assert type(support.load(folder)).__name__ == "MistralForCausalLM"

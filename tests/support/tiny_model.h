@@ -136,7 +136,7 @@ inline TinyModel tiny_body(const TinyOptions& options, Random& random) {
 
 // Families that have biases on q, k and v whatever the options say.
 inline const std::set<std::string>& always_biased() {
-  static const std::set<std::string> types = {"qwen2"};
+  static const std::set<std::string> types = {"qwen2", "seed_oss"};
   return types;
 }
 

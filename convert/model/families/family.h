@@ -47,5 +47,6 @@ const Family& relatent_family();
 const Family& mlra_family();
 const Family& gla_family();
 const Family& gguf_deepseek2_family();
+const Family& seed_oss_family();
 
 }  // namespace relatent

@@ -7,10 +7,11 @@
 namespace relatent {
 namespace {
 
-const std::array<const Family*, 9>& families() {
-  static const std::array<const Family*, 9> all = {
-      &llama_family(),    &mistral_family(), &qwen2_family(), &deepseek_v2_family(),   &deepseek_v3_family(),
-      &relatent_family(), &mlra_family(),    &gla_family(),   &gguf_deepseek2_family()};
+const std::array<const Family*, 10>& families() {
+  static const std::array<const Family*, 10> all = {
+      &llama_family(),       &mistral_family(),       &qwen2_family(),    &seed_oss_family(),
+      &deepseek_v2_family(), &deepseek_v3_family(),   &relatent_family(), &mlra_family(),
+      &gla_family(),         &gguf_deepseek2_family()};
   return all;
 }
 

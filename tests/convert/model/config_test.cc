@@ -470,7 +470,7 @@ TEST(Config, Refusals) {
   };
   const std::vector<Case> cases = {
       {R"({"model_type": "gpt2"})",
-       {"model_type", "llama, mistral, qwen2, deepseek_v2, deepseek_v3", "gpt2"}},
+       {"model_type", "llama, mistral, qwen2, seed_oss, deepseek_v2, deepseek_v3", "gpt2"}},
       {R"({"model_type": 3})", {"model_type", "a string", "3"}},
       {R"({"model_type": null})", {"model_type", "a string", "null"}},
       {R"({"rms_norm_eps": null})", {"rms_norm_eps", "a number", "null"}},
@@ -485,6 +485,9 @@ TEST(Config, Refusals) {
       {R"({"num_key_value_heads": 12})", {"num_key_value_heads", "a divisor", "12"}},
       {R"({"head_dim": null, "hidden_size": 25})", {"head_dim", "not a multiple"}},
       {R"({"head_dim": 7})", {"rotary size", "even", "7"}},
+      {R"({"model_type": "seed_oss", "attention_bias": false})", {"attention_bias", "true", "false"}},
+      {R"({"model_type": "seed_oss", "attention_out_bias": true})", {"attention_out_bias", "false", "true"}},
+      {R"({"model_type": "seed_oss", "mlp_bias": true})", {"mlp_bias", "false", "true"}},
       {R"({"sliding_window": "all"})", {"sliding_window"}},
       {R"({"sliding_window": 8, "use_sliding_window": 1})", {"use_sliding_window", "true or false"}},
       {R"({"partial_rotary_factor": 0.5})", {"partial_rotary_factor"}},

@@ -43,10 +43,10 @@ TEST(Families, AreFoundByName) {
   EXPECT_NE(find_family("deepseek_v3")->read_latent, nullptr);
   EXPECT_EQ(find_family("gla")->model_type, "llama");
   EXPECT_EQ(find_family(""), nullptr);
-  EXPECT_EQ(
-      known_families(),
-      "llama, mistral, qwen2, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key mlra_model), llama "
-      "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
+  EXPECT_EQ(known_families(),
+            "llama, mistral, qwen2, seed_oss, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key "
+            "mlra_model), llama "
+            "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
@@ -68,6 +68,7 @@ TEST(Families, EveryTensorHasItsPlace) {
       tiny_model({.q_bias = true, .kv_bias = true, .o_bias = true, .dtype = DType::f16}),
       tiny_model({.model_type = "mistral"}),
       tiny_model({.model_type = "qwen2", .tied = true}),
+      tiny_model({.model_type = "seed_oss"}),
       tiny_latent_model(),
       tiny_latent_model({.attention_bias = true}),
       tiny_latent_model({.q_rank = 9}),
