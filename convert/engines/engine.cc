@@ -92,7 +92,8 @@ std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form
       continue;
     }
     const EngineTraits traits = engine->traits();
-    if (std::find(traits.forms.begin(), traits.forms.end(), form) != traits.forms.end()) {
+    if (traits.forms.empty() ||
+        std::find(traits.forms.begin(), traits.forms.end(), form) != traits.forms.end()) {
       return std::move(engine);
     }
     return traits.other_forms.empty() ? nullptr : make_engine(traits.other_forms, form);

@@ -36,7 +36,7 @@ inline constexpr std::array<CacheShape, 2> served_shapes = {{{512, 64}, {256, 64
 
 // What an engine's layout can hold.
 struct EngineTraits {
-  std::vector<std::string_view> forms;  // that it has a layout for
+  std::vector<std::string_view> forms;  // that it has a layout for; none: any
   std::string_view other_forms{};       // the engine that writes the others instead; empty: none does
   bool any_frequencies = true;          // else base^(-2i/p), pairs in order
   std::optional<double> fixed_base{};   // of the plain list; none = the config's

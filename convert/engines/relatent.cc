@@ -46,9 +46,7 @@ class RelatentEngine final : public Engine {
 
   std::string_view family() const override { return "relatent"; }
 
-  EngineTraits traits() const override {
-    return {.forms = {"mla", "gla", "tpla", "mlra"}, .pads_latent = true, .any_cache_shape = true};
-  }
+  EngineTraits traits() const override { return {.forms = {}, .pads_latent = true, .any_cache_shape = true}; }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
               const Rotary& rotary, DType dtype) const override {

@@ -42,5 +42,6 @@ const Form& mla_form();
 const Form& gla_form();
 const Form& tpla_form();
 const Form& mlra_form();
+const Form& gtpla_form();
 
 }  // namespace relatent

@@ -5,7 +5,8 @@
 namespace relatent {
 
 const std::vector<const Form*>& forms() {
-  static const std::vector<const Form*> all = {&mla_form(), &gla_form(), &tpla_form(), &mlra_form()};
+  static const std::vector<const Form*> all = {&mla_form(), &gla_form(), &tpla_form(), &mlra_form(),
+                                               &gtpla_form()};
   return all;
 }
 

@@ -112,7 +112,7 @@ TEST(Walk, PlannedIsWrittenIsPlaced) {
     }
   }
   // Nothing fell out of the walk unseen.
-  const std::map<std::string, int> expected = {{"transformers", 27}, {"relatent", 27}, {"deepseek", 6},
+  const std::map<std::string, int> expected = {{"transformers", 34}, {"relatent", 34}, {"deepseek", 6},
                                                {"gguf", 6},          {"mlra", 6},      {"gla", 6}};
   EXPECT_EQ(converted, expected);
 }

@@ -17,9 +17,10 @@ TEST(PartitionOf, KnowsEveryForm) {
     Index groups;
     Index parts;
   };
-  for (const Case& test : {Case{"mla", 1, 1, 1}, Case{"gla", 2, 2, 1}, Case{"gla", 3, 3, 1},
-                           Case{"gla", 8, 8, 1}, Case{"tpla", 2, 1, 2}, Case{"tpla", 4, 1, 4},
-                           Case{"tpla", 5, 1, 5}, Case{"mlra", 2, 2, 2}, Case{"mlra", 4, 1, 4}}) {
+  for (const Case& test :
+       {Case{"mla", 1, 1, 1}, Case{"gla", 2, 2, 1}, Case{"gla", 3, 3, 1}, Case{"gla", 8, 8, 1},
+        Case{"tpla", 2, 1, 2}, Case{"tpla", 4, 1, 4}, Case{"tpla", 5, 1, 5}, Case{"mlra", 2, 2, 2},
+        Case{"mlra", 4, 1, 4}, Case{"gtpla", 4, 2, 2}, Case{"gtpla", 8, 4, 2}}) {
     SCOPED_TRACE(test.form + " " + std::to_string(test.branches));
     const std::optional<Partition> found = partition_of(test.form, test.branches);
     ASSERT_TRUE(found.has_value());
@@ -34,6 +35,9 @@ TEST(PartitionOf, RefusesWhatThereIsNot) {
     EXPECT_FALSE(partition_of("mlra", branches).has_value()) << branches;
     EXPECT_FALSE(partition_of("gqa", branches).has_value()) << branches;
     EXPECT_FALSE(partition_of("", branches).has_value()) << branches;
+  }
+  for (const Index branches : {-1, 0, 1, 2, 3, 5, 7}) {
+    EXPECT_FALSE(partition_of("gtpla", branches).has_value()) << branches;
   }
   for (const Index branches : {-1, 0, 2, 4}) {
     EXPECT_FALSE(partition_of("mla", branches).has_value()) << branches;
