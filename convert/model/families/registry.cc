@@ -36,7 +36,7 @@ const Family& family_of(const ConfigReader& in) {
 
 const Family* find_family(std::string_view name) {
   const auto* const found = std::find_if(families().begin(), families().end(),
-                                  [&](const Family* family) { return family->name == name; });
+                                         [&](const Family* family) { return family->name == name; });
   return found == families().end() ? nullptr : *found;
 }
 
