@@ -422,8 +422,7 @@ void add_convert(CLI::App& app, Command& chosen) {
           "Who is to load the result: transformers (stock, and vLLM through its transformers backend); "
           "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
           "deepseek (no biases: vLLM, SGLang); gguf (likewise, a file for llama.cpp); mlra, gla (the "
-          "authors' "
-          "code)")
+          "authors' code)")
       ->check(CLI::IsMember(engine_names()))
       ->capture_default_str();
   command->add_option(

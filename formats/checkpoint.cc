@@ -10,7 +10,6 @@
 
 #include "formats/error.h"
 #include "formats/json_text.h"
-#include "formats/narrowing.h"
 #include "linalg/stages.h"
 
 namespace relatent {
@@ -292,17 +291,11 @@ void CheckpointWriter::write(const std::string& name, std::span<const std::byte>
 
 void CheckpointWriter::copy(const std::string& name, const Checkpoint& source,
                             const std::string& source_name) {
-  const Stage stage("copy");
-  writer_of(name).copy(name, source.file_of(source_name), source.info(source_name));
+  writer_of(name).copy(name, source, source_name);
 }
 
 void CheckpointWriter::write_floats(const std::string& name, std::span<const float> values) {
-  const Stage stage("write");
-  SafetensorsWriter& writer = writer_of(name);
-  const TensorSpec& spec = specs_.at(name);
-  const std::filesystem::path file = folder_ / file_names_[shard_of_.at(name)];
-  std::vector<std::byte> encoded;
-  writer.write(name, narrow_floats(file, name, spec.dtype, values, encoded));
+  writer_of(name).write_floats(name, values);
 }
 
 void CheckpointWriter::finish() {

@@ -12,7 +12,6 @@
 #include <unordered_set>
 
 #include "formats/error.h"
-#include "formats/narrowing.h"
 #include "linalg/stages.h"
 
 namespace relatent {
@@ -425,6 +424,66 @@ std::uint64_t alignment_of(const GgufMetadata& metadata) {
   return kGgufDefaultAlignment;
 }
 
+TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec> specs) {
+  const std::uint64_t alignment = alignment_of(metadata);
+  Header header;
+  for (const char letter : kMagic) {
+    header.number(letter);
+  }
+  header.number(kVersion);
+  header.number(std::uint64_t{specs.size()});
+  header.number(std::uint64_t{metadata.size()});
+  std::unordered_set<std::string_view> keys;
+  for (const auto& [key, value] : metadata) {
+    if (key.empty() || !keys.insert(key).second) {
+      throw std::invalid_argument("GGUF key empty or used twice: " + key);
+    }
+    header.string(key);
+    header.value(value);
+  }
+  TensorFileLayout out;
+  std::uint64_t end = 0;
+  std::unordered_set<std::string> names;
+  for (TensorSpec& spec : specs) {
+    if (const std::string problem = name_problem(spec.name); !problem.empty()) {
+      throw std::invalid_argument(problem + ": " + spec.name);
+    }
+    if (!names.insert(spec.name).second) {
+      throw std::invalid_argument("tensor name used twice: " + spec.name);
+    }
+    const std::uint32_t type = gguf_type_of(spec.dtype);
+    const std::optional<std::uint64_t> bytes = tensor_bytes(spec.dtype, spec.shape);
+    if (spec.shape.empty() || spec.shape.size() > kMostDimensions || !bytes) {
+      throw std::invalid_argument("tensor " + spec.name + ": GGUF has no place for the shape " +
+                                  shape_text(spec.shape));
+    }
+    header.string(spec.name);
+    header.number(static_cast<std::uint32_t>(spec.shape.size()));
+    for (auto dimension = spec.shape.rbegin(); dimension != spec.shape.rend(); ++dimension) {
+      header.number(*dimension);
+    }
+    header.number(type);
+    header.number(end);
+    const std::uint64_t begin = end;
+    const std::optional<std::uint64_t> next =
+        __builtin_add_overflow(end, *bytes, &end) ? std::nullopt : padded(end, alignment);
+    if (!next) {
+      throw std::invalid_argument("tensor " + spec.name + " ends beyond 2^64 bytes");
+    }
+    end = *next;
+    out.tensors.push_back({std::move(spec), begin});
+  }
+  out.header = header.take();
+  out.header.resize(*padded(out.header.size(), alignment));
+  if (__builtin_add_overflow(std::uint64_t{out.header.size()}, end, &out.bytes)) {
+    throw std::invalid_argument("the tensors end beyond 2^64 bytes");
+  }
+  for (TensorFileLayout::Place& tensor : out.tensors) {
+    tensor.offset += out.header.size();
+  }
+  return out;
+}
+
 }  // namespace
 
 std::string gguf_type_name(const GgufValue& value) {
@@ -511,156 +570,26 @@ void GgufFile::fail_key(const std::string& key, const std::string& expected, con
               .found = found});
 }
 
-GgufWriter::GgufWriter(PendingFile file, const GgufMetadata& metadata, std::vector<TensorSpec> specs)
-    : file_(std::move(file)) {
-  const std::uint64_t alignment = alignment_of(metadata);
-  Header header;
-  for (const char letter : kMagic) {
-    header.number(letter);
-  }
-  header.number(kVersion);
-  header.number(std::uint64_t{specs.size()});
-  header.number(std::uint64_t{metadata.size()});
-  std::unordered_set<std::string_view> keys;
-  for (const auto& [key, value] : metadata) {
-    if (key.empty() || !keys.insert(key).second) {
-      throw std::invalid_argument("GGUF key empty or used twice: " + key);
-    }
-    header.string(key);
-    header.value(value);
-  }
-  std::uint64_t end = 0;
-  slots_.reserve(specs.size());
-  for (TensorSpec& spec : specs) {
-    if (const std::string problem = name_problem(spec.name); !problem.empty()) {
-      throw std::invalid_argument(problem + ": " + spec.name);
-    }
-    if (!index_.emplace(spec.name, slots_.size()).second) {
-      throw std::invalid_argument("tensor name used twice: " + spec.name);
-    }
-    const std::uint32_t type = gguf_type_of(spec.dtype);
-    const std::optional<std::uint64_t> bytes = tensor_bytes(spec.dtype, spec.shape);
-    if (spec.shape.empty() || spec.shape.size() > kMostDimensions || !bytes) {
-      throw std::invalid_argument("tensor " + spec.name + ": GGUF has no place for the shape " +
-                                  shape_text(spec.shape));
-    }
-    header.string(spec.name);
-    header.number(static_cast<std::uint32_t>(spec.shape.size()));
-    for (auto dimension = spec.shape.rbegin(); dimension != spec.shape.rend(); ++dimension) {
-      header.number(*dimension);
-    }
-    header.number(type);
-    header.number(end);
-    const std::uint64_t begin = end;
-    const std::optional<std::uint64_t> next =
-        __builtin_add_overflow(end, *bytes, &end) ? std::nullopt : padded(end, alignment);
-    if (!next) {
-      throw std::invalid_argument("tensor " + spec.name + " ends beyond 2^64 bytes");
-    }
-    end = *next;
-    slots_.push_back({std::move(spec), begin, false});
-  }
-  header_ = header.take();
-  header_.resize(*padded(header_.size(), alignment));
-  if (__builtin_add_overflow(std::uint64_t{header_.size()}, end, &file_bytes_)) {
-    throw std::invalid_argument("the tensors end beyond 2^64 bytes");
-  }
-  for (Slot& slot : slots_) {
-    slot.offset += header_.size();
-  }
-}
-
 GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata,
                        std::vector<TensorSpec> specs)
-    : GgufWriter(PendingFile(path), metadata, std::move(specs)) {
-  // What nobody writes to, the padding, is zero from here on.
-  file_.reserve(file_bytes_);
-  file_.write_at(0, std::as_bytes(std::span<const char>(header_)));
-  dirty_ = true;
-}
+    : TensorFileWriter(path, layout_of(metadata, std::move(specs))) {}
 
 std::unique_ptr<GgufWriter> GgufWriter::reopen(const std::filesystem::path& path,
                                                const GgufMetadata& metadata, std::vector<TensorSpec> specs) {
-  std::filesystem::path partial = path;
-  partial += ".partial";
-  std::error_code missing;
-  if (!std::filesystem::exists(partial, missing)) {
-    std::filesystem::rename(path, partial, missing);
-  }
-  if (!std::filesystem::is_regular_file(partial, missing)) {
-    return nullptr;
-  }
+  TensorFileLayout layout = layout_of(metadata, std::move(specs));
+  std::optional<PendingFile> file = take_up(path, layout);
   // Not make_unique: the constructor is private.
-  std::unique_ptr<GgufWriter> out(new GgufWriter(PendingFile::reopen(path), metadata, std::move(specs)));
-  out->file_.keep();
-  const MappedFile found = MappedFile::open(partial);
-  if (found.bytes().size() != out->file_bytes_ ||
-      std::memcmp(found.bytes().data(), out->header_.data(), out->header_.size()) != 0) {
-    return nullptr;
-  }
-  return out;
+  return file ? std::unique_ptr<GgufWriter>(new GgufWriter(std::move(*file), std::move(layout))) : nullptr;
 }
 
 void GgufWriter::flush() {
   const Stage stage("flush");
-  file_.keep();
-  // Before flushing: what another thread writes in the meantime waits for the next time.
-  if (dirty_.exchange(false)) {
-    file_.flush();
-  }
-}
-
-GgufWriter::Slot& GgufWriter::claim(const std::string& name) {
-  const auto found = index_.find(name);
-  if (found == index_.end()) {
-    throw std::invalid_argument("tensor " + name + " was not announced to " + file_.path().string());
-  }
-  Slot& slot = slots_[found->second];
-  if (slot.written) {
-    throw std::invalid_argument("tensor " + name + " is written twice to " + file_.path().string());
-  }
-  return slot;
-}
-
-void GgufWriter::write_floats(const std::string& name, std::span<const float> values) {
-  const Stage stage("write");
-  std::vector<std::byte> storage;
-  copy_bytes(name, narrow_floats(file_.path(), name, claim(name).spec.dtype, values, storage));
-}
-
-void GgufWriter::copy_bytes(const std::string& name, std::span<const std::byte> bytes) {
-  Slot& slot = claim(name);
-  if (bytes.size() != slot.spec.bytes()) {
-    throw std::invalid_argument("tensor " + name + ": expected " + std::to_string(slot.spec.bytes()) +
-                                " bytes, got " + std::to_string(bytes.size()));
-  }
-  file_.write_at(slot.offset, bytes);
-  slot.written = true;
-  dirty_ = true;
-}
-
-void GgufWriter::copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor) {
-  const Stage stage("copy");
-  Slot& slot = claim(name);
-  if (slot.spec.dtype != tensor.dtype || slot.spec.shape != tensor.shape) {
-    throw std::invalid_argument("tensor " + name + ": expected " +
-                                std::string(safetensors_name(slot.spec.dtype)) + " " +
-                                shape_text(slot.spec.shape) + ", got " +
-                                std::string(safetensors_name(tensor.dtype)) + " " + shape_text(tensor.shape));
-  }
-  file_.copy_at(slot.offset, source.path(), tensor.offset, tensor.bytes);
-  slot.written = true;
-  dirty_ = true;
+  TensorFileWriter::flush();
 }
 
 void GgufWriter::finish() {
   const Stage stage("flush");
-  for (const Slot& slot : slots_) {
-    if (!slot.written) {
-      throw std::logic_error("tensor " + slot.spec.name + " was never written to " + file_.path().string());
-    }
-  }
-  file_.commit();
+  TensorFileWriter::finish();
 }
 
 }  // namespace relatent

@@ -5,7 +5,6 @@
 // up to the alignment, data. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -19,7 +18,7 @@
 #include <vector>
 
 #include "formats/files.h"
-#include "formats/safetensors.h"
+#include "formats/tensor_file.h"
 #include "linalg/dtype.h"
 
 namespace relatent {
@@ -112,10 +111,8 @@ class GgufFile {
   std::unordered_map<std::string, std::size_t> names_;
 };
 
-// Writes one GGUF file whose metadata and tensors are all known beforehand; the header goes first, tensors
-// may arrive in any order, different ones from several threads at once. The file appears under its name only
-// by finish().
-class GgufWriter {
+// Writes one GGUF file.
+class GgufWriter final : public TensorFileWriter {
  public:
   // Data is laid out in the order of specs, whose shapes are row-major. The metadata is written as it is; a
   // general.alignment in it is kept to. Throws std::invalid_argument for what GgufFile::open would refuse,
@@ -128,39 +125,12 @@ class GgufWriter {
   static std::unique_ptr<GgufWriter> reopen(const std::filesystem::path& path, const GgufMetadata& metadata,
                                             std::vector<TensorSpec> specs);
 
-  // Counts a tensor of a reopened file as written (std::invalid_argument when there is none of that name).
-  void mark_written(const std::string& name) { claim(name).written = true; }
-  // What was written so far is on the disk when this returns, and outlives this object.
-  void flush();
-  // Narrows float32 values to the tensor's dtype and writes them. Throws Error (input) when a value is not
-  // finite or overflows the dtype, naming the tensor; std::invalid_argument as copy_bytes does.
-  void write_floats(const std::string& name, std::span<const float> values);
-  // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise; also when written
-  // twice).
-  void copy_bytes(const std::string& name, std::span<const std::byte> bytes);
-  // Copies a tensor of a safetensors file without decoding it; dtype and shape must agree.
-  void copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor);
-  // Throws std::logic_error naming the first tensor that was never written; else flushes and renames into
-  // place.
-  void finish();
-  // Size of the whole file, with the padding at its end.
-  std::uint64_t file_bytes() const { return file_bytes_; }
+  void flush() override;
+  void finish() override;
 
  private:
-  struct Slot {
-    TensorSpec spec;
-    std::uint64_t offset = 0;
-    bool written = false;
-  };
-  GgufWriter(PendingFile file, const GgufMetadata& metadata, std::vector<TensorSpec> specs);
-  Slot& claim(const std::string& name);
-
-  PendingFile file_;
-  std::vector<Slot> slots_;
-  std::unordered_map<std::string, std::size_t> index_;
-  std::uint64_t file_bytes_ = 0;
-  std::string header_;
-  std::atomic<bool> dirty_ = false;  // written to since the last flush
+  GgufWriter(PendingFile file, TensorFileLayout layout)
+      : TensorFileWriter(std::move(file), std::move(layout)) {}
 };
 
 }  // namespace relatent

@@ -18,20 +18,6 @@ namespace {
 constexpr std::uint64_t kLongestHeader = 100'000'000;
 constexpr std::string_view kMetadata = "__metadata__";
 
-// Bytes of a dense tensor, or nothing when the shape is negative or the product does not fit.
-std::optional<std::uint64_t> dense_bytes(DType dtype, const std::vector<std::int64_t>& shape) {
-  std::uint64_t product = 1;
-  for (const std::int64_t dimension : shape) {
-    if (dimension < 0 || __builtin_mul_overflow(product, static_cast<std::uint64_t>(dimension), &product)) {
-      return std::nullopt;
-    }
-  }
-  if (__builtin_mul_overflow(product, size_of(dtype), &product)) {
-    return std::nullopt;
-  }
-  return product;
-}
-
 // A header entry as it is spelled; offsets count from the end of the header.
 struct Entry {
   std::string name;
@@ -289,42 +275,64 @@ std::string_view header_of(const std::filesystem::path& file, std::span<const st
   return {reinterpret_cast<const char*>(bytes.data()) + kSafetensorsPrefix, length};
 }
 
-}  // namespace
-
-std::string shape_text(const std::vector<std::int64_t>& shape) {
-  std::string text = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  }
-  return text + "]";
+// The length of a header's text and the text.
+std::string with_length(std::string_view text) {
+  const std::uint64_t length = text.size();
+  std::string out(reinterpret_cast<const char*>(&length), sizeof(length));
+  return out.append(text);
 }
 
-std::vector<std::int64_t> shape_of(const TensorSlice& slice, std::vector<std::int64_t> shape) {
-  if (slice.axis >= shape.size() || slice.start < 0 || slice.count < 0 ||
-      slice.count > shape[slice.axis] - slice.start) {
-    throw std::invalid_argument(std::to_string(slice.count) + " from " + std::to_string(slice.start) +
-                                " of axis " + std::to_string(slice.axis) + " is no part of the shape " +
-                                shape_text(shape));
+TensorFileLayout layout_of(std::vector<TensorSpec> specs, const std::map<std::string, std::string>& metadata) {
+  const auto quoted = [](std::string_view text) {
+    try {
+      return nlohmann::json(text).dump();
+    } catch (const nlohmann::json::exception&) {
+      throw std::invalid_argument("a name in a safetensors header is not valid UTF-8");
+    }
+  };
+  std::string header = R"({"__metadata__":{"format":"pt")";
+  for (const auto& [key, value] : metadata) {
+    if (key == "format") {
+      throw std::invalid_argument(R"(the metadata "format" is always "pt")");
+    }
+    header += "," + quoted(key) + ":" + quoted(value);
   }
-  shape[slice.axis] = slice.count;
-  return shape;
-}
-
-SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::int64_t>& shape) {
-  shape_of(slice, shape);
-  SliceRuns out;
-  out.count = 1;
-  std::uint64_t unit = size_of(dtype);
-  for (std::size_t i = 0; i < shape.size(); ++i) {
-    const auto dimension = static_cast<std::uint64_t>(shape[i]);
-    out.count *= i < slice.axis ? dimension : 1;
-    unit *= i > slice.axis ? dimension : 1;
+  header += "}";
+  TensorFileLayout out;
+  std::uint64_t end = 0;
+  std::unordered_set<std::string> names;
+  for (TensorSpec& spec : specs) {
+    if (spec.name == kMetadata || !names.insert(spec.name).second) {
+      throw std::invalid_argument("tensor name used twice or reserved: " + spec.name);
+    }
+    const std::uint64_t begin = end;
+    if (__builtin_add_overflow(end, spec.bytes(), &end)) {
+      throw std::invalid_argument("tensor " + spec.name + " ends beyond 2^64 bytes");
+    }
+    header += "," + quoted(spec.name) + R"(:{"dtype":")" + std::string(safetensors_name(spec.dtype)) +
+              R"(","shape":[)";
+    for (std::size_t i = 0; i < spec.shape.size(); ++i) {
+      header += (i == 0 ? "" : ",") + std::to_string(spec.shape[i]);
+    }
+    header += R"(],"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) + "]}";
+    out.tensors.push_back({std::move(spec), begin});
   }
-  out.first = static_cast<std::uint64_t>(slice.start) * unit;
-  out.stride = static_cast<std::uint64_t>(shape[slice.axis]) * unit;
-  out.length = static_cast<std::uint64_t>(slice.count) * unit;
+  header += "}";
+  header.append((kSafetensorsPrefix - header.size() % kSafetensorsPrefix) % kSafetensorsPrefix, ' ');
+  if (header.size() > kLongestHeader) {
+    throw std::invalid_argument("the safetensors header would be longer than readers accept");
+  }
+  out.header = with_length(header);
+  if (__builtin_add_overflow(std::uint64_t{out.header.size()}, end, &out.bytes)) {
+    throw std::invalid_argument("the tensors end beyond 2^64 bytes");
+  }
+  for (TensorFileLayout::Place& tensor : out.tensors) {
+    tensor.offset += out.header.size();
+  }
   return out;
 }
+
+}  // namespace
 
 SafetensorsHeader parse_safetensors_header(const std::filesystem::path& file, std::string_view text,
                                            std::uint64_t data_bytes) {
@@ -361,9 +369,7 @@ SafetensorsHeader parse_safetensors_header(const std::filesystem::path& file, st
 }
 
 void write_safetensors_header(PendingFile& file, std::string_view text) {
-  const std::uint64_t length = text.size();
-  file.write_at(0, std::as_bytes(std::span(&length, 1)));
-  file.write_at(kSafetensorsPrefix, std::as_bytes(std::span<const char>(text)));
+  file.write_at(0, std::as_bytes(std::span<const char>(with_length(text))));
 }
 
 SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
@@ -395,150 +401,18 @@ std::span<const std::byte> SafetensorsFile::bytes(const TensorInfo& tensor) cons
   return all.subspan(tensor.offset, tensor.bytes);
 }
 
-std::uint64_t TensorSpec::bytes() const {
-  const std::optional<std::uint64_t> count = dense_bytes(dtype, shape);
-  if (!count) {
-    throw std::invalid_argument("tensor " + name + ": no byte count fits the shape " + shape_text(shape));
-  }
-  return *count;
-}
-
-SafetensorsWriter::SafetensorsWriter(PendingFile file, std::vector<TensorSpec> specs,
-                                     const std::map<std::string, std::string>& metadata)
-    : file_(std::move(file)) {
-  const auto quoted = [](std::string_view text) {
-    try {
-      return nlohmann::json(text).dump();
-    } catch (const nlohmann::json::exception&) {
-      throw std::invalid_argument("a name in a safetensors header is not valid UTF-8");
-    }
-  };
-  std::string header = R"({"__metadata__":{"format":"pt")";
-  for (const auto& [key, value] : metadata) {
-    if (key == "format") {
-      throw std::invalid_argument(R"(the metadata "format" is always "pt")");
-    }
-    header += "," + quoted(key) + ":" + quoted(value);
-  }
-  header += "}";
-  std::uint64_t end = 0;
-  slots_.reserve(specs.size());
-  for (TensorSpec& spec : specs) {
-    if (spec.name == kMetadata || !index_.emplace(spec.name, slots_.size()).second) {
-      throw std::invalid_argument("tensor name used twice or reserved: " + spec.name);
-    }
-    const std::uint64_t begin = end;
-    if (__builtin_add_overflow(end, spec.bytes(), &end)) {
-      throw std::invalid_argument("tensor " + spec.name + " ends beyond 2^64 bytes");
-    }
-    header += "," + quoted(spec.name) + R"(:{"dtype":")" + std::string(safetensors_name(spec.dtype)) +
-              R"(","shape":[)";
-    for (std::size_t i = 0; i < spec.shape.size(); ++i) {
-      header += (i == 0 ? "" : ",") + std::to_string(spec.shape[i]);
-    }
-    header += R"(],"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(end) + "]}";
-    slots_.push_back({std::move(spec), begin, false});
-  }
-  header += "}";
-  header.append((kSafetensorsPrefix - header.size() % kSafetensorsPrefix) % kSafetensorsPrefix, ' ');
-  if (header.size() > kLongestHeader) {
-    throw std::invalid_argument("the safetensors header would be longer than readers accept");
-  }
-  const std::uint64_t data_begin = kSafetensorsPrefix + header.size();
-  if (__builtin_add_overflow(data_begin, end, &file_bytes_)) {
-    throw std::invalid_argument("the tensors end beyond 2^64 bytes");
-  }
-  for (Slot& slot : slots_) {
-    slot.offset += data_begin;
-  }
-  header_ = std::move(header);
-}
-
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
                                      const std::map<std::string, std::string>& metadata)
-    : SafetensorsWriter(PendingFile(path), std::move(specs), metadata) {
-  file_.reserve(file_bytes_);
-  write_safetensors_header(file_, header_);
-  dirty_ = true;
-}
+    : TensorFileWriter(path, layout_of(std::move(specs), metadata)) {}
 
 std::unique_ptr<SafetensorsWriter> SafetensorsWriter::reopen(const std::filesystem::path& path,
                                                              std::vector<TensorSpec> specs) {
-  std::filesystem::path partial = path;
-  partial += ".partial";
-  std::error_code missing;
-  if (!std::filesystem::exists(partial, missing)) {
-    std::filesystem::rename(path, partial, missing);
-  }
-  if (!std::filesystem::is_regular_file(partial, missing)) {
-    return nullptr;
-  }
+  TensorFileLayout layout = layout_of(std::move(specs), {});
+  std::optional<PendingFile> file = take_up(path, layout);
   // Not make_unique: the constructor is private.
-  std::unique_ptr<SafetensorsWriter> out(
-      new SafetensorsWriter(PendingFile::reopen(path), std::move(specs), {}));
-  out->file_.keep();
-  const MappedFile found = MappedFile::open(partial);
-  std::uint64_t length = 0;
-  if (found.bytes().size() != out->file_bytes_) {
-    return nullptr;
-  }
-  std::memcpy(&length, found.bytes().data(), sizeof(length));
-  if (length != out->header_.size() ||
-      std::memcmp(found.bytes().data() + kSafetensorsPrefix, out->header_.data(), length) != 0) {
-    return nullptr;
-  }
-  return out;
-}
-
-void SafetensorsWriter::flush() {
-  file_.keep();
-  // Before flushing: what another thread writes in the meantime waits for the next time.
-  if (dirty_.exchange(false)) {
-    file_.flush();
-  }
-}
-
-SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name) {
-  const auto found = index_.find(name);
-  if (found == index_.end()) {
-    throw std::invalid_argument("tensor " + name + " was not announced to " + file_.path().string());
-  }
-  Slot& slot = slots_[found->second];
-  if (slot.written) {
-    throw std::invalid_argument("tensor " + name + " is written twice to " + file_.path().string());
-  }
-  return slot;
-}
-
-SafetensorsWriter::Slot& SafetensorsWriter::claim(const std::string& name, DType dtype,
-                                                  const std::vector<std::int64_t>& shape) {
-  Slot& slot = claim(name);
-  if (slot.spec.dtype != dtype || slot.spec.shape != shape) {
-    throw std::invalid_argument("tensor " + name + ": expected " +
-                                std::string(safetensors_name(slot.spec.dtype)) + " " +
-                                shape_text(slot.spec.shape) + ", got " +
-                                std::string(safetensors_name(dtype)) + " " + shape_text(shape));
-  }
-  return slot;
-}
-
-void SafetensorsWriter::write(const std::string& name, std::span<const std::byte> bytes) {
-  Slot& slot = claim(name);
-  if (bytes.size() != slot.spec.bytes()) {
-    throw std::invalid_argument("tensor " + name + ": expected " + std::to_string(slot.spec.bytes()) +
-                                " bytes, got " + std::to_string(bytes.size()));
-  }
-  file_.write_at(slot.offset, bytes);
-  slot.written = true;
-  dirty_ = true;
-}
-
-void SafetensorsWriter::copy(const std::string& name, const SafetensorsFile& source,
-                             const TensorInfo& tensor) {
-  Slot& slot = claim(name, tensor.dtype, tensor.shape);
-  file_.copy_at(slot.offset, source.path(), tensor.offset, tensor.bytes);
-  slot.written = true;
-  dirty_ = true;
+  return file ? std::unique_ptr<SafetensorsWriter>(
+                    new SafetensorsWriter(std::move(*file), std::move(layout)))
+              : nullptr;
 }
 
 void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFile& source,
@@ -546,25 +420,15 @@ void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFil
   Slot& slot = claim(name, tensor.dtype, shape_of(slice, tensor.shape));
   const SliceRuns runs = runs_of(slice, tensor.dtype, tensor.shape);
   if (runs.count == 1) {
-    file_.copy_at(slot.offset, source.path(), tensor.offset + runs.first, runs.length);
+    file().copy_at(slot.offset, source.path(), tensor.offset + runs.first, runs.length);
   } else {
     const std::span<const std::byte> bytes = source.bytes(tensor);
     for (std::uint64_t i = 0; i < runs.count; ++i) {
-      file_.write_at(slot.offset + i * runs.length, bytes.subspan(runs.first + i * runs.stride, runs.length));
+      file().write_at(slot.offset + i * runs.length, bytes.subspan(runs.first + i * runs.stride, runs.length));
     }
     source.release(tensor);
   }
-  slot.written = true;
-  dirty_ = true;
-}
-
-void SafetensorsWriter::finish() {
-  for (const Slot& slot : slots_) {
-    if (!slot.written) {
-      throw std::logic_error("tensor " + slot.spec.name + " was never written to " + file_.path().string());
-    }
-  }
-  file_.commit();
+  wrote(slot);
 }
 
 }  // namespace relatent

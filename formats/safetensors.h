@@ -3,7 +3,6 @@
 // Layout: u64 little-endian header length, JSON header, data. https://github.com/huggingface/safetensors
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -13,48 +12,14 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "formats/files.h"
+#include "formats/tensor_file.h"
 #include "linalg/dtype.h"
 
 namespace relatent {
-
-// What a header says of one tensor.
-struct TensorInfo {
-  std::string name;
-  DType dtype = DType::f32;
-  std::vector<std::int64_t> shape;  // row-major; empty for a scalar
-  std::uint64_t offset = 0;         // of its first byte, counted from the start of the file
-  std::uint64_t bytes = 0;          // elements * size_of(dtype)
-};
-
-// "[512, 64]"
-std::string shape_text(const std::vector<std::int64_t>& shape);
-
-// The part [start, start + count) of one axis of a tensor, whole along the others: rows (axis 0) or columns
-// (axis 1).
-struct TensorSlice {
-  std::size_t axis = 0;
-  std::int64_t start = 0;
-  std::int64_t count = 0;
-};
-
-// The slice's own shape: count in the place of the axis. Throws std::invalid_argument for a slice that does
-// not lie within the shape.
-std::vector<std::int64_t> shape_of(const TensorSlice& slice, std::vector<std::int64_t> shape);
-
-// Where the bytes of a slice lie within a row-major tensor: run i of `count` covers [first + i * stride,
-// first
-// + i * stride + length).
-struct SliceRuns {
-  std::uint64_t count = 0;
-  std::uint64_t first = 0;
-  std::uint64_t stride = 0;
-  std::uint64_t length = 0;
-};
-// Throws std::invalid_argument as shape_of does.
-SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::int64_t>& shape);
 
 // What a header says.
 struct SafetensorsHeader {
@@ -100,18 +65,8 @@ class SafetensorsFile {
   std::unordered_map<std::string, std::size_t> index_;
 };
 
-// A tensor to be written.
-struct TensorSpec {
-  std::string name;
-  DType dtype = DType::f32;
-  std::vector<std::int64_t> shape;
-  std::uint64_t bytes() const;
-};
-
-// Writes one safetensors file whose tensors are all known beforehand; the header goes first (padded with
-// spaces to eight bytes), tensors may arrive in any order, different ones from several threads at once. The
-// file appears under its name only by finish().
-class SafetensorsWriter {
+// Writes one safetensors file. The header is padded with spaces to eight bytes.
+class SafetensorsWriter final : public TensorFileWriter {
  public:
   // Data is laid out in the order of specs. metadata {"format": "pt"} is always written, as loaders demand,
   // and `metadata` behind it. Throws std::invalid_argument on duplicate names, Error (machine) when the disk
@@ -125,40 +80,14 @@ class SafetensorsWriter {
   static std::unique_ptr<SafetensorsWriter> reopen(const std::filesystem::path& path,
                                                    std::vector<TensorSpec> specs);
 
-  // Counts a tensor of a reopened file as written (std::invalid_argument when there is none of that name).
-  void mark_written(const std::string& name) { claim(name).written = true; }
-  // What was written so far is on the disk when this returns, and outlives this object.
-  void flush();
-  // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise; also when written
-  // twice).
-  void write(const std::string& name, std::span<const std::byte> bytes);
-  // Copies a tensor of another file without decoding it; dtype and shape must agree.
-  void copy(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor);
-  // Likewise a slice of it; dtype and shape must be the slice's. Lets the source's pages go.
+  // Copies a slice of a tensor of another file without decoding it; dtype and shape must be the slice's. Lets
+  // the source's pages go.
   void copy_slice(const std::string& name, const SafetensorsFile& source, const TensorInfo& tensor,
                   const TensorSlice& slice);
-  // Throws std::logic_error naming the first tensor that was never written; else flushes and renames into
-  // place.
-  void finish();
-  std::uint64_t file_bytes() const { return file_bytes_; }
 
  private:
-  struct Slot {
-    TensorSpec spec;
-    std::uint64_t offset = 0;
-    bool written = false;
-  };
-  SafetensorsWriter(PendingFile file, std::vector<TensorSpec> specs,
-                    const std::map<std::string, std::string>& metadata);
-  Slot& claim(const std::string& name);
-  Slot& claim(const std::string& name, DType dtype, const std::vector<std::int64_t>& shape);
-
-  PendingFile file_;
-  std::vector<Slot> slots_;
-  std::unordered_map<std::string, std::size_t> index_;
-  std::uint64_t file_bytes_ = 0;
-  std::string header_;
-  std::atomic<bool> dirty_ = false;  // written to since the last flush
+  SafetensorsWriter(PendingFile file, TensorFileLayout layout)
+      : TensorFileWriter(std::move(file), std::move(layout)) {}
 };
 
 }  // namespace relatent

@@ -42,18 +42,10 @@ class DeepseekEngine final : public Engine {
     return out;
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
+  void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, DType /*dtype*/,
                        const LayerWriter& out) const override {
-    const JointLayer layer = joint_layer(a);
-    const LatentBranch& branch = a.branches.front();
-    if (shape.q_rank) {
-      out.put(Role::q_a_weight, a.q_down.weight);
-      out.put(Role::q_a_norm, a.q_norm.gain);
-    }
-    out.put(Role::q_weight, layer.q);
-    out.put(Role::kv_a_weight, layer.kv_a);
-    out.put(Role::kv_a_norm, branch.norm.gain);
-    out.put(Role::kv_b_weight, branch.up);
+    put_query_and_latent(a, out);
+    out.put(Role::kv_b_weight, a.branches.front().up);
     out.put(Role::o_weight, a.o.weight);
   }
 

@@ -16,7 +16,6 @@
 #include "convert/model/config.h"
 #include "convert/model/latent_shape.h"
 #include "formats/checkpoint.h"
-#include "formats/work_folder.h"
 
 namespace relatent {
 
@@ -104,8 +103,6 @@ class Engine {
                              const LatentShape& shape, DType dtype) const;
   // Files that go beside the weights.
   virtual std::vector<ExtraFile> extra_files() const { return {}; }
-  // A folder of weights, config.json and the side files, or a single file.
-  virtual OutputKind output_kind() const { return OutputKind::new_folder; }
   // reopen: goes on with what an earlier process left there; nullptr when that is not there, or not of this
   // plan. Throws Error (machine, input).
   virtual std::unique_ptr<TensorSink> open_output(const OutputPlan& plan, bool reopen) const;

@@ -1,7 +1,6 @@
 #include "convert/engines/gguf.h"
 
 #include <nlohmann/json.hpp>
-#include <stdexcept>
 #include <utility>
 
 #include "convert/engines/layout.h"
@@ -32,25 +31,6 @@ GgufMetadata metadata_of(const Json& config) {
   }
   return out;
 }
-
-class GgufSink final : public TensorSink {
- public:
-  explicit GgufSink(std::unique_ptr<GgufWriter> writer) : writer_(std::move(writer)) {}
-
-  void write_floats(const std::string& name, std::span<const float> values) override {
-    writer_->write_floats(name, values);
-  }
-  void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override {
-    writer_->copy(name, source.file_of(source_name), source.info(source_name));
-  }
-  void mark_written(const std::string& name) override { writer_->mark_written(name); }
-  void flush() override { writer_->flush(); }
-  void finish() override { writer_->finish(); }
-  std::uint64_t bytes_written() const override { return writer_->file_bytes(); }
-
- private:
-  std::unique_ptr<GgufWriter> writer_;
-};
 
 class GgufEngine final : public Engine {
  public:
@@ -101,8 +81,6 @@ class GgufEngine final : public Engine {
     return out;
   }
 
-  OutputKind output_kind() const override { return OutputKind::new_file; }
-
   std::unique_ptr<TensorSink> open_output(const OutputPlan& plan, bool reopen) const override {
     GgufMetadata metadata = metadata_of(plan.config);
     GgufMetadata tokenizer =
@@ -112,23 +90,16 @@ class GgufEngine final : public Engine {
                              plan.config.at("deepseek2.vocab_size").get<std::int64_t>());
     metadata.insert(metadata.end(), std::make_move_iterator(tokenizer.begin()),
                     std::make_move_iterator(tokenizer.end()));
-    std::unique_ptr<GgufWriter> writer =
-        reopen ? GgufWriter::reopen(plan.path, metadata, plan.tensors)
-               : std::make_unique<GgufWriter>(plan.path, metadata, plan.tensors);
-    return writer ? std::make_unique<GgufSink>(std::move(writer)) : nullptr;
+    if (reopen) {
+      return GgufWriter::reopen(plan.path, metadata, plan.tensors);
+    }
+    return std::make_unique<GgufWriter>(plan.path, metadata, plan.tensors);
   }
 
-  void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
+  void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, DType /*dtype*/,
                        const LayerWriter& out) const override {
-    const JointLayer layer = joint_layer(a);
+    put_query_and_latent(a, out);
     const LatentBranch& branch = a.branches.front();
-    if (shape.q_rank) {
-      out.put(Role::q_a_weight, a.q_down.weight);
-      out.put(Role::q_a_norm, a.q_norm.gain);
-    }
-    out.put(Role::q_weight, layer.q);
-    out.put(Role::kv_a_weight, layer.kv_a);
-    out.put(Role::kv_a_norm, branch.norm.gain);
     const Index n = a.nope_dim;
     const Index w = a.v_dim;
     const Index rank = branch.up.cols();

@@ -121,23 +121,28 @@ double query_rescale(const LatentAttention& a) {
   return static_cast<double>(a.scale) * std::sqrt(static_cast<double>(a.nope_dim + a.rope_dim));
 }
 
-JointLayer joint_layer(const LatentAttention& a) {
+void put_query_and_latent(const LatentAttention& a, const LayerWriter& out) {
   const LatentBranch& branch = a.branches.front();
   if (a.q.bias.size() > 0 || a.q_down.bias.size() > 0 || a.o.bias.size() > 0 || branch.down.bias.size() > 0 ||
       a.rotary_key.bias.size() > 0 || !branch.norm.present()) {
-    throw std::logic_error("joint_layer: the layer has a bias, or no norm on its latent");
+    throw std::logic_error("put_query_and_latent: the layer has a bias, or no norm on its latent");
   }
   const Index n = a.nope_dim;
   const Index p = a.rope_dim;
-  JointLayer out;
-  out.q = a.q.weight * static_cast<float>(query_rescale(a));
-  for (Index h = 0; h < a.heads; ++h) {
-    to_pairs(out.q, h * (n + p) + n, p);
+  if (a.q_down.out() > 0) {
+    out.put(Role::q_a_weight, a.q_down.weight);
+    out.put(Role::q_a_norm, a.q_norm.gain);
   }
-  out.kv_a.resize(branch.down.out() + p, branch.down.weight.cols());
-  out.kv_a << branch.down.weight, a.rotary_key.weight;
-  to_pairs(out.kv_a, branch.down.out(), p);
-  return out;
+  MatrixF q = a.q.weight * static_cast<float>(query_rescale(a));
+  for (Index h = 0; h < a.heads; ++h) {
+    to_pairs(q, h * (n + p) + n, p);
+  }
+  out.put(Role::q_weight, q);
+  MatrixF kv_a(branch.down.out() + p, branch.down.weight.cols());
+  kv_a << branch.down.weight, a.rotary_key.weight;
+  to_pairs(kv_a, branch.down.out(), p);
+  out.put(Role::kv_a_weight, kv_a);
+  out.put(Role::kv_a_norm, branch.norm.gain);
 }
 
 StoredQuery store_query(const LatentAttention& a, Index size, DType dtype) {

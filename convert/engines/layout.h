@@ -29,14 +29,10 @@ struct NormUndo {
 // rank without the constant coordinate; mean_square 0 = unknown, taken as 1.
 NormUndo undo_norm(Index rank, double mean_square, double eps, DType dtype);
 
-// A layer with one normalised latent as DeepSeek's engines read it: the query rescaled, the latent's rows
-// with the rotary key's behind them, rotary rows in pairs. std::logic_error when the layer has a bias or no
-// norm, which those engines have no place for.
-struct JointLayer {
-  MatrixF q;     // [heads * (n + p), hidden or query latent]
-  MatrixF kv_a;  // [rank + p, hidden]
-};
-JointLayer joint_layer(const LatentAttention& attention);
+// Writes query, latent and norm of a layer with one normalised latent as DeepSeek's engines read it: the
+// query rescaled, the latent's rows with the rotary key's behind them, rotary rows in pairs. std::logic_error
+// when the layer has a bias or no norm, which those engines have no place for.
+void put_query_and_latent(const LatentAttention& attention, const LayerWriter& out);
 
 // What goes into the query for engines that multiply scores by (n + p)^-1/2.
 double query_rescale(const LatentAttention& attention);

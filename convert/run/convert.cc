@@ -141,8 +141,8 @@ std::optional<Index> settled_fold(const ConvertPlan& plan, const ConvertInputs& 
 std::unique_ptr<WorkFolder> claim_output(const ConvertOptions& options, const ConvertInputs& inputs) {
   const RunIdentity identity =
       run_identity(with_compute_type(options, inputs), inputs.source.folder("converted"));
-  auto work = std::make_unique<WorkFolder>(options.output, inputs.engine->output_kind(), identity,
-                                           options.save.resume);
+  const OutputKind kind = inputs.engine->traits().single_file ? OutputKind::new_file : OutputKind::new_folder;
+  auto work = std::make_unique<WorkFolder>(options.output, kind, identity, options.save.resume);
   if (work->resumed() && options.save.taken_up) {
     options.save.taken_up();
   }

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "formats/safetensors.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 
@@ -369,10 +370,10 @@ TEST(GgufWriter, GoldenBytes) {
                     {{"token_embd.weight", DType::f32, {2, 3}},
                      {"norm", DType::f16, {5}},
                      {"four", DType::bf16, {4, 3, 2, 1}}});
-  writer.copy_bytes("four", bytes_of(letters(48)));
-  writer.copy_bytes("token_embd.weight", bytes_of(letters(24)));
+  writer.write("four", bytes_of(letters(48)));
+  writer.write("token_embd.weight", bytes_of(letters(24)));
   EXPECT_FALSE(std::filesystem::exists(folder / "a.gguf"));
-  writer.copy_bytes("norm", bytes_of(letters(10)));
+  writer.write("norm", bytes_of(letters(10)));
   writer.finish();
   EXPECT_FALSE(std::filesystem::exists(folder / "a.gguf.partial"));
   const std::string expected = good().bytes() + std::string(16, '\0');
@@ -457,7 +458,7 @@ TEST(GgufWriter, CopiesATensorOfASafetensorsFile) {
   EXPECT_THROW(writer.copy("y", source, source.tensors()[0]), std::invalid_argument);
   writer.copy("x", source, source.tensors()[0]);
   EXPECT_THROW(writer.copy("x", source, source.tensors()[0]), std::invalid_argument);
-  writer.copy_bytes("y", bytes_of("ABCDEFGHIJKL"));
+  writer.write("y", bytes_of("ABCDEFGHIJKL"));
   writer.finish();
   const GgufFile file = GgufFile::open(folder / "a.gguf");
   EXPECT_EQ(text_of(file.bytes(*file.find_tensor("x"))), "abcdefghijkl");
@@ -479,9 +480,9 @@ TEST(GgufWriter, GoesOnWithAFileThatWasKept) {
   EXPECT_EQ(GgufWriter::reopen(path, metadata, specs), nullptr);
   {
     GgufWriter writer(path, metadata, specs);
-    writer.copy_bytes("a", bytes_of("abcd"));
+    writer.write("a", bytes_of("abcd"));
     writer.flush();
-    writer.copy_bytes("b", bytes_of("lost"));
+    writer.write("b", bytes_of("lost"));
   }
   EXPECT_FALSE(std::filesystem::exists(path));
   EXPECT_EQ(GgufWriter::reopen(path, {{"k", std::uint32_t{2}}}, specs), nullptr);
@@ -494,7 +495,7 @@ TEST(GgufWriter, GoesOnWithAFileThatWasKept) {
   EXPECT_THROW(writer->mark_written("c"), std::invalid_argument);
   writer->mark_written("a");
   EXPECT_THROW(writer->mark_written("a"), std::invalid_argument);
-  writer->copy_bytes("b", bytes_of("efgh"));
+  writer->write("b", bytes_of("efgh"));
   writer->finish();
   const std::string bytes = read_bytes(path);
 
@@ -560,12 +561,12 @@ TEST(GgufWriter, RefusesMisuse) {
                [&] { const GgufWriter writer(folder / "no/a.gguf", {}, {}); });
 
   GgufWriter writer(folder / "a.gguf", {}, {{"a", DType::f32, {1}}, {"b", DType::f16, {2}}});
-  EXPECT_THROW(writer.copy_bytes("a", bytes_of("x")), std::invalid_argument);
-  EXPECT_THROW(writer.copy_bytes("c", bytes_of("x")), std::invalid_argument);
+  EXPECT_THROW(writer.write("a", bytes_of("x")), std::invalid_argument);
+  EXPECT_THROW(writer.write("c", bytes_of("x")), std::invalid_argument);
   EXPECT_THROW(writer.write_floats("c", std::vector<float>{1}), std::invalid_argument);
   EXPECT_THROW(writer.write_floats("b", std::vector<float>{1}), std::invalid_argument);
-  writer.copy_bytes("a", bytes_of("abcd"));
-  EXPECT_THROW(writer.copy_bytes("a", bytes_of("abcd")), std::invalid_argument);
+  writer.write("a", bytes_of("abcd"));
+  EXPECT_THROW(writer.write("a", bytes_of("abcd")), std::invalid_argument);
   EXPECT_THROW(writer.write_floats("a", std::vector<float>{1}), std::invalid_argument);
   try {
     writer.finish();

@@ -1,8 +1,6 @@
 // llama.cpp's architecture deepseek2 as a GGUF file holds it (src/models/deepseek2.cpp,
 // conversion/deepseek.py): one normalised latent, dense MLPs, kv_b_proj as two tensors, a plain list of
 // rotary frequencies. No biases.
-#include <cmath>
-
 #include "convert/model/families/family.h"
 #include "convert/model/families/parse.h"
 #include "convert/model/families/read_latents.h"
@@ -88,30 +86,6 @@ void parse_deepseek2(const ConfigReader& in, ModelConfig& out) {
   out.latent = std::move(latent);
 }
 
-LatentAttention read_deepseek2(const LayerReader& in) {
-  LatentAttention out = read_query_and_output(in);
-  const LatentGeometry& geometry = *in.config().latent;
-  const Index rank = geometry.kv_lora_rank;
-  const Index n = out.nope_dim;
-  const Index w = out.v_dim;
-  const Linear kv_a = in.linear(Role::kv_a_weight, Role::kv_a_bias);
-  LatentBranch branch;
-  branch.down = kv_a.rows(0, rank);
-  branch.norm = in.latent_norm(Role::kv_a_norm);
-  branch.head_count = out.heads;
-  branch.up.resize(out.heads * (n + w), rank);
-  const MatrixF k_b = in.matrix(Role::k_b_weight);  // [heads * rank, n]
-  const MatrixF v_b = in.matrix(Role::v_b_weight);  // [heads * w, rank]
-  for (Index h = 0; h < out.heads; ++h) {
-    branch.up.middleRows(h * (n + w), n) = k_b.middleRows(h * rank, rank).transpose();
-    branch.up.middleRows(h * (n + w) + n, w) = v_b.middleRows(h * w, w);
-  }
-  out.branches.push_back(std::move(branch));
-  out.rotary_key = kv_a.rows(rank, out.rope_dim);
-  to_halves(in, out);
-  return out;
-}
-
 }  // namespace
 
 const Family& gguf_deepseek2_family() {
@@ -120,7 +94,7 @@ const Family& gguf_deepseek2_family() {
                                 .key = "general.architecture",
                                 .parse = parse_deepseek2,
                                 .rules = deepseek2_rules(),
-                                .read_latent = read_deepseek2};
+                                .read_latent = read_joint_latents};
   return family;
 }
 

@@ -15,8 +15,21 @@ void rows_to_halves(Matrix& m, Index first, Index p) {
   }
 }
 
-}  // namespace
+// The up-projection of a single latent from its two halves: keys transposed per head, and values.
+MatrixF up_of_halves(const LayerReader& in, const BranchGeometry& sizes) {
+  const Index n = in.config().latent->qk_nope_head_dim;
+  const Index w = in.config().latent->v_head_dim;
+  const MatrixF k_b = in.matrix(Role::k_b_weight);  // [heads * rank, n]
+  const MatrixF v_b = in.matrix(Role::v_b_weight);  // [heads * w, rank]
+  MatrixF out(sizes.head_count * (n + w), sizes.rank);
+  for (Index h = 0; h < sizes.head_count; ++h) {
+    out.middleRows(h * (n + w), n) = k_b.middleRows(h * sizes.rank, sizes.rank).transpose();
+    out.middleRows(h * (n + w) + n, w) = v_b.middleRows(h * w, w);
+  }
+  return out;
+}
 
+// What layers begin with: sizes, scale, query and output; branches and rotary key are left out.
 LatentAttention read_query_and_output(const LayerReader& in) {
   const LatentGeometry& geometry = *in.config().latent;
   LatentAttention out;
@@ -36,6 +49,8 @@ LatentAttention read_query_and_output(const LayerReader& in) {
   return out;
 }
 
+// Brings rotary rows to halves, in the query and the rotary key, where the config says that they are
+// interleaved.
 void to_halves(const LayerReader& in, LatentAttention& attention) {
   if (!in.config().latent->rope_interleave) {
     return;
@@ -54,6 +69,8 @@ void to_halves(const LayerReader& in, LatentAttention& attention) {
   }
 }
 
+}  // namespace
+
 LatentAttention read_joint_latents(const LayerReader& in) {
   const LatentGeometry& geometry = *in.config().latent;
   LatentAttention out = read_query_and_output(in);
@@ -70,8 +87,9 @@ LatentAttention read_joint_latents(const LayerReader& in) {
     branch.norm = in.latent_norm(Role::kv_a_norm, part);
     branch.first_head = sizes.first_head;
     branch.head_count = sizes.head_count;
-    branch.up = stacked ? MatrixF(all_up.middleRows(first, sizes.rank).transpose())
-                        : in.matrix(Role::kv_b_weight, part);
+    branch.up = stacked                    ? MatrixF(all_up.middleRows(first, sizes.rank).transpose())
+                : in.has(Role::k_b_weight) ? up_of_halves(in, sizes)
+                                           : in.matrix(Role::kv_b_weight, part);
     if (in.has(Role::kv_b_bias, part) && !in.matrix(Role::kv_b_bias, part).isZero(0)) {
       in.fail(Role::kv_b_bias, part, "holds a bias", "zeros", "other values",
               "latent attention here has none on its up-projections");
