@@ -459,8 +459,9 @@ TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec>
     }
     header.string(spec.name);
     header.number(static_cast<std::uint32_t>(spec.shape.size()));
-    for (auto dimension = spec.shape.rbegin(); dimension != spec.shape.rend(); ++dimension) {
-      header.number(*dimension);
+    const std::vector<std::int64_t> dims(spec.shape.rbegin(), spec.shape.rend());
+    for (const std::int64_t dimension : dims) {
+      header.number(dimension);
     }
     header.number(type);
     header.number(end);

@@ -282,7 +282,8 @@ std::string with_length(std::string_view text) {
   return out.append(text);
 }
 
-TensorFileLayout layout_of(std::vector<TensorSpec> specs, const std::map<std::string, std::string>& metadata) {
+TensorFileLayout layout_of(std::vector<TensorSpec> specs,
+                           const std::map<std::string, std::string>& metadata) {
   const auto quoted = [](std::string_view text) {
     try {
       return nlohmann::json(text).dump();
@@ -410,8 +411,7 @@ std::unique_ptr<SafetensorsWriter> SafetensorsWriter::reopen(const std::filesyst
   TensorFileLayout layout = layout_of(std::move(specs), {});
   std::optional<PendingFile> file = take_up(path, layout);
   // Not make_unique: the constructor is private.
-  return file ? std::unique_ptr<SafetensorsWriter>(
-                    new SafetensorsWriter(std::move(*file), std::move(layout)))
+  return file ? std::unique_ptr<SafetensorsWriter>(new SafetensorsWriter(std::move(*file), std::move(layout)))
               : nullptr;
 }
 
@@ -424,7 +424,8 @@ void SafetensorsWriter::copy_slice(const std::string& name, const SafetensorsFil
   } else {
     const std::span<const std::byte> bytes = source.bytes(tensor);
     for (std::uint64_t i = 0; i < runs.count; ++i) {
-      file().write_at(slot.offset + i * runs.length, bytes.subspan(runs.first + i * runs.stride, runs.length));
+      file().write_at(slot.offset + i * runs.length,
+                      bytes.subspan(runs.first + i * runs.stride, runs.length));
     }
     source.release(tensor);
   }
