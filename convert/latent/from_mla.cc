@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 
 namespace relatent {
 namespace {
@@ -41,9 +41,10 @@ struct Directions {
 };
 
 Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank) {
-  const SymmetricRoot root = symmetric_root(metric, metric_floor);
+  const SymmetricRoot root = backend().symmetric_root(metric, metric_floor);
   const Index found = std::min(rank, covariance.rows());
-  const MatrixD basis = symmetric_eigenpairs(symmetric(root.root * covariance * root.root), found).vectors;
+  const MatrixD basis =
+      backend().symmetric_eigenpairs(symmetric(root.root * covariance * root.root), found).vectors;
   Directions out{MatrixD::Zero(rank, covariance.rows()), MatrixD::Zero(covariance.rows(), rank)};
   out.down.topRows(found) = basis.transpose() * root.root;
   out.up.leftCols(found) = root.inverse * basis;
@@ -87,7 +88,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     group.head_count = options.partition.first_head(g + 1, source.heads) - group.first_head;
     group.first = g * options.rank;
     group.rank = options.rank;
-    group.divide(parts, options.key_rank, p);
+    divide(parts, options.key_rank, p, group);
     MatrixD keys = MatrixD::Zero(r, r);
     MatrixD values = MatrixD::Zero(r, r);
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -145,32 +146,6 @@ MatrixF mla_value_map(const LatentAttention& source) {
     out.middleCols(h * r, r).noalias() =
         source.o.weight.middleCols(h * w, w) * branch.up.middleRows(h * (n + w) + n, w);
   }
-  return out;
-}
-
-MlaProjections project(const LatentAttention& source, const MatrixF& x, const RotaryTable& table) {
-  const LatentBranch& branch = only_branch(source);
-  const Index n = source.nope_dim;
-  const Index p = source.rope_dim;
-  const Index w = source.v_dim;
-  const Index r = branch.down.out();
-  MatrixF q = source.q(query_features(source, x));
-  rotate_in_place(table, n, n + p, source.heads, q);
-  MlaProjections out;
-  out.query.resize(x.rows(), source.heads * (p + r));
-  for (Index h = 0; h < source.heads; ++h) {
-    out.query.middleCols(h * (p + r), p) = q.middleCols(h * (n + p) + n, p);
-    out.query.middleCols(h * (p + r) + p, r).noalias() =
-        q.middleCols(h * (n + p), n) * branch.up.middleRows(h * (n + w), n);
-  }
-  MatrixF rotary_key = source.rotary_key(x);
-  rotate_in_place(table, 0, p, 1, rotary_key);
-  MatrixF latent = branch.down(x);
-  if (branch.norm.present()) {
-    branch.norm.apply(latent);
-  }
-  out.key.resize(x.rows(), p + r);
-  out.key << rotary_key, latent;
   return out;
 }
 

@@ -6,7 +6,7 @@
 #include <iterator>
 #include <vector>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 #include "linalg/stages.h"
 
 namespace relatent {
@@ -125,7 +125,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
               second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
         }
       }
-      SymmetricRoot block = symmetric_root(squared, metric_floor);
+      SymmetricRoot block = backend().symmetric_root(squared, metric_floor);
       part.root.push_back(std::move(block.root));
       part.inverse.push_back(std::move(block.inverse));
     }
@@ -142,7 +142,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   out.value_shift = mean.tail(keys);
   out.key_rank = split ? options.key_rank : -1;
   const Index leading = split ? options.key_rank : options.rank;
-  const MatrixD basis = symmetric_eigenpairs(around(metric.root, covariance), leading).vectors;
+  const MatrixD basis = backend().symmetric_eigenpairs(around(metric.root, covariance), leading).vectors;
   const MatrixD up = from_left(metric.inverse, basis);
   const MatrixD down = from_left(metric.root, basis).transpose() * y;
   if (!split) {
@@ -164,7 +164,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   const Blocks root(metric.root.begin() + groups, metric.root.end());
   const Blocks inverse(metric.inverse.begin() + groups, metric.inverse.end());
   const Index found = std::min(own, keys);
-  const MatrixD values = symmetric_eigenpairs(around(root, second_moment(left, moments)), found).vectors;
+  const MatrixD values =
+      backend().symmetric_eigenpairs(around(root, second_moment(left, moments)), found).vectors;
   out.down.bottomRows(own).setZero();
   out.down.middleRows(leading, found) = from_left(root, values).transpose() * left;
   out.value_up.middleCols(leading, found) = from_left(inverse, values);

@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/maps.h"
 #include "convert/latent/partition.h"
-#include "linalg/decompose.h"
 
 namespace relatent {
 namespace {
@@ -68,8 +68,8 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   const Index rank = latent.down.out();
   const MatrixD down = map_of(latent.down);
   const MatrixD moment = second_moment(down, input_moment);
-  const MatrixD turn =
-      order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : hadamard_rotation(rank);
+  const MatrixD turn = order == LatentOrder::pca ? backend().symmetric_eigenpairs(moment, rank).vectors
+                                                 : hadamard_rotation(rank);
   const bool normed = latent.norm.present();
   const double energy = moment.trace();
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/from_mla.h"
@@ -262,8 +263,7 @@ LatentAttention RelatentConversion::convert_next(Index layer_idx) {
   if (next_ < source_.config().num_hidden_layers) {
     // The MLP is read once nothing of the attention is held any more but what is written.
     layer.attention = {};
-    streams_->finish_layer(options_.compute == DType::bf16 ? source_.packed_mlp_half(layer_idx)
-                                                           : source_.mlp_half(layer_idx));
+    streams_->finish_layer(backend().load_mlp(source_, layer_idx, options_.compute));
   }
   return out;
 }

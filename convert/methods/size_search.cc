@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -64,12 +64,13 @@ SizeTrial SizeSearch::trial(const SizeTrial& sizes, const Sequences& fit, const 
   Stream source_stream(source_, held_out);
   Stream converted_stream = source_stream;
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
-    Layer layer = source_.layer(i);
+    Layer layer = backend().load_layer(source_, i, DType::f32);
     run_layer(layer, source_stream);
     layer.attention = conversion.next();
     run_layer(layer, converted_stream);
   }
-  const LogitComparison logits = compare_logits(source_, source_stream, source_, converted_stream, held_out);
+  const LogitComparison logits =
+      backend().compare_logits(source_, source_stream, source_, converted_stream, held_out);
   trials_.push_back({sizes.rope_dim, sizes.rank, logits.converted_nll - logits.source_nll, sizes.key_rank});
   if (watch_) {
     watch_(trials_.back());

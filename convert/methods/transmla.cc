@@ -1,9 +1,9 @@
 #include "convert/latent/transmla.h"
 
+#include "convert/compute/backend.h"
 #include "convert/latent/assemble.h"
 #include "convert/methods/method.h"
 #include "convert/methods/naming_layer.h"
-#include "convert/model/forward.h"
 
 namespace relatent {
 namespace {
@@ -60,7 +60,7 @@ Index choose_fold(const ConvertPlan& plan, const ConvertInputs& inputs) {
   for (Index fold = std::max<Index>(1, d / plan.shape.rope_dim); (d / 2) % fold == 0; fold *= 2) {
     Stream stream(source, sequences);
     for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-      Layer converted = source.layer(i);
+      Layer converted = backend().load_layer(source, i, DType::f32);
       const LayerMaps maps = maps_of(std::get<GqaAttention>(converted.attention));
       const Moments known = input_moments(inputs, i);
       const RotaryKey key = transmla_rotary_key(maps, known, {plan.shape.rope_dim, fold, 0}).key;
@@ -74,7 +74,7 @@ Index choose_fold(const ConvertPlan& plan, const ConvertInputs& inputs) {
       converted.attention = assemble_mla(maps, known, key, all, std::nullopt);
       run_layer(converted, stream);
     }
-    const double nll = compare_logits(source, stream, source, stream, sequences).source_nll;
+    const double nll = backend().compare_logits(source, stream, source, stream, sequences).source_nll;
     if (best != 0 && nll >= best_nll) {
       break;
     }

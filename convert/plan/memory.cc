@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "convert/latent/attention_fit.h"
+#include "convert/compute/backend.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -43,7 +43,7 @@ std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, co
   const Index heads = config.num_attention_heads * head_dim;
   const Index numbers = config.num_attention_heads * width + 2 * heads + 2 * inputs;
   return static_cast<std::uint64_t>(8 * numbers * inputs) +
-         QueryFit::memory(config.num_attention_heads, width, inputs, size);
+         backend().query_fit_bytes(config.num_attention_heads, width, inputs, size);
 }
 
 std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequences, Index stride,

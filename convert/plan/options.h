@@ -43,7 +43,7 @@ struct RelatentOptions {
   // applies.
   LatentOrder order = LatentOrder::shared;
   FitOptions fit;
-  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs has_bf16_products().
+  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs Backend::has_bf16.
   DType compute = DType::f32;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }

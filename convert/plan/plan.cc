@@ -7,12 +7,12 @@
 #include <string_view>
 #include <tuple>
 
+#include "convert/compute/backend.h"
 #include "convert/model/families/family.h"
 #include "convert/plan/checks.h"
 #include "convert/plan/memory.h"
 #include "convert/plan/sizes.h"
 #include "formats/error.h"
-#include "linalg/packed.h"
 
 namespace relatent {
 namespace {
@@ -200,7 +200,7 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
 }  // namespace
 
 ConvertOptions with_compute_type(const ConvertOptions& options, const ConvertInputs& inputs) {
-  const bool can = has_bf16_products();
+  const bool can = backend().has_bf16();
   ConvertOptions out = options;
   if (options.compute) {
     if (*options.compute == DType::bf16 && !can) {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/model/attention.h"
 #include "linalg/matrix.h"
 

@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 
@@ -77,7 +78,7 @@ TEST(GlaEngine, SizesOfTheLatentsDoNotMatter) {
       down.weight *= factor;
       down.bias *= factor;
       up /= factor;
-      return static_cast<double>(down(x).squaredNorm()) / static_cast<double>(x.rows() * down.out());
+      return static_cast<double>(product(down, x).squaredNorm()) / static_cast<double>(x.rows() * down.out());
     };
     layer.q_mean_square = stretch(layer.q_down, layer.q.weight, 900.0F);
     layer.branches[0].mean_square = stretch(layer.branches[0].down, layer.branches[0].up, 3000.0F);

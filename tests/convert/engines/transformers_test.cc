@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "convert/engines/layout.h"
 #include "convert/model/model.h"
 #include "formats/error.h"
@@ -85,7 +87,7 @@ TEST(NormUndo, ReturnsTheLatent) {
           RmsNorm norm{RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain)),
                        static_cast<float>(kEps)};
           norm.gain(rank) = 1;
-          norm.apply(latent);
+          normalise(norm, latent);
           const MatrixF found = latent.leftCols(rank) * static_cast<float>(undo.correction);
           const double unit = root * root * undo.scale * undo.scale * static_cast<double>(rank);
           const double surplus = std::abs(size * size - 1) * unit / (undo.beta * undo.beta) / 2;
@@ -145,7 +147,7 @@ LatentAttention random_layer(Random& random, const ShapeSample& sample, Index hi
   if (shape.q_rank) {
     out.q_down = random.linear(*shape.q_rank, hidden, sample.other_biases);
     out.q_down.weight *= 20;
-    out.q_mean_square = mean_square(out.q_down(x));
+    out.q_mean_square = mean_square(product(out.q_down, x));
   } else {
     out.q_mean_square = mean_square(x);
   }
@@ -159,7 +161,7 @@ LatentAttention random_layer(Random& random, const ShapeSample& sample, Index hi
   branch.down = random.linear(shape.rank, hidden, sample.other_biases);
   branch.down.weight *= 1e-2F;
   branch.down.bias *= 1e-2F;
-  branch.mean_square = mean_square(branch.down(x));
+  branch.mean_square = mean_square(product(branch.down, x));
   branch.up = random.matrix(out.heads * (out.nope_dim + out.v_dim), shape.rank, 30);
   branch.head_count = out.heads;
   out.branches.push_back(std::move(branch));
@@ -195,9 +197,11 @@ TEST(TransformersEngine, WhatIsWrittenReadsBackAsTheLayer) {
       for (Index i = 0; i < 2; ++i) {
         const Attention back = model.attention(i);
         const RotaryTable table(rotary_of(back), x.rows());
-        const MatrixF expected = layer.o(attention_forward(layer, x, RotaryTable(layer.rotary, x.rows())));
-        EXPECT_LE(relative_error(output_projection(back)(attention_forward(back, x, table)), expected),
-                  test.tolerance);
+        const MatrixF expected =
+            product(layer.o, attention_forward(layer, x, RotaryTable(layer.rotary, x.rows())));
+        EXPECT_LE(
+            relative_error(product(output_projection(back), attention_forward(back, x, table)), expected),
+            test.tolerance);
       }
       EXPECT_EQ(model.config().cache_numbers(), shape_of(sample).rank + 1 + shape_of(sample).rope_dim);
     }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/latent_norm.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/lay_out.h"
 #include "linalg/decompose.h"
@@ -358,7 +359,7 @@ TEST(AbsorbInParts, KeyLatentIsSharedAndOwn) {
   for (const LatentGroup& group : a.groups) {
     EXPECT_EQ(group.shared, 3);
     for (const LatentPart& part : group.parts) {
-      const MatrixD latents = a.key_latent_of(group, part) * with_ones(sample.x);
+      const MatrixD latents = key_latent_of(a, group, part) * with_ones(sample.x);
       ASSERT_EQ(latents.rows(), 3 + part.rank);
       const MatrixD centred = latents.colwise() - latents.rowwise().mean();
       EXPECT_LE(relative_error(centred * centred.transpose() / static_cast<double>(latents.cols()),

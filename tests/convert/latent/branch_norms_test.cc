@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/latents.h"
 
 namespace relatent {
@@ -51,15 +52,15 @@ std::vector<LatentSample> plain_samples() {
 }
 
 MatrixF latent_of(const LatentAttention& layer, const LatentBranch& branch, const MatrixF& x) {
-  const MatrixF own = branch.down(x);
+  const MatrixF own = product(branch.down, x);
   const Index shared = branch.shared < 0 ? 0 : layer.shared[static_cast<std::size_t>(branch.shared)].out();
   MatrixF out(x.rows(), shared + own.cols());
   if (shared > 0) {
-    out.leftCols(shared) = layer.shared[static_cast<std::size_t>(branch.shared)](x);
+    out.leftCols(shared) = product(layer.shared[static_cast<std::size_t>(branch.shared)], x);
   }
   out.rightCols(own.cols()) = own;
   if (branch.norm.present()) {
-    branch.norm.apply(out);
+    normalise(branch.norm, out);
   }
   return out;
 }
@@ -153,7 +154,7 @@ TEST(BranchNorms, StoredLatentsHaveAGoodSize) {
   normalise_branches(normed, sample.inputs, sample.moment, 8);
   const MatrixF x = sample.inputs.leftCols(hidden);
   for (const LatentBranch& branch : normed.branches) {
-    const MatrixF latent = branch.down(x);
+    const MatrixF latent = product(branch.down, x);
     const double mean_square = static_cast<double>(latent.squaredNorm()) / static_cast<double>(latent.size());
     EXPECT_NEAR(mean_square, 256, 60);
     EXPECT_LE(latent.cwiseAbs().maxCoeff(), 1000);

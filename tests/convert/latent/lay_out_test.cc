@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/forms/form.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/lossless.h"
