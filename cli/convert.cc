@@ -56,8 +56,8 @@ const char* action_text(TensorAction action) {
 Json plan_json(const ConvertPlan& plan) {
   Json out;
   out["method"] = method_name(plan.options.method);
-  out["kv_rank"] = plan.shape.rank;
-  out["rope_dim"] = plan.shape.rope_dim;
+  out["kv_rank"] = plan.shape.kv_lora_rank;
+  out["rope_dim"] = plan.shape.qk_rope_head_dim;
   out["cache_numbers_per_token_and_layer"] = {{"source", plan.source_cache_numbers},
                                               {"converted", plan.converted_cache_numbers}};
   out["tensors"] = Json::array();

@@ -86,7 +86,7 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
   const Partition partition = *target.form->partition(target.branches);
   LatentShape shape;
   shape.heads = config.num_attention_heads;
-  shape.rope_dim = target.rotary;
+  shape.qk_rope_head_dim = target.rotary;
   const Index latent = target.numbers - target.rotary;
   if (latent < 2 || partition.groups > shape.heads) {
     return std::nullopt;
@@ -98,7 +98,7 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
           shape);
   ModelConfig converted = config;
   converted.gqa.reset();
-  converted.latent = shape.geometry();
+  static_cast<LatentSizes&>(converted.latent.emplace()) = shape;
   return converted.cache_bytes_per_token_on_device(tp);
 }
 

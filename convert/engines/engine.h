@@ -14,7 +14,7 @@
 #include "convert/engines/layer_writer.h"
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
-#include "convert/model/latent_shape.h"
+#include "convert/model/latent_sizes.h"
 #include "formats/checkpoint.h"
 
 namespace relatent {

@@ -127,7 +127,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
     group.head_count = latent.heads_of(maps.heads);
     group.first = first;
     group.rank = latent.rank();
-    divide(parts, latent.key_rank, p, group);
+    divide(parts, latent.key_rank.value_or(latent.rank()), p, group);
     out.key.middleRows(p + first, group.rank) = latent.down;
     first += group.rank;
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -206,7 +206,9 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
       const LatentPart& part = group.parts[b];
       LatentBranch& branch = out.branches[b * group_count + g];
       branch.down = linear_of(latent.middleRows(part.first, part.rank));
-      branch.shared = group.shared > 0 ? static_cast<Index>(out.shared.size()) - 1 : -1;
+      if (group.shared > 0) {
+        branch.shared = static_cast<Index>(out.shared.size()) - 1;
+      }
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;
       branch.mean_square = mean_square;

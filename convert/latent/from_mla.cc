@@ -51,6 +51,34 @@ Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank)
   return out;
 }
 
+// The latents of a group's heads, from how their keys and outputs see ĉ.
+Directions directions_of(const MatrixD& keys, const MatrixD& values, const MatrixD& covariance,
+                         const LatentGroup& group, const FromMlaOptions& options) {
+  if (options.partition.parts == 1) {
+    return leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
+  }
+  const Index r = covariance.rows();
+  const Directions shared =
+      leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
+  const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
+  const Directions rest = leading(values, second_moment(left, covariance), group.rank - group.shared);
+  Directions out{MatrixD(group.rank, r), MatrixD(r, group.rank)};
+  out.down << shared.down, rest.down * left;
+  out.up << shared.up, rest.up;
+  return out;
+}
+
+// What of ĉ a head's queries are compared with, part by part.
+MatrixD latent_read_by(const LatentGroup& group, const LatentPart& part, const Directions& directions) {
+  MatrixD out(directions.up.rows(), group.width(part));
+  out << directions.up.leftCols(group.shared), directions.up.middleCols(part.first, part.rank);
+  if (group.parts.size() > 1) {
+    // The rest are the values' own; scores begin with what is shared.
+    out.rightCols(part.rank).setZero();
+  }
+  return out;
+}
+
 }  // namespace
 
 AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
@@ -60,7 +88,6 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
   const Index p = source.rope_dim;
   const Index w = source.v_dim;
   const Index r = branch.down.out();
-  const Index parts = options.partition.parts;
   const auto scale = static_cast<double>(source.scale);
   AbsorbedAttention out;
   out.nope_dim = n;
@@ -88,7 +115,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     group.head_count = options.partition.first_head(g + 1, source.heads) - group.first_head;
     group.first = g * options.rank;
     group.rank = options.rank;
-    divide(parts, options.key_rank, p, group);
+    divide(options.partition.parts, options.key_rank, p, group);
     MatrixD keys = MatrixD::Zero(r, r);
     MatrixD values = MatrixD::Zero(r, r);
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -100,19 +127,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     }
     keys = normalised(symmetric(keys), covariance);
     values = normalised(symmetric(values), covariance);
-    Directions directions;
-    if (parts == 1) {
-      directions = leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
-    } else {
-      const Directions shared =
-          leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
-      const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
-      const Directions rest = leading(values, second_moment(left, covariance), group.rank - group.shared);
-      directions.down.resize(group.rank, r);
-      directions.down << shared.down, rest.down * left;
-      directions.up.resize(r, group.rank);
-      directions.up << shared.up, rest.up;
-    }
+    const Directions directions = directions_of(keys, values, covariance, group, options);
     out.key.middleRows(p + group.first, group.rank) = directions.down * latent;
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
@@ -120,12 +135,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
       MatrixD query = MatrixD::Zero(group.query_rows(), queries.cols());
       query.topRows(p) = scale * queries.middleRows(h * (n + p) + n, p);
       for (const LatentPart& part : group.parts) {
-        MatrixD read(r, group.width(part));
-        read << directions.up.leftCols(group.shared), directions.up.middleCols(part.first, part.rank);
-        if (parts > 1) {
-          // The rest are the values' own; scores begin with what is shared.
-          read.rightCols(part.rank).setZero();
-        }
+        const MatrixD read = latent_read_by(group, part, directions);
         query.middleRows(part.query, read.cols()) = (up.topRows(n) * read).transpose() * content;
       }
       out.query.push_back(std::move(query));

@@ -50,10 +50,10 @@ std::vector<Index> SizeSearch::rotary_candidates(Index total) const {
 
 SizeTrial SizeSearch::trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
                             const RelatentOptions& options) {
-  for (const SizeTrial& known : known_) {
-    if (known.rope_dim == sizes.rope_dim && known.rank == sizes.rank && known.key_rank == sizes.key_rank) {
-      trials_.push_back(known);
-      return known;
+  for (const SizeTrial& made : earlier_trials_) {
+    if (made.rope_dim == sizes.rope_dim && made.rank == sizes.rank && made.key_rank == sizes.key_rank) {
+      trials_.push_back(made);
+      return made;
     }
   }
   RelatentOptions sized = options;

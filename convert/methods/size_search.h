@@ -24,7 +24,7 @@ class SizeSearch {
              const RelatentOptions& options, Watch watch);
 
   // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
-  void know(std::vector<SizeTrial> trials) { known_ = std::move(trials); }
+  void take_over(std::vector<SizeTrial> trials) { earlier_trials_ = std::move(trials); }
 
   // The rotary size for a cache of `total` numbers: a quarter of it and its neighbours are tried (of a plain
   // list, half, three quarters and all of the head), with fewer tokens and no key fit, which rank them well
@@ -55,7 +55,7 @@ class SizeSearch {
   Sequences sequences_;
   RelatentOptions options_;
   Watch watch_;
-  std::vector<SizeTrial> known_;
+  std::vector<SizeTrial> earlier_trials_;
   std::vector<SizeTrial> trials_;
 };
 

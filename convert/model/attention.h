@@ -53,11 +53,11 @@ struct GqaAttention {
 // One latent and the heads that read it. Its coordinates are those of a shared latent, if it reads one, and
 // then its own.
 struct LatentBranch {
-  Linear down;           // own rows [rank, hidden], what the cache holds (before a norm)
-  Index shared = -1;     // index into LatentAttention::shared; -1 = none
-  RmsNorm norm;          // on the whole latent, where the engine insists on one
-  MatrixF up;            // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
-  Index first_head = 0;  // the branch serves heads first_head ... first_head + head_count - 1
+  Linear down;                    // own rows [rank, hidden], what the cache holds (before a norm)
+  std::optional<Index> shared{};  // index into LatentAttention::shared
+  RmsNorm norm;                   // on the whole latent, where the engine insists on one
+  MatrixF up;                     // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
+  Index first_head = 0;           // the branch serves heads first_head ... first_head + head_count - 1
   Index head_count = 0;
   double mean_square = 0;  // E|c_b|² / r_b where a conversion knows it; 0 = unknown
 };

@@ -52,7 +52,7 @@ void leave_out_prediction(std::vector<PlacedTensor>& tensors, const ModelConfig&
   std::map<Index, Index> count;
   for (const PlacedTensor& tensor : tensors) {
     if (tensor.role == Role::prediction) {
-      ++count[tensor.layer_idx];
+      ++count[*tensor.layer_idx];
     }
   }
   std::erase_if(tensors, [](const PlacedTensor& tensor) { return tensor.role == Role::prediction; });
@@ -107,28 +107,27 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
   std::vector<PlacedTensor> ordered = source.tensors();
   leave_out_prediction(ordered, config, plan);
   const auto rank_of = [&](const PlacedTensor& t) {
-    return t.layer_idx >= 0 ? t.layer_idx + 1
-                            : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
+    return t.layer_idx ? *t.layer_idx + 1 : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
   };
   std::stable_sort(ordered.begin(), ordered.end(),
                    [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
-  std::map<std::tuple<Role, Index, Index>, ExpectedTensor> kept;
+  std::map<std::tuple<Role, std::optional<Index>, std::optional<Index>>, ExpectedTensor> kept;
   std::vector<std::vector<ExpectedTensor>> attention(static_cast<std::size_t>(config.num_hidden_layers));
   for (ExpectedTensor& tensor : expected_tensors(converted)) {
     if (is_attention(tensor.role)) {
-      attention[static_cast<std::size_t>(tensor.layer_idx)].push_back(std::move(tensor));
+      attention[static_cast<std::size_t>(*tensor.layer_idx)].push_back(std::move(tensor));
     } else {
       kept.emplace(std::tuple(tensor.role, tensor.layer_idx, tensor.part), std::move(tensor));
     }
   }
   std::uint64_t most = 0;
-  Index attention_done = -1;
+  std::optional<Index> attention_done;
   for (const PlacedTensor& tensor : ordered) {
     if (is_attention(tensor.role)) {
       if (attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
-        for (const ExpectedTensor& to : attention[static_cast<std::size_t>(tensor.layer_idx)]) {
+        for (const ExpectedTensor& to : attention[static_cast<std::size_t>(*tensor.layer_idx)]) {
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
@@ -149,11 +148,11 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
       plan.tensors.push_back(kept_tensor(inputs, plan.options, to->second, tensor.name));
     }
   }
-  const auto head = kept.find({Role::lm_head, -1, -1});
+  const auto head = kept.find({Role::lm_head, {}, {}});
   if (config.tie_word_embeddings && head != kept.end() &&
       (head->second.presence == Presence::required || inputs.engine->traits().stores_tied_head)) {
     plan.tensors.push_back(
-        kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, -1)));
+        kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, {})));
   }
   return most;
 }
@@ -192,8 +191,9 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
   const SampleSize size{sequences.count, sequences.length,
                         own.fit.stride_for(sequences.count * sequences.length, config.hidden_size),
                         own.compute};
-  plan.memory_bytes = std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
-                      streams_memory(config, sequences, size.stride, shape.rope_dim + shape.rank);
+  plan.memory_bytes =
+      std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
+      streams_memory(config, sequences, size.stride, shape.qk_rope_head_dim + shape.kv_lora_rank);
   plan.resume_bytes = streams_disk(config, sequences);
 }
 
@@ -222,8 +222,8 @@ ConvertOptions completed(const ConvertOptions& options, const ConvertInputs& inp
 RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInputs& inputs,
                                  const LatentShape& shape) {
   RelatentOptions out = options.relatent;
-  out.rank = shape.rank;
-  out.rope_dim = shape.rope_dim;
+  out.rank = shape.kv_lora_rank;
+  out.rope_dim = shape.qk_rope_head_dim;
   const ModelConfig& config = inputs.source.config();
   const EngineTraits traits = inputs.engine->traits();
   out.plain_list = out.plain_list || !traits.any_frequencies;
@@ -231,7 +231,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
   if (config.gqa && !traits.normed_query) {
-    out.q_rank = shape.q_rank;
+    out.q_rank = shape.q_lora_rank;
   }
   if (traits.normed_latent) {
     out.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);

@@ -21,7 +21,7 @@ void choose_lossless(const ConvertOptions& options, const Partition& partition, 
         "--per-device "
         "and --kv-budget");
   }
-  shape.rope_dim = gqa.num_key_value_heads * gqa.head_dim;
+  shape.qk_rope_head_dim = gqa.num_key_value_heads * gqa.head_dim;
   std::vector<GroupSizes> groups;
   for (Index g = 0; g < partition.groups; ++g) {
     const Index per_key = shape.heads / gqa.num_key_value_heads;
@@ -105,10 +105,10 @@ void keep_mla(const ConvertOptions& options, const ConvertInputs& inputs, Latent
         "--method lossless keeps the sizes of an MLA source: leave out --rank, --rope-dim, --kv-budget, "
         "--norm-coordinates and --pad-rank");
   }
-  shape.nope_dim = latent.qk_nope_head_dim;
-  shape.rope_dim = latent.qk_rope_head_dim;
-  shape.v_dim = latent.v_head_dim;
-  shape.q_rank = latent.q_lora_rank;
+  shape.qk_nope_head_dim = latent.qk_nope_head_dim;
+  shape.qk_rope_head_dim = latent.qk_rope_head_dim;
+  shape.v_head_dim = latent.v_head_dim;
+  shape.q_lora_rank = latent.q_lora_rank;
   shape.norm = LatentNorm::branch;
   lay_out(inputs.partition, {{0, latent.kv_lora_rank}}, shape);
 }
@@ -141,11 +141,11 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
   if (options.relatent.plain_list) {
     fail_usage("--plain-list: an MLA source keeps its own list of rotary frequencies");
   }
-  shape.nope_dim = latent.qk_nope_head_dim;
-  shape.rope_dim = latent.qk_rope_head_dim;
-  shape.v_dim = latent.v_head_dim;
-  shape.q_rank = latent.q_lora_rank;
-  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
+  shape.qk_nope_head_dim = latent.qk_nope_head_dim;
+  shape.qk_rope_head_dim = latent.qk_rope_head_dim;
+  shape.v_head_dim = latent.v_head_dim;
+  shape.q_lora_rank = latent.q_lora_rank;
+  const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
   if (options.relatent.order == LatentOrder::shared) {
     shape.norm = LatentNorm::replicated;
     shape.norm_rank = latent.kv_lora_rank;
@@ -155,7 +155,7 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
       fail_usage("--order " + std::string(order_name(options.relatent.order)) +
                  " slices the whole latent of " + std::to_string(latent.kv_lora_rank) + ", so each of " +
                  std::to_string(partition.parts) + " devices caches " +
-                 std::to_string(latent.kv_lora_rank / partition.parts + shape.rope_dim));
+                 std::to_string(latent.kv_lora_rank / partition.parts + shape.qk_rope_head_dim));
     }
   }
   if (group.rank > 2 * latent.kv_lora_rank) {
@@ -176,7 +176,7 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     return;
   }
   const GqaGeometry& gqa = *config.gqa;
-  shape.v_dim = gqa.head_dim;
+  shape.v_head_dim = gqa.head_dim;
   const Index keys = gqa.num_key_value_heads * gqa.head_dim;
   const std::string method(method_name(options.method));
   if (options.method != Method::transmla && (options.fold || options.q_rank)) {
@@ -189,14 +189,14 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     choose_lossless(options, partition, gqa, shape);
     return;
   }
-  shape.nope_dim = gqa.head_dim;
-  shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
-  if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
-    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+  shape.qk_nope_head_dim = gqa.head_dim;
+  shape.qk_rope_head_dim = options.rope_dim.value_or(gqa.head_dim);
+  if (shape.qk_rope_head_dim <= 0 || shape.qk_rope_head_dim % 2 != 0 || shape.qk_rope_head_dim > keys) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
                " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
   }
-  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
-  const Index full = (options.method == Method::transmla ? 2 * keys - shape.rope_dim : 2 * keys);
+  const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
+  const Index full = (options.method == Method::transmla ? 2 * keys - shape.qk_rope_head_dim : 2 * keys);
   if (group.rank <= 0 || group.rank > full) {
     const Index found = group.rank * partition.groups;
     fail_usage("--rank " + std::to_string(found) + " must lie between 1 and the full rank " +
@@ -205,12 +205,13 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
   lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
   if (options.method == Method::transmla) {
     // The smallest fold always fits when the rotary size does.
-    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
-                    options.balance},
-                   gqa.head_dim);
+    check_transmla(
+        {shape.qk_rope_head_dim,
+         options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.qk_rope_head_dim)), options.balance},
+        gqa.head_dim);
   }
   if (options.q_rank) {
-    shape.q_rank = options.q_rank;
+    shape.q_lora_rank = options.q_rank;
   }
 }
 
@@ -329,20 +330,21 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
                    LatentShape& shape) {
   const EngineTraits traits = engine.traits();
   const bool plain = options.relatent.plain_list || !traits.any_frequencies;
-  if (options.method == Method::relatent && config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
-    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+  if (options.method == Method::relatent && config.gqa && plain &&
+      shape.qk_rope_head_dim > config.gqa->head_dim) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
                " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
   }
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
   }
   if (traits.normed_query) {
-    shape.q_rank = config.hidden_size;
-  } else if (!shape.q_rank && config.gqa) {
-    shape.q_rank = engine.query_rank(config);
+    shape.q_lora_rank = config.hidden_size;
+  } else if (!shape.q_lora_rank && config.gqa) {
+    shape.q_lora_rank = engine.query_rank(config);
   }
   if (options.shape && !traits.normed_latent) {
-    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
+    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.kv_lora_rank;
   }
   if (!traits.normed_latent) {
     return;
@@ -352,11 +354,11 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {
-    if (*options.pad_rank < shape.rank) {
+    if (*options.pad_rank < shape.kv_lora_rank) {
       fail_usage("--pad-rank " + std::to_string(*options.pad_rank) + " is below the rank " +
-                 std::to_string(shape.rank));
+                 std::to_string(shape.kv_lora_rank));
     }
-    shape.norm_coordinates = *options.pad_rank - shape.rank;
+    shape.norm_coordinates = *options.pad_rank - shape.kv_lora_rank;
   }
 }
 
@@ -398,13 +400,14 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
     fail_usage("--branches " + std::to_string(partition.groups) + " is more than the model's " +
                std::to_string(shape.heads) + " heads");
   }
-  shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
-                   source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
+  shape.attention_bias = options.method != Method::lossless || shape.has_q_bias ||
+                         source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0) ||
+                         source.has(Role::o_bias, 0);
   choose_sizes(options, inputs, shape);
-  if (shape.q_rank && config.gqa) {
+  if (shape.q_lora_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
-    if (*shape.q_rank <= 0 || *shape.q_rank > full) {
-      fail_usage("--q-rank " + std::to_string(*shape.q_rank) + " must lie between 1 and the full rank " +
+    if (*shape.q_lora_rank <= 0 || *shape.q_lora_rank > full) {
+      fail_usage("--q-rank " + std::to_string(*shape.q_lora_rank) + " must lie between 1 and the full rank " +
                  std::to_string(full));
     }
   }

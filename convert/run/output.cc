@@ -16,7 +16,7 @@ namespace {
 constexpr double record_every = 5;
 
 // Entries of the journal.
-constexpr const char* copied_entry = "carried";
+constexpr const char* copied_entry = "copied";
 constexpr const char* layers_entry = "layers";
 // The file with what later layers depend on, in the work folder.
 constexpr const char* state_name = "streams";
@@ -128,7 +128,7 @@ void ConvertedOutput::copy_tensors() {
 
 void ConvertedOutput::keep_layers(Index count) {
   for (const PlannedTensor& tensor : plan_.tensors) {
-    if (tensor.action == TensorAction::convert && tensor.layer_idx < count) {
+    if (tensor.action == TensorAction::convert && *tensor.layer_idx < count) {
       writer_->mark_written(tensor.spec.name);
     }
   }

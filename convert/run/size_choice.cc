@@ -58,7 +58,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
           watch(trial);
         }
       });
-  search.know(recorded_trials(work));
+  search.take_over(recorded_trials(work));
   SizeTrial chosen;
   if (wants_split) {
     const std::optional<Index> rotary = config.latent ? config.latent->qk_rope_head_dim : options.rope_dim;

@@ -283,7 +283,9 @@ inline AbsorbedAttention parted(const FitSample& fit, const PartedCase& test) {
   std::vector<JointLatent> latents;
   for (Index g = 0; g < test.partition.groups; ++g) {
     JointLatentOptions options{.rank = test.rank + g};
-    options.key_rank = test.partition.parts > 1 ? test.key_rank : -1;
+    if (test.partition.parts > 1) {
+      options.key_rank = test.key_rank;
+    }
     options.first_head = test.partition.first_head(g, 4);
     options.head_count = test.partition.first_head(g + 1, 4) - options.first_head;
     latents.push_back(joint_latent(fit.layer.maps, fit.layer.moments, key, options));

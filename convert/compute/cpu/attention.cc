@@ -120,8 +120,8 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
   VectorD by_age(mass != nullptr ? x.rows() : 0);
   for (const LatentBranch& branch : attention.branches) {
     MatrixF latent = product(branch.down, x);
-    if (branch.shared >= 0) {
-      const MatrixF& first = shared[static_cast<std::size_t>(branch.shared)];
+    if (branch.shared) {
+      const MatrixF& first = shared[static_cast<std::size_t>(*branch.shared)];
       MatrixF whole(x.rows(), first.cols() + latent.cols());
       whole << first, latent;
       latent = std::move(whole);

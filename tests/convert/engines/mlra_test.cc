@@ -67,7 +67,7 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
       EXPECT_EQ(back.branches[b].norm.eps, 1e-6F);
       EXPECT_EQ(back.branches[b].first_head, layer.branches[b].first_head);
       EXPECT_EQ(back.branches[b].head_count, layer.branches[b].head_count);
-      EXPECT_EQ(back.branches[b].shared, -1);
+      EXPECT_FALSE(back.branches[b].shared);
     }
     EXPECT_EQ(back.rotary.inv_freq.size(), 3U);
   }

@@ -285,7 +285,7 @@ TEST(RelatentEngine, ConfigSaysHowTheLatentIsDivided) {
 TEST(RelatentConfig, ReadsBackEveryForm) {
   for (const LatentSample& sample : latent_samples()) {
     SCOPED_TRACE(sample.name);
-    const LatentGeometry expected = shape_of(sample).geometry();
+    const LatentSizes expected = shape_of(sample);
     const ModelConfig found = parse_config(config_of(sample, body_of(sample)), "config.json");
     ASSERT_TRUE(found.latent.has_value());
     EXPECT_EQ(found.latent->form, expected.form);

@@ -271,7 +271,9 @@ std::vector<JointLatent> latents_of(const LayerSample& sample, const RotaryKey& 
   std::vector<JointLatent> out;
   for (Index g = 0; g < partition.groups; ++g) {
     JointLatentOptions options{.rank = rank + g};
-    options.key_rank = partition.parts > 1 ? key_rank : -1;
+    if (partition.parts > 1) {
+      options.key_rank = key_rank;
+    }
     options.first_head = partition.first_head(g, sample.maps.heads);
     options.head_count = partition.first_head(g + 1, sample.maps.heads) - options.first_head;
     out.push_back(joint_latent(sample.maps, sample.moments, key, options));
@@ -317,7 +319,7 @@ TEST(AbsorbInParts, IsTheAssembledLayerSplit) {
       const LatentAttention found = to_latent_attention(absorbed, sample.moments.second);
       ASSERT_EQ(found.branches.size(), expected.branches.size());
       ASSERT_EQ(found.shared.size(), expected.shared.size());
-      EXPECT_EQ(found.total_rank(), laid.rank);
+      EXPECT_EQ(found.total_rank(), laid.kv_lora_rank);
       for (std::size_t b = 0; b < found.branches.size(); ++b) {
         const LatentBranch& branch = found.branches[b];
         EXPECT_EQ(branch.first_head, expected.branches[b].first_head);

@@ -36,7 +36,7 @@ TEST(LayOut, DividesWhatIsNotShared) {
   LatentShape shape;
   shape.heads = 6;
   lay_out({1, 4}, {{3, 13}}, shape);
-  EXPECT_EQ(shape.rank, 13);
+  EXPECT_EQ(shape.kv_lora_rank, 13);
   EXPECT_EQ(shape.shared_ranks, std::vector<Index>{3});
   ASSERT_EQ(shape.branches.size(), 4U);
   const std::vector<Index> ranks = {2, 3, 2, 3};
@@ -46,7 +46,7 @@ TEST(LayOut, DividesWhatIsNotShared) {
   }
   // Nothing of an earlier shape stays, and nothing shared is no latent of rank 0.
   lay_out({1, 2}, {{0, 7}}, shape);
-  EXPECT_EQ(shape.rank, 7);
+  EXPECT_EQ(shape.kv_lora_rank, 7);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 2U);
   expect_branch(shape.branches[0], {0, 6, 3, -1});
@@ -57,7 +57,7 @@ TEST(LayOut, ASinglePartSharesWithNobody) {
   LatentShape shape;
   shape.heads = 6;
   lay_out({4, 1}, {{2, 5}, {0, 6}, {7, 7}, {1, 8}}, shape);
-  EXPECT_EQ(shape.rank, 26);
+  EXPECT_EQ(shape.kv_lora_rank, 26);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 4U);
   expect_branch(shape.branches[0], {0, 1, 5, -1});
@@ -70,7 +70,7 @@ TEST(LayOut, GroupsOfPartsShareWithinThemselves) {
   LatentShape shape;
   shape.heads = 5;
   lay_out(*partition_of("mlra", 2), {{2, 7}, {3, 10}}, shape);
-  EXPECT_EQ(shape.rank, 17);
+  EXPECT_EQ(shape.kv_lora_rank, 17);
   EXPECT_EQ(shape.shared_ranks, (std::vector<Index>{2, 3}));
   ASSERT_EQ(shape.branches.size(), 4U);
   expect_branch(shape.branches[0], {0, 2, 2, 0});
@@ -138,7 +138,7 @@ TEST(SplitValues, ReturnsTheGroupedLayer) {
       EXPECT_LE(relative_error(attention_forward(split, x, table), mix_by_the_book(grouped, x)), kFloatNoise);
 
       // As the shape says.
-      EXPECT_EQ(split.total_rank(), shape.rank);
+      EXPECT_EQ(split.total_rank(), shape.kv_lora_rank);
       ASSERT_EQ(split.shared.size(), shape.shared_ranks.size());
       for (std::size_t s = 0; s < split.shared.size(); ++s) {
         EXPECT_EQ(split.shared[s].out(), shape.shared_ranks[s]);
@@ -248,7 +248,7 @@ TEST(LosslessForms, ReturnTheSource) {
       const LatentAttention split = split_values(grouped, partition, shape);
       EXPECT_EQ(static_cast<Index>(split.branches.size()), form.name == "mlra" ? 4 : form.branches);
       EXPECT_TRUE(split.shared.empty());
-      EXPECT_EQ(split.total_rank(), shape.rank);
+      EXPECT_EQ(split.total_rank(), shape.kv_lora_rank);
       EXPECT_LE(relative_error(output_of(split, sample.x), expected), kFloatNoise);
     }
   }

@@ -132,7 +132,7 @@ TEST(SliceLatent, SlicesDivideTheTurnedLatent) {
         const LatentBranch& branch = sliced.branches[b];
         EXPECT_EQ(branch.first_head, 0);
         EXPECT_EQ(branch.head_count, 6);
-        EXPECT_EQ(branch.shared, -1);
+        EXPECT_FALSE(branch.shared);
         EXPECT_FALSE(branch.norm.present());
         EXPECT_LE(
             relative_error(branch.down.weight, slices[b].transpose() * whole.down.weight.cast<double>()),

@@ -155,7 +155,7 @@ TEST(Config, ReadsTheMlraAuthorsModels) {
       EXPECT_EQ(branch.first_head, b % test.groups * (8 / test.groups));
       EXPECT_EQ(branch.head_count, 8 / test.groups);
       EXPECT_EQ(branch.rank, 40 / test.latents);
-      EXPECT_EQ(branch.shared, -1);
+      EXPECT_FALSE(branch.shared);
     }
     ASSERT_EQ(found.rotary.inv_freq.size(), 3U);
     EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(10000.0, -1.0 / 3), 1e-7);

@@ -309,9 +309,9 @@ TEST_F(Convert, PlanIsWhatIsWritten) {
     const ConvertPlan& plan = conversion.plan();
     EXPECT_FALSE(fs::exists(output()));
     EXPECT_EQ(plan.dtype, dtype.value_or(DType::bf16));
-    EXPECT_EQ(plan.shape.rank, 16);
-    EXPECT_EQ(plan.shape.rope_dim, 16);
-    EXPECT_EQ(plan.shape.nope_dim, 0);
+    EXPECT_EQ(plan.shape.kv_lora_rank, 16);
+    EXPECT_EQ(plan.shape.qk_rope_head_dim, 16);
+    EXPECT_EQ(plan.shape.qk_nope_head_dim, 0);
     EXPECT_TRUE(plan.shape.has_q_bias);
     EXPECT_EQ(plan.source_cache_numbers, 32);
     EXPECT_EQ(plan.converted_cache_numbers, 33);
@@ -554,9 +554,9 @@ TEST_F(Convert, ShapesAreFilledUp) {
     EXPECT_NEAR(wide.logits.rel_logit_error, narrow.logits.rel_logit_error, kFloatNoise);
     // As much of it as there is to hold.
     options.rank.reset();
-    EXPECT_EQ(Conversion(options).plan().shape.rank, 32);
+    EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 32);
     options.kv_budget = 0.75;
-    EXPECT_EQ(Conversion(options).plan().shape.rank, 16);
+    EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 16);
     EXPECT_EQ(Conversion(options).plan().converted_cache_numbers, 56);
   }
   ConvertOptions options = source;
@@ -599,7 +599,7 @@ TEST_F(Convert, ShapesOfKernelsAreTheDefault) {
   options.method = Method::weights_only;
   const auto planned = [&] { return Conversion(options).plan(); };
   EXPECT_EQ(planned().converted_cache_numbers, 576);
-  EXPECT_EQ(planned().shape.rank, 511);
+  EXPECT_EQ(planned().shape.kv_lora_rank, 511);
   EXPECT_TRUE(planned().warnings.empty());
   // A budget that comes near one; one that does not.
   options.kv_budget = 0.78;
@@ -638,7 +638,7 @@ TEST_F(Convert, RotaryListsOfOneBase) {
     options.per_device.reset();
     options.rank = 2 * 11;
     const Conversion conversion(options);
-    return std::pair(conversion.plan().shape.rope_dim, conversion.options().relatent.list_stride);
+    return std::pair(conversion.plan().shape.qk_rope_head_dim, conversion.options().relatent.list_stride);
   };
   using Fit = std::pair<Index, std::optional<Index>>;
   const TinyOptions body{.heads = 8, .tied = true};
@@ -756,10 +756,10 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
     const ConvertPlan plan = Conversion(options).plan();
     EXPECT_NE(eps_warning(plan).find("--engine mlra"), std::string::npos);
     EXPECT_NE(eps_warning(plan).find("1e-06, the source adds 1e-05"), std::string::npos) << eps_warning(plan);
-    EXPECT_EQ(plan.shape.q_rank, 24);
+    EXPECT_EQ(plan.shape.q_lora_rank, 24);
     EXPECT_EQ(plan.shape.norm_coordinates, 4);
     // Six shared and six own coordinates beside a rotary key of eight.
-    EXPECT_EQ(plan.shape.rank, 2 * (6 + 2 * 6));
+    EXPECT_EQ(plan.shape.kv_lora_rank, 2 * (6 + 2 * 6));
     EXPECT_EQ(plan.converted_cache_numbers, 4 * (12 + 4) + 8);
     std::set<std::string> names;
     for (const PlannedTensor& tensor : plan.tensors) {
@@ -784,20 +784,20 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
   {
     const ConvertPlan plan = Conversion(options).plan();
     EXPECT_EQ(eps_warning(plan), "");
-    EXPECT_EQ(plan.shape.rank, 30);
-    EXPECT_EQ(plan.shape.rope_dim, 8);
-    EXPECT_EQ(plan.shape.q_rank, std::nullopt);
+    EXPECT_EQ(plan.shape.kv_lora_rank, 30);
+    EXPECT_EQ(plan.shape.qk_rope_head_dim, 8);
+    EXPECT_EQ(plan.shape.q_lora_rank, std::nullopt);
     EXPECT_EQ(plan.converted_cache_numbers, 4 * 8 + 8);
     EXPECT_EQ(plan.tensors.back().spec.name, "lm_head.weight");
     EXPECT_EQ(plan.tensors.back().source, "model.embed_tokens.weight");
   }
   options.rank = 12;
   options.rope_dim = 4;
-  EXPECT_EQ(Conversion(options).plan().shape.rank, 12);
+  EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 12);
   EXPECT_EQ(Conversion(options).plan().converted_cache_numbers, 4 * 8 + 4);
   options = to_gla(write(TinyOptions{.hidden = 72, .heads = 8}));
   options.calibration = calibrated();
-  EXPECT_EQ(Conversion(options).plan().shape.q_rank, 63);
+  EXPECT_EQ(Conversion(options).plan().shape.q_lora_rank, 63);
 }
 
 TEST_F(Convert, WritesTheAuthorsLayouts) {
