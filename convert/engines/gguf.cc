@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "convert/engines/layout.h"
-#include "formats/gguf.h"
 #include "formats/gguf_tokenizer.h"
+#include "formats/gguf_writer.h"
 
 namespace relatent {
 namespace {
