@@ -207,8 +207,8 @@ TEST(MlraEngine, NamesOfWhatSurroundsAttention) {
     }
     return out;
   }());
-  EXPECT_EQ(names.at(Role::embed_tokens, -1), "transformer.wte.weight");
-  EXPECT_EQ(names.at(Role::final_norm, -1), "layernorm.weight");
+  EXPECT_EQ(names.at(Role::embed_tokens, {}), "transformer.wte.weight");
+  EXPECT_EQ(names.at(Role::final_norm, {}), "layernorm.weight");
   EXPECT_EQ(names.at(Role::input_norm, 2), "transformer.h.2.input_layernorm.weight");
   EXPECT_EQ(names.at(Role::post_attention_norm, 2), "transformer.h.2.post_attention_layernorm.weight");
   EXPECT_EQ(names.at(Role::gate_weight, 11), "transformer.h.11.mlp.c_fc1.weight");
