@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "convert/model/rotary.h"
@@ -75,6 +76,13 @@ enum class TopkMethod {
   noaux_tc,  // sigmoid scores; the largest sum of score and bias, in the groups whose two best sum highest
 };
 
+// By the names of config.json.
+inline constexpr std::array<std::pair<TopkMethod, std::string_view>, 3> topk_methods = {
+    {{TopkMethod::greedy, "greedy"},
+     {TopkMethod::group_limited_greedy, "group_limited_greedy"},
+     {TopkMethod::noaux_tc, "noaux_tc"}}};
+std::string_view topk_method_name(TopkMethod method);
+
 // Mixture-of-experts MLPs, DeepSeek's kind, in every layer from first_layer on.
 struct ExpertsGeometry {
   Index first_layer = 0;
@@ -129,9 +137,6 @@ struct ModelConfig {
   // the attention (devices.h). GQA splits (and then repeats) its heads.
   std::optional<Index> cache_bytes_per_token_on_device(Index tp) const;
 };
-
-// The spelling of config.json.
-std::string_view topk_method_name(TopkMethod method);
 
 // Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing
 // keys, sizes that do not fit together, an activation other than silu, quantised weights.
