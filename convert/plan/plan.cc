@@ -231,7 +231,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
   if (config.gqa && !traits.normed_query) {
-    out.q_rank = shape.q_rank;
+    out.q_rank = query_rank(options, inputs);
   }
   if (traits.normed_latent) {
     out.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);

@@ -108,7 +108,6 @@ void keep_mla(const ConvertOptions& options, const ConvertInputs& inputs, Latent
   shape.nope_dim = latent.qk_nope_head_dim;
   shape.rope_dim = latent.qk_rope_head_dim;
   shape.v_dim = latent.v_head_dim;
-  shape.q_rank = latent.q_lora_rank;
   shape.norm = LatentNorm::branch;
   lay_out(inputs.partition, {{0, latent.kv_lora_rank}}, shape);
 }
@@ -144,7 +143,6 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
   shape.nope_dim = latent.qk_nope_head_dim;
   shape.rope_dim = latent.qk_rope_head_dim;
   shape.v_dim = latent.v_head_dim;
-  shape.q_rank = latent.q_lora_rank;
   const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
   if (options.relatent.order == LatentOrder::shared) {
     shape.norm = LatentNorm::replicated;
@@ -208,9 +206,6 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
                     options.balance},
                    gqa.head_dim);
-  }
-  if (options.q_rank) {
-    shape.q_rank = options.q_rank;
   }
 }
 
@@ -336,11 +331,6 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
   }
-  if (traits.normed_query) {
-    shape.q_rank = config.hidden_size;
-  } else if (!shape.q_rank && config.gqa) {
-    shape.q_rank = engine.query_rank(config);
-  }
   if (options.shape && !traits.normed_latent) {
     shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
   }
@@ -384,6 +374,17 @@ ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInp
   return out;
 }
 
+std::optional<Index> query_rank(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const ModelConfig& config = inputs.source.config();
+  if (inputs.engine->traits().normed_query) {
+    return config.hidden_size;
+  }
+  if (config.latent) {
+    return config.latent->q_lora_rank;
+  }
+  return options.q_rank ? options.q_rank : inputs.engine->query_rank(config);
+}
+
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs) {
   const Model& source = inputs.source;
   const Partition& partition = inputs.partition;
@@ -401,13 +402,14 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
   shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
                    source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
   choose_sizes(options, inputs, shape);
-  if (shape.q_rank && config.gqa) {
+  if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
-    if (*shape.q_rank <= 0 || *shape.q_rank > full) {
-      fail_usage("--q-rank " + std::to_string(*shape.q_rank) + " must lie between 1 and the full rank " +
+    if (*options.q_rank <= 0 || *options.q_rank > full) {
+      fail_usage("--q-rank " + std::to_string(*options.q_rank) + " must lie between 1 and the full rank " +
                  std::to_string(full));
     }
   }
+  shape.q_rank = query_rank(options, inputs);
   fit_to_engine(options, config, *inputs.engine, shape);
   return shape;
 }

@@ -1,6 +1,9 @@
 // Sizes of the latents and the rotary key, from options and config.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "convert/latent/lay_out.h"
 #include "convert/model/model.h"
 #include "convert/plan/inputs.h"
@@ -18,6 +21,10 @@ Index budget_numbers(double budget, const ModelConfig& config);
 // kernels have, the frequencies of a fixed base, the rank of a layout that has one size only. Throws Error
 // (usage) when they contradict each other.
 ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs);
+
+// Coordinates of the latent that the queries of every converted layer pass, whatever the other sizes; none =
+// they pass none.
+std::optional<Index> query_rank(const ConvertOptions& options, const ConvertInputs& inputs);
 
 // The shape of every converted layer. Throws Error (usage) naming the option that does not fit.
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs);

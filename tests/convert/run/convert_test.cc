@@ -800,6 +800,24 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
   EXPECT_EQ(Conversion(options).plan().shape.q_rank, 63);
 }
 
+// As the query is written.
+TEST_F(Convert, TrialsCompressTheQuery) {
+  ConvertOptions options = to_gla(write(TinyOptions{.hidden = 72, .heads = 8}));
+  options.calibration = calibrated();
+  options.per_device = 14;
+  const Conversion gla(options);
+  ASSERT_EQ(gla.plan().shape.q_rank, 63);
+  ASSERT_EQ(gla.plan().trials.size(), 1U);
+  // The same sizes and rotary list in a layout whose query stays as it is.
+  options.engine = "relatent";
+  options.relatent.plain_list = true;
+  const Conversion whole(options);
+  ASSERT_EQ(whole.plan().shape.q_rank, std::nullopt);
+  ASSERT_EQ(whole.plan().trials.size(), 1U);
+  EXPECT_EQ(whole.plan().trials.front().rank, gla.plan().trials.front().rank);
+  EXPECT_NE(whole.plan().trials.front().nats, gla.plan().trials.front().nats);
+}
+
 TEST_F(Convert, WritesTheAuthorsLayouts) {
   TinyModel model = tied_source();
   model.config["rms_norm_eps"] = 1e-6;
