@@ -146,7 +146,11 @@ ConvertOptions resolve(const Options& options) {
                                                         {"relatent", Method::relatent},
                                                         {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
-  out.method = options.method.empty() ? Method::relatent : methods.at(options.method);
+  const std::optional<Method> named =
+      options.method.empty() ? std::nullopt : std::optional(methods.at(options.method));
+  const bool calibrated = !options.calibration.empty();
+  // Options are looked at as if there were a calibration: without one they may still stand in a script.
+  out.method = chosen_method(named, true);
   for (const Owned& owned : options.owned) {
     if (owned.option->count() > 0 &&
         std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
@@ -158,8 +162,8 @@ ConvertOptions resolve(const Options& options) {
                  std::string(method_name(out.method)));
     }
   }
-  if (out.method == Method::relatent && options.calibration.empty()) {
-    out.method = Method::weights_only;
+  if (const Method able = chosen_method(named, calibrated); able != out.method) {
+    out.method = able;
     std::fputs(
         "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
         "the place of data\n",
@@ -181,7 +185,7 @@ ConvertOptions resolve(const Options& options) {
   if (!options.shape.empty()) {
     out.shape = to_shape(options.shape);
   }
-  if (!options.calibration.empty()) {
+  if (calibrated) {
     out.calibration = options.calibration;
   }
   if (options.compute != "auto") {

@@ -55,6 +55,7 @@ class Convert : public testing::Test {
     ConvertOptions options;
     options.source = source();
     options.output = output();
+    options.method = Method::lossless;
     return options;
   }
   ConvertOptions write(const TinyOptions& options) { return write(tiny_model(options)); }
@@ -98,6 +99,18 @@ TEST_F(Convert, MethodsHaveNames) {
   EXPECT_EQ(method_name(Method::lossless), "lossless");
   EXPECT_EQ(method_name(Method::transmla), "transmla");
   EXPECT_EQ(method_name(Method::weights_only), "weights-only");
+}
+
+TEST_F(Convert, MethodsThatNobodyNames) {
+  EXPECT_EQ(chosen_method({}, true), Method::relatent);
+  EXPECT_EQ(chosen_method({}, false), Method::weights_only);
+  EXPECT_EQ(chosen_method(Method::relatent, false), Method::weights_only);
+  for (const bool calibrated : {true, false}) {
+    EXPECT_EQ(chosen_method(Method::lossless, calibrated), Method::lossless);
+    EXPECT_EQ(chosen_method(Method::transmla, calibrated), Method::transmla);
+    EXPECT_EQ(chosen_method(Method::weights_only, calibrated), Method::weights_only);
+  }
+  EXPECT_EQ(ConvertOptions{}.method, Method::weights_only);
 }
 
 TEST_F(Convert, LosslessLosesNothing) {
@@ -1128,6 +1141,7 @@ TEST_F(Convert, WeightsThatAreNotNumbersLeaveNothingBehind) {
 
 TEST_F(Convert, TrainedExampleKeepsItsPredictions) {
   ConvertOptions options;
+  options.method = Method::lossless;
   options.source = RELATENT_EXAMPLES "/llama-3m";
   options.output = output();
   options.dtype = DType::f32;
