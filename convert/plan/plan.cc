@@ -226,7 +226,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.rope_dim = shape.rope_dim;
   const ModelConfig& config = inputs.source.config();
   const EngineTraits traits = inputs.engine->traits();
-  out.plain_list = out.plain_list || !traits.any_frequencies;
+  out.plain_list = has_plain_list(options, *inputs.engine);
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;

@@ -26,6 +26,13 @@ ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInp
 // they pass none.
 std::optional<Index> query_rank(const ConvertOptions& options, const ConvertInputs& inputs);
 
+// Whether rotary frequencies lie in a geometric list, each once: asked for, or all that the engine has.
+bool has_plain_list(const ConvertOptions& options, const Engine& engine);
+
+// Keys and values that the heads of a group read, as numbers per token: all that a latent can hold of them.
+// Of the group whose heads read least.
+Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& gqa);
+
 // The shape of every converted layer. Throws Error (usage) naming the option that does not fit.
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs);
 

@@ -886,6 +886,18 @@ TEST_F(Convert, GainsWithoutAReciprocalAreRefused) {
   }
 }
 
+// An MLA source of one latent stays what it is, and there is nothing to try.
+TEST_F(Convert, BudgetsOfAnMlaSourceAreRefused) {
+  ConvertOptions options = write(testing_support::tiny_latent_model());
+  options.method = Method::relatent;
+  options.calibration = calibrated();
+  options.kv_budget = 0.5;
+  expect_error(ErrorKind::usage, {"the source is MLA already"}, [&] { Conversion{options}; });
+  options.kv_budget.reset();
+  options.max_nats = 0.1;
+  expect_error(ErrorKind::usage, {"the source is MLA already"}, [&] { Conversion{options}; });
+}
+
 TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
   TinyModel windowed = tiny_model({.model_type = "mistral"});
   windowed.config["sliding_window"] = 64;
