@@ -258,6 +258,10 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   const ModelConfig converted =
       engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
   plan.converted_cache_numbers = converted.cache_numbers();
+  plan.source_cache_bytes = static_cast<std::uint64_t>(config.cache_bytes_per_token());
+  plan.converted_cache_bytes =
+      static_cast<std::uint64_t>(plan.converted_cache_numbers * config.num_hidden_layers) *
+      size_of(plan.dtype);
 
   plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);
   return plan;

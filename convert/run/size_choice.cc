@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <sstream>
+#include <utility>
 
 #include "convert/plan/size_candidates.h"
 #include "convert/plan/sizes.h"
@@ -123,6 +124,42 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   }
   out.options = with_sizes(options, inputs, {chosen.rope_dim, chosen.rank, chosen.key_rank});
   out.trials = search.trials();
+  return out;
+}
+
+SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {
+  SizeChoice out;
+  out.options = options;
+  const std::optional<Sought> what = sought(options, inputs);
+  if (!what) {
+    return out;
+  }
+  check_trial_sequences(fit_sequences(options, inputs));
+  const ModelConfig& config = inputs.source.config();
+  const bool plain = has_plain_list(options, *inputs.engine);
+  OpenSizes open;
+  CacheSizes assumed;
+  if (what == Sought::rotary) {
+    const Index total = budgeted(options, config);
+    open.all_tried = true;
+    open.candidates = rotary_candidates(*config.gqa, plain, total);
+    assumed = middle_candidate(*config.gqa, plain, total);
+  } else if (what == Sought::split) {
+    const DeviceSplit split(options, inputs);
+    open.step = split.step();
+    open.candidates = split.reachable();
+    assumed = split.first();
+  } else {
+    const CacheBisection range(*config.gqa);
+    for (const Index total : range.reachable()) {
+      open.candidates.push_back(middle_candidate(*config.gqa, plain, total));
+    }
+    assumed = middle_candidate(*config.gqa, plain, range.over() ? range.whole() : range.next());
+  }
+  out.options = with_sizes(options, inputs, assumed);
+  if (open.candidates.size() > 1) {
+    out.open = std::move(open);
+  }
   return out;
 }
 
