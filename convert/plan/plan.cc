@@ -33,6 +33,11 @@ DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) 
   return role == Role::router_bias ? stored : wanted.value_or(stored);
 }
 
+// An index of placement.h, where -1 is none.
+std::optional<Index> known(Index at) {
+  return at >= 0 ? std::optional(at) : std::nullopt;
+}
+
 // The source's tensor `from` as the engine stores it.
 PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& options,
                           const ExpectedTensor& to, const std::string& from) {
@@ -41,8 +46,8 @@ PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& opt
       inputs.engine->stored_dtype(to.role, info.shape, output_dtype(to.role, info.dtype, options.dtype));
   return {{to.name, dtype, info.shape},
           to.role,
-          to.layer_idx,
-          to.part,
+          known(to.layer_idx),
+          known(to.part),
           dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
           from};
 }
@@ -122,17 +127,17 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
     }
   }
   std::uint64_t most = 0;
-  Index attention_done = -1;
+  std::optional<Index> attention_done;  // the layer whose attention is planned
   for (const PlacedTensor& tensor : ordered) {
     if (is_attention(tensor.role)) {
-      if (attention_done < tensor.layer_idx) {
+      if (!attention_done || *attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
         for (const ExpectedTensor& to : attention[static_cast<std::size_t>(tensor.layer_idx)]) {
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
-              {std::move(spec), to.role, to.layer_idx, to.part, TensorAction::convert, ""});
+              {std::move(spec), to.role, known(to.layer_idx), known(to.part), TensorAction::convert, ""});
         }
         most = std::max(most, values);
       }

@@ -37,8 +37,8 @@ enum class TensorAction {
 struct PlannedTensor {
   TensorSpec spec;
   Role role;
-  Index layer_idx = -1;  // -1 outside the layers
-  Index part = -1;       // which latent or expert, of roles that have several
+  std::optional<Index> layer_idx;  // none outside the layers
+  std::optional<Index> part;       // which latent or expert, of roles that have several
   TensorAction action = TensorAction::copy;
   std::string source;  // name in the source, of what is copied or cast
 };

@@ -45,7 +45,7 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
 std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
   std::vector<PlacedTensor> out;
   for (const PlannedTensor& tensor : plan.tensors) {
-    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx, tensor.part});
+    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx.value_or(-1), tensor.part.value_or(-1)});
   }
   return out;
 }
@@ -128,7 +128,7 @@ void ConvertedOutput::copy_tensors() {
 
 void ConvertedOutput::keep_layers(Index count) {
   for (const PlannedTensor& tensor : plan_.tensors) {
-    if (tensor.action == TensorAction::convert && tensor.layer_idx < count) {
+    if (tensor.action == TensorAction::convert && tensor.layer_idx.value() < count) {
       writer_->mark_written(tensor.spec.name);
     }
   }

@@ -394,6 +394,7 @@ TEST_F(Convert, EmbeddingFirstThenLayersInOrder) {
   const Conversion conversion(write(TinyOptions{}));
   const auto& tensors = conversion.plan().tensors;
   EXPECT_EQ(tensors.front().spec.name, "model.embed_tokens.weight");
+  EXPECT_FALSE(tensors.front().layer_idx);
   Index before = -1;
   for (const PlannedTensor& tensor : tensors) {
     const std::size_t at = tensor.spec.name.find(".layers.");
