@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cli/commands.h"
+#include "cli/plan_output.h"
 #include "cli/progress.h"
 #include "formats/error.h"
 
@@ -40,72 +41,6 @@ struct Options {
   bool json = false;
   bool quiet = false;
 };
-
-const char* action_text(TensorAction action) {
-  switch (action) {
-    case TensorAction::convert:
-      return "converted";
-    case TensorAction::copy:
-      return "copied";
-    case TensorAction::cast:
-      return "cast";
-  }
-  return "";
-}
-
-Json plan_json(const ConvertPlan& plan) {
-  Json out;
-  out["method"] = method_name(plan.options.method);
-  out["kv_rank"] = plan.shape.kv_lora_rank;
-  out["rope_dim"] = plan.shape.qk_rope_head_dim;
-  out["cache_numbers_per_token_and_layer"] = {{"source", plan.source_cache_numbers},
-                                              {"converted", plan.converted_cache_numbers}};
-  out["tensors"] = Json::array();
-  for (const PlannedTensor& tensor : plan.tensors) {
-    out["tensors"].push_back({{"name", tensor.spec.name},
-                              {"shape", tensor.spec.shape},
-                              {"dtype", safetensors_name(tensor.spec.dtype)},
-                              {"bytes", tensor.spec.bytes()},
-                              {"action", action_text(tensor.action)}});
-  }
-  out["left_out"] = plan.left_out;
-  out["side_files"] = Json::array();
-  for (const std::filesystem::path& file : plan.side_files) {
-    out["side_files"].push_back(file.filename().string());
-  }
-  out["disk_bytes"] = plan.output_bytes;
-  out["resume_bytes"] = plan.resume_bytes;
-  out["memory_bytes_estimate"] = plan.memory_bytes;
-  return out;
-}
-
-void print_plan(const ConvertPlan& plan) {
-  std::size_t widest = 0;
-  for (const PlannedTensor& tensor : plan.tensors) {
-    widest = std::max(widest, tensor.spec.name.size());
-  }
-  for (const PlannedTensor& tensor : plan.tensors) {
-    std::printf("%-*s  %-16s %-5s %12llu  %s\n", static_cast<int>(widest), tensor.spec.name.c_str(),
-                shape_text(tensor.spec.shape).c_str(),
-                std::string(safetensors_name(tensor.spec.dtype)).c_str(),
-                static_cast<unsigned long long>(tensor.spec.bytes()), action_text(tensor.action));
-  }
-  for (const std::string& name : plan.left_out) {
-    std::printf("left out: %s\n", name.c_str());
-  }
-  for (const std::filesystem::path& file : plan.side_files) {
-    std::printf("copied as it is: %s\n", file.filename().c_str());
-  }
-  std::printf("cache per token and layer: %td numbers, source %td (%.1f %%)\n", plan.converted_cache_numbers,
-              plan.source_cache_numbers,
-              100.0 * static_cast<double>(plan.converted_cache_numbers) /
-                  static_cast<double>(plan.source_cache_numbers));
-  const std::string resume = plan.resume_bytes == 0
-                                 ? ""
-                                 : ", " + bytes_text(plan.resume_bytes) + " more while it runs for --resume,";
-  std::printf("needs %s of disk%s and about %s of memory\n", bytes_text(plan.output_bytes).c_str(),
-              resume.c_str(), bytes_text(plan.memory_bytes).c_str());
-}
 
 Json measured_json(const Measurement& measured) {
   const LogitComparison& logits = measured.logits;
@@ -146,7 +81,11 @@ ConvertOptions resolve(const Options& options) {
                                                         {"relatent", Method::relatent},
                                                         {"weights-only", Method::weights_only}};
   ConvertOptions out = options.convert;
-  out.method = options.method.empty() ? Method::relatent : methods.at(options.method);
+  const std::optional<Method> named =
+      options.method.empty() ? std::nullopt : std::optional(methods.at(options.method));
+  const bool calibrated = !options.calibration.empty();
+  // Options are looked at as if there were a calibration: without one they may still stand in a script.
+  out.method = chosen_method(named, true);
   for (const Owned& owned : options.owned) {
     if (owned.option->count() > 0 &&
         std::find(owned.methods.begin(), owned.methods.end(), out.method) == owned.methods.end()) {
@@ -158,8 +97,8 @@ ConvertOptions resolve(const Options& options) {
                  std::string(method_name(out.method)));
     }
   }
-  if (out.method == Method::relatent && options.calibration.empty()) {
-    out.method = Method::weights_only;
+  if (const Method able = chosen_method(named, calibrated); able != out.method) {
+    out.method = able;
     std::fputs(
         "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
         "the place of data\n",
@@ -181,7 +120,7 @@ ConvertOptions resolve(const Options& options) {
   if (!options.shape.empty()) {
     out.shape = to_shape(options.shape);
   }
-  if (!options.calibration.empty()) {
+  if (calibrated) {
     out.calibration = options.calibration;
   }
   if (options.compute != "auto") {
@@ -208,10 +147,8 @@ ConvertOptions resolve(const Options& options) {
 }
 
 void say_trial(const SizeTrial& trial) {
-  const std::string shared =
-      trial.key_rank > 0 ? " (" + std::to_string(trial.key_rank) + " of them shared)" : std::string();
-  std::fprintf(stderr, "tried rotary %td + latents %td%s: %.4f nats on held-out calibration tokens\n",
-               trial.rope_dim, trial.rank, shared.c_str(), trial.nats);
+  std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n",
+               sizes_text({trial.rope_dim, trial.rank, trial.key_rank}).c_str(), trial.nats);
 }
 
 int run(const Options& options) {
@@ -219,8 +156,9 @@ int run(const Options& options) {
   resolved.save.taken_up = say_taken_up(options.quiet);
   const ConvertInputs inputs = open_inputs(resolved);
   const std::unique_ptr<WorkFolder> work = options.dry_run ? nullptr : claim_output(resolved, inputs);
-  const ConvertPlan plan =
-      plan_conversion(resolved, inputs, work.get(), options.quiet ? SizeSearch::Watch{} : say_trial);
+  const ConvertPlan plan = options.dry_run ? plan_without_trials(resolved, inputs)
+                                           : plan_conversion(resolved, inputs, work.get(),
+                                                             options.quiet ? SizeSearch::Watch{} : say_trial);
   for (const std::string& warning : plan.warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
@@ -449,8 +387,10 @@ void add_convert(CLI::App& app, Command& chosen) {
           "of 32, at most 4; 0: all are fitted on and nothing is measured)")
       ->check(CLI::NonNegativeNumber);
   add_save_options(*command, convert.save);
-  command->add_flag("--dry-run", options->dry_run,
-                    "Print what would be written and what it takes; write nothing");
+  command->add_flag(
+      "--dry-run", options->dry_run,
+      "Print what would be written and what it takes, from headers alone; write nothing, and try no "
+      "sizes");
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

@@ -55,7 +55,7 @@ void Progress::operator()(Index done, Index total) {
     return;
   }
   const std::lock_guard lock(mutex_);
-  if (before_ < 0) {
+  if (!before_) {
     before_ = done - 1;
   }
   done_ = done;
@@ -77,13 +77,13 @@ void Progress::print(Clock::time_point now) {
   const double reached = since_start(reached_);
   const double seconds = since_start(now);
   std::string line = what_ + ": " + unit_ + " " + std::to_string(done_) + " of " + std::to_string(total_);
-  const double here = static_cast<double>(done_ - before_) / static_cast<double>(total_);
-  if (amount_.tokens > 0 && reached > 0) {
-    line += number_text(", %.0f tokens/s", amount_.tokens * here / reached);
+  const double here = static_cast<double>(done_ - before_.value_or(0)) / static_cast<double>(total_);
+  if (amount_.tokens && reached > 0) {
+    line += number_text(", %.0f tokens/s", *amount_.tokens * here / reached);
   }
-  if (amount_.bytes > 0) {
-    line += ", " + bytes_text(static_cast<std::uint64_t>(amount_.bytes * part)) + " of " +
-            bytes_text(static_cast<std::uint64_t>(amount_.bytes));
+  if (amount_.bytes) {
+    line += ", " + bytes_text(static_cast<std::uint64_t>(*amount_.bytes * part)) + " of " +
+            bytes_text(static_cast<std::uint64_t>(*amount_.bytes));
   }
   line += number_text(", %.1f s", seconds);
   if (done_ > 0) {

@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -13,10 +14,10 @@
 
 namespace relatent {
 
-// What a whole piece of work goes through, for rates; 0 = not said.
+// What a whole piece of work goes through, for rates, as far as it is known.
 struct WorkAmount {
-  double tokens = 0;
-  double bytes = 0;
+  std::optional<double> tokens;
+  std::optional<double> bytes;
 };
 
 // One line on a terminal that is brought up to date every second, a line every few seconds in a log, however
@@ -47,8 +48,8 @@ class Progress {
   bool open_line_ = false;
   Index done_ = 0;
   Index total_ = 0;
-  Index before_ = -1;          // units that an earlier run did
-  Clock::time_point reached_;  // when `done_` units were done
+  std::optional<Index> before_;  // units that an earlier run did; none before the first of this one
+  Clock::time_point reached_;    // when `done_` units were done
   std::thread refresher_;
 };
 

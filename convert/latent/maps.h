@@ -55,11 +55,13 @@ struct Moments;
 double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& maps);
 
 // A second moment that somebody else holds: a matrix, or a diagonal as its entries, which makes products with
-// maps of many columns cheap.
+// maps of many columns cheap. Made of named objects only, since a temporary would be gone before it is read.
 class MomentRef {
  public:
   MomentRef(const MatrixD& matrix) : matrix_(&matrix) {}
   MomentRef(const VectorD& diagonal) : diagonal_(&diagonal) {}
+  MomentRef(const MatrixD&& matrix) = delete;
+  MomentRef(const VectorD&& diagonal) = delete;
 
   Index size() const { return matrix_ != nullptr ? matrix_->rows() : diagonal_->size(); }
   // map M, of map [rows, size].
@@ -84,7 +86,8 @@ struct Moments {
   // [D]: E[x] where x̃ = [x; 0] says nothing of it; empty otherwise.
   VectorD mean{};
 
-  MomentRef input() const { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
+  MomentRef input() const& { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
+  MomentRef input() const&& = delete;
 };
 
 Moments moments_of(const LayerMoments& layer);

@@ -2,17 +2,14 @@
 #pragma once
 
 #include <functional>
-#include <optional>
 #include <utility>
 #include <vector>
 
 #include "convert/methods/relatent.h"
 #include "convert/plan/plan.h"
+#include "convert/plan/size_candidates.h"
 
 namespace relatent {
-
-// Sizes that are chosen are whole multiples of this, as kernels like them.
-constexpr Index size_step = 16;
 
 // What trials run on.
 class SizeSearch {
@@ -26,15 +23,12 @@ class SizeSearch {
   // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
   void take_over(std::vector<SizeTrial> trials) { earlier_trials_ = std::move(trials); }
 
-  // The rotary size for a cache of `total` numbers: a quarter of it and its neighbours are tried (of a plain
-  // list, half, three quarters and all of the head), with fewer tokens and no key fit, which rank them well
-  // enough. One candidate is taken untried.
+  // The best of the rotary_candidates for a cache of `total` numbers, tried with fewer tokens and no key fit,
+  // which rank them well enough. One candidate is taken untried.
   SizeTrial rotary_for(Index total);
 
-  // Rotary size and shared coordinates for `per_device` numbers on each of the partition's devices, either of
-  // them fixed where it is given: a third each to begin with, then one and the other moved in steps as long
-  // as it helps, ranked like rotary sizes.
-  SizeTrial split_for(Index per_device, std::optional<Index> rope_dim, std::optional<Index> key_rank);
+  // Shared coordinates and then the rotary key moved in steps as long as it helps, ranked like rotary sizes.
+  SizeTrial split_for(const DeviceSplit& split);
 
   // The smallest cache that loses at most max_nats, by bisection, fitted in full on three quarters of the
   // sequences and measured on the rest; the whole of the source's cache when none does.
@@ -44,11 +38,10 @@ class SizeSearch {
   const std::vector<SizeTrial>& trials() const { return trials_; }
 
  private:
-  std::vector<Index> rotary_candidates(Index total) const;
-  SizeTrial trial(const SizeTrial& sizes, const Sequences& fit, const Sequences& held_out,
+  SizeTrial trial(const CacheSizes& sizes, const Sequences& fit, const Sequences& held_out,
                   const RelatentOptions& options);
   // The same with the few tokens that rank sizes.
-  SizeTrial quick_trial(const SizeTrial& sizes);
+  SizeTrial quick_trial(const CacheSizes& sizes);
 
   const Model& source_;
   std::function<Moments(Index)> moments_;

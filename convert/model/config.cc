@@ -16,11 +16,6 @@ namespace {
 constexpr std::array<std::pair<LatentNorm, std::string_view>, 3> norms = {
     {{LatentNorm::none, "none"}, {LatentNorm::branch, "branch"}, {LatentNorm::replicated, "replicated"}}};
 
-constexpr std::array<std::pair<TopkMethod, std::string_view>, 3> topk_methods = {
-    {{TopkMethod::greedy, "greedy"},
-     {TopkMethod::group_limited_greedy, "group_limited_greedy"},
-     {TopkMethod::noaux_tc, "noaux_tc"}}};
-
 template <typename Table, typename Value>
 std::string_view name_in(const Table& table, Value value) {
   for (const auto& [known, name] : table) {

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "convert/model/latent_sizes.h"
@@ -41,6 +42,13 @@ enum class TopkMethod {
   group_limited_greedy,  // likewise, in the groups whose best score is largest
   noaux_tc,  // sigmoid scores; the largest sum of score and bias, in the groups whose two best sum highest
 };
+
+// By the names of config.json.
+inline constexpr std::array<std::pair<TopkMethod, std::string_view>, 3> topk_methods = {
+    {{TopkMethod::greedy, "greedy"},
+     {TopkMethod::group_limited_greedy, "group_limited_greedy"},
+     {TopkMethod::noaux_tc, "noaux_tc"}}};
+std::string_view topk_method_name(TopkMethod method);
 
 // Mixture-of-experts MLPs, DeepSeek's kind, in every layer from first_layer on.
 struct ExpertsGeometry {
@@ -96,9 +104,6 @@ struct ModelConfig {
   // the attention (devices.h). GQA splits (and then repeats) its heads.
   std::optional<Index> cache_bytes_per_token_on_device(Index tp) const;
 };
-
-// The spelling of config.json.
-std::string_view topk_method_name(TopkMethod method);
 
 // Throws Error (input) naming config.json, the key, what was expected and found: unknown model_type, missing
 // keys, sizes that do not fit together, an activation other than silu, quantised weights.

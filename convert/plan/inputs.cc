@@ -39,6 +39,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
     fail_usage("--to " + options.form + " " + std::string(out.form->branches));
   }
   out.partition = *partition;
+  if (const Index heads = out.source.config().num_attention_heads; partition->groups > heads) {
+    fail_usage("--branches " + std::to_string(partition->groups) + " is more than the model's " +
+               std::to_string(heads) + " heads");
+  }
   if (options.method == Method::transmla && !out.partition.whole()) {
     fail_usage("--method transmla writes --to mla only");
   }

@@ -21,8 +21,8 @@ struct ConvertInputs {
   Partition partition;         // of its latents
 };
 
-// Throws Error: usage when engine, form, branches, method and calibration do not go together, input when the
-// source or the calibration is not readable.
+// Throws Error: usage when engine, form, branches, the source's heads, method and calibration do not go
+// together, input when the source or the calibration is not readable.
 ConvertInputs open_inputs(const ConvertOptions& options);
 
 // Throws Error (input) when the calibration was made from another checkpoint.

@@ -20,6 +20,13 @@ namespace relatent {
 enum class Method { lossless, transmla, relatent, weights_only };
 std::string_view method_name(Method method);
 
+// The method that converts: the one that is named, else relatent, which without a calibration becomes
+// weights-only.
+constexpr Method chosen_method(std::optional<Method> named, bool calibrated) {
+  const Method wanted = named.value_or(Method::relatent);
+  return wanted == Method::relatent && !calibrated ? Method::weights_only : wanted;
+}
+
 // Of the methods relatent and weights-only.
 struct RelatentOptions {
   Index rank = 0;                    // of all groups together; a multiple of the groups
@@ -52,7 +59,7 @@ struct RelatentOptions {
 struct ConvertOptions {
   std::filesystem::path source;
   std::filesystem::path output;
-  Method method = Method::lossless;
+  Method method = chosen_method({}, false);
   std::string form = "mla";       // mla, gla, tpla or mlra
   std::optional<Index> branches;  // latents of a partitioned form
   std::optional<Index> key_rank;  // shared key, split value: coordinates that the parts of a group share

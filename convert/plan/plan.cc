@@ -33,6 +33,11 @@ DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) 
   return role == Role::router_bias ? stored : wanted.value_or(stored);
 }
 
+// An index of placement.h, where -1 is none.
+std::optional<Index> known(Index at) {
+  return at >= 0 ? std::optional(at) : std::nullopt;
+}
+
 // The source's tensor `from` as the engine stores it.
 PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& options,
                           const ExpectedTensor& to, const std::string& from) {
@@ -41,8 +46,8 @@ PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& opt
       inputs.engine->stored_dtype(to.role, info.shape, output_dtype(to.role, info.dtype, options.dtype));
   return {{to.name, dtype, info.shape},
           to.role,
-          to.layer_idx,
-          to.part,
+          known(to.layer_idx),
+          known(to.part),
           dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
           from};
 }
@@ -121,17 +126,17 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
     }
   }
   std::uint64_t most = 0;
-  std::optional<Index> attention_done;
+  std::optional<Index> attention_done;  // the layer whose attention is planned
   for (const PlacedTensor& tensor : ordered) {
     if (is_attention(tensor.role)) {
-      if (attention_done < tensor.layer_idx) {
+      if (!attention_done || *attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
         for (const ExpectedTensor& to : attention[static_cast<std::size_t>(*tensor.layer_idx)]) {
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
-              {std::move(spec), to.role, to.layer_idx, to.part, TensorAction::convert, ""});
+              {std::move(spec), to.role, known(to.layer_idx), known(to.part), TensorAction::convert, ""});
         }
         most = std::max(most, values);
       }
@@ -226,12 +231,12 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.rope_dim = shape.qk_rope_head_dim;
   const ModelConfig& config = inputs.source.config();
   const EngineTraits traits = inputs.engine->traits();
-  out.plain_list = out.plain_list || !traits.any_frequencies;
+  out.plain_list = has_plain_list(options, *inputs.engine);
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
   if (config.gqa && !traits.normed_query) {
-    out.q_rank = shape.q_lora_rank;
+    out.q_rank = query_rank(options, inputs);
   }
   if (traits.normed_latent) {
     out.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
@@ -258,6 +263,10 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   const ModelConfig converted =
       engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
   plan.converted_cache_numbers = converted.cache_numbers();
+  plan.source_cache_bytes = static_cast<std::uint64_t>(config.cache_bytes_per_token());
+  plan.converted_cache_bytes =
+      static_cast<std::uint64_t>(plan.converted_cache_numbers * config.num_hidden_layers) *
+      size_of(plan.dtype);
 
   plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);
   return plan;

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "convert/plan/inputs.h"
 #include "convert/plan/options.h"
+#include "convert/plan/size_candidates.h"
 
 namespace relatent {
 
@@ -17,6 +19,13 @@ struct SizeTrial {
   Index rank = 0;
   double nats = 0;
   Index key_rank = 0;  // of partitioned forms: coordinates that the parts share
+};
+
+// Sizes that are left to trials.
+struct OpenSizes {
+  std::vector<CacheSizes> candidates;  // one of which trials will choose
+  bool all_tried = false;              // else as many as the search takes
+  Index step = size_step;              // from one to the next, where not all are tried
 };
 
 enum class TensorAction {
@@ -39,6 +48,7 @@ struct ConvertPlan {
   ConvertOptions options;  // as given, with the sizes that they left open
   LatentShape shape;
   std::vector<SizeTrial> trials;  // what the sizes were chosen from, where they were
+  std::optional<OpenSizes> open;  // of a dry run: what they are to be chosen from; the plan is of one of them
   std::vector<std::string> warnings;
   std::vector<PlannedTensor> tensors;  // in the order in which they are written
   std::vector<std::string> left_out;   // source tensors that have no place in the output, with the reason
@@ -46,6 +56,8 @@ struct ConvertPlan {
   DType dtype = DType::f32;                       // of converted tensors and of the config
   Index source_cache_numbers = 0;                 // per token and layer
   Index converted_cache_numbers = 0;
+  std::uint64_t source_cache_bytes = 0;  // per token, all layers together
+  std::uint64_t converted_cache_bytes = 0;
   std::uint64_t output_bytes = 0;  // of tensors and side files
   std::uint64_t resume_bytes = 0;  // of disk beside it, while the conversion runs
   std::uint64_t layer_bytes = 0;   // of one layer in flight

@@ -12,6 +12,14 @@
 namespace relatent {
 namespace {
 
+// Key/value heads that the query heads of a group read.
+Index heads_read(const Partition& partition, Index group, Index heads, const GqaGeometry& gqa) {
+  const Index per_key = heads / gqa.num_key_value_heads;
+  const Index first = partition.first_head(group, heads) / per_key;
+  const Index last = (partition.first_head(group + 1, heads) - 1) / per_key;
+  return last + 1 - first;
+}
+
 // What the latents of a lossless form hold: the values that each group's heads read.
 void choose_lossless(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
                      LatentShape& shape) {
@@ -24,10 +32,7 @@ void choose_lossless(const ConvertOptions& options, const Partition& partition, 
   shape.qk_rope_head_dim = gqa.num_key_value_heads * gqa.head_dim;
   std::vector<GroupSizes> groups;
   for (Index g = 0; g < partition.groups; ++g) {
-    const Index per_key = shape.heads / gqa.num_key_value_heads;
-    const Index first = partition.first_head(g, shape.heads) / per_key;
-    const Index last = (partition.first_head(g + 1, shape.heads) - 1) / per_key;
-    groups.push_back({0, (last + 1 - first) * gqa.head_dim});
+    groups.push_back({0, heads_read(partition, g, shape.heads, gqa) * gqa.head_dim});
   }
   lay_out(partition, groups, shape);
 }
@@ -108,7 +113,6 @@ void keep_mla(const ConvertOptions& options, const ConvertInputs& inputs, Latent
   shape.qk_nope_head_dim = latent.qk_nope_head_dim;
   shape.qk_rope_head_dim = latent.qk_rope_head_dim;
   shape.v_head_dim = latent.v_head_dim;
-  shape.q_lora_rank = latent.q_lora_rank;
   shape.norm = LatentNorm::branch;
   lay_out(inputs.partition, {{0, latent.kv_lora_rank}}, shape);
 }
@@ -144,7 +148,6 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
   shape.qk_nope_head_dim = latent.qk_nope_head_dim;
   shape.qk_rope_head_dim = latent.qk_rope_head_dim;
   shape.v_head_dim = latent.v_head_dim;
-  shape.q_lora_rank = latent.q_lora_rank;
   const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
   if (options.relatent.order == LatentOrder::shared) {
     shape.norm = LatentNorm::replicated;
@@ -196,7 +199,14 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
                " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
   }
   const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
-  const Index full = (options.method == Method::transmla ? 2 * keys - shape.qk_rope_head_dim : 2 * keys);
+  const Index read = readable_rank(partition, shape.heads, gqa);
+  if (partition.parts > 1 && group.key_rank > read) {
+    fail_usage("--key-rank " + std::to_string(group.key_rank) + " must be at most " + std::to_string(read) +
+               ", all keys and values that the heads of a latent read");
+  }
+  const Index full = options.method == Method::transmla ? 2 * keys - shape.qk_rope_head_dim
+                     : partition.parts > 1              ? 2 * keys
+                                                        : read;
   if (group.rank <= 0 || group.rank > full) {
     const Index found = group.rank * partition.groups;
     fail_usage("--rank " + std::to_string(found) + " must lie between 1 and the full rank " +
@@ -209,9 +219,6 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
         {shape.qk_rope_head_dim,
          options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.qk_rope_head_dim)), options.balance},
         gqa.head_dim);
-  }
-  if (options.q_rank) {
-    shape.q_lora_rank = options.q_rank;
   }
 }
 
@@ -329,19 +336,14 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
 void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, const Engine& engine,
                    LatentShape& shape) {
   const EngineTraits traits = engine.traits();
-  const bool plain = options.relatent.plain_list || !traits.any_frequencies;
-  if (options.method == Method::relatent && config.gqa && plain &&
-      shape.qk_rope_head_dim > config.gqa->head_dim) {
+  const bool plain = (options.method == Method::relatent || options.method == Method::weights_only) &&
+                     has_plain_list(options, engine);
+  if (config.gqa && plain && shape.qk_rope_head_dim > config.gqa->head_dim) {
     fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
                " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
   }
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
-  }
-  if (traits.normed_query) {
-    shape.q_lora_rank = config.hidden_size;
-  } else if (!shape.q_lora_rank && config.gqa) {
-    shape.q_lora_rank = engine.query_rank(config);
   }
   if (options.shape && !traits.normed_latent) {
     shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.kv_lora_rank;
@@ -386,6 +388,29 @@ ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInp
   return out;
 }
 
+std::optional<Index> query_rank(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const ModelConfig& config = inputs.source.config();
+  if (inputs.engine->traits().normed_query) {
+    return config.hidden_size;
+  }
+  if (config.latent) {
+    return config.latent->q_lora_rank;
+  }
+  return options.q_rank ? options.q_rank : inputs.engine->query_rank(config);
+}
+
+bool has_plain_list(const ConvertOptions& options, const Engine& engine) {
+  return options.relatent.plain_list || !engine.traits().any_frequencies;
+}
+
+Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& gqa) {
+  Index least = gqa.num_key_value_heads;
+  for (Index g = 0; g < partition.groups; ++g) {
+    least = std::min(least, heads_read(partition, g, heads, gqa));
+  }
+  return 2 * least * gqa.head_dim;
+}
+
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs) {
   const Model& source = inputs.source;
   const Partition& partition = inputs.partition;
@@ -396,21 +421,18 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
     shape.has_q_bias = shape.has_q_bias || source.has(Role::q_bias, i);
   }
   shape.form = options.form;
-  if (partition.groups > shape.heads) {
-    fail_usage("--branches " + std::to_string(partition.groups) + " is more than the model's " +
-               std::to_string(shape.heads) + " heads");
-  }
   shape.attention_bias = options.method != Method::lossless || shape.has_q_bias ||
                          source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0) ||
                          source.has(Role::o_bias, 0);
   choose_sizes(options, inputs, shape);
-  if (shape.q_lora_rank && config.gqa) {
+  if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
-    if (*shape.q_lora_rank <= 0 || *shape.q_lora_rank > full) {
-      fail_usage("--q-rank " + std::to_string(*shape.q_lora_rank) + " must lie between 1 and the full rank " +
+    if (*options.q_rank <= 0 || *options.q_rank > full) {
+      fail_usage("--q-rank " + std::to_string(*options.q_rank) + " must lie between 1 and the full rank " +
                  std::to_string(full));
     }
   }
+  shape.q_lora_rank = query_rank(options, inputs);
   fit_to_engine(options, config, *inputs.engine, shape);
   return shape;
 }

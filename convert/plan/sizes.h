@@ -1,6 +1,9 @@
 // Sizes of the latents and the rotary key, from options and config.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "convert/latent/lay_out.h"
 #include "convert/model/model.h"
 #include "convert/plan/inputs.h"
@@ -18,6 +21,17 @@ Index budget_numbers(double budget, const ModelConfig& config);
 // kernels have, the frequencies of a fixed base, the rank of a layout that has one size only. Throws Error
 // (usage) when they contradict each other.
 ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs);
+
+// Coordinates of the latent that the queries of every converted layer pass, whatever the other sizes; none =
+// they pass none.
+std::optional<Index> query_rank(const ConvertOptions& options, const ConvertInputs& inputs);
+
+// Whether rotary frequencies lie in a geometric list, each once: asked for, or all that the engine has.
+bool has_plain_list(const ConvertOptions& options, const Engine& engine);
+
+// Keys and values that the heads of a group read, as numbers per token: all that a latent can hold of them.
+// Of the group whose heads read least.
+Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& gqa);
 
 // The shape of every converted layer. Throws Error (usage) naming the option that does not fit.
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs);

@@ -166,6 +166,13 @@ ConvertPlan plan_conversion(const ConvertOptions& options, const ConvertInputs& 
   return out;
 }
 
+ConvertPlan plan_without_trials(const ConvertOptions& options, const ConvertInputs& inputs) {
+  SizeChoice choice = assume_sizes(completed(options, inputs), inputs);
+  ConvertPlan out = make_plan(choice.options, inputs);
+  out.open = std::move(choice.open);
+  return out;
+}
+
 ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work,
                       const LayerProgress& progress) {
   const auto start = std::chrono::steady_clock::now();

@@ -47,6 +47,11 @@ std::unique_ptr<WorkFolder> claim_output(const ConvertOptions& options, const Co
 ConvertPlan plan_conversion(const ConvertOptions& options, const ConvertInputs& inputs,
                             WorkFolder* work = nullptr, const SizeSearch::Watch& watch = {});
 
+// The plan of a dry run, from options, configs and headers: no weight is read and no size is tried. Where
+// sizes are left to trials, ConvertPlan::open says which, and the plan is of the candidate in the middle or
+// of the one that would be tried first. Throws Error as above.
+ConvertPlan plan_without_trials(const ConvertOptions& options, const ConvertInputs& inputs);
+
 // Converts and writes, once. The output folder appears under its name only when it is complete; on an error
 // nothing is left, except for what --resume can go on from when the machine is to blame. Throws Error: input
 // when the calibration belongs to another model or a weight is not finite, machine when writing fails.

@@ -1,7 +1,10 @@
 #include "convert/run/size_choice.h"
 
+#include <optional>
 #include <sstream>
+#include <utility>
 
+#include "convert/plan/size_candidates.h"
 #include "convert/plan/sizes.h"
 #include "formats/error.h"
 
@@ -23,27 +26,72 @@ std::vector<SizeTrial> recorded_trials(const WorkFolder* work) {
   return out;
 }
 
+// What the options leave to trials.
+enum class Sought {
+  rotary,    // of a cache of so many numbers
+  split,     // of the numbers on each device
+  smallest,  // cache that loses no more than so many nats
+};
+
+std::optional<Sought> sought(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const ModelConfig& config = inputs.source.config();
+  const bool whole = inputs.partition.whole();
+  if (options.max_nats && !whole) {
+    fail_usage("--kv-budget auto belongs to --to mla; for " + options.form + " give --per-device");
+  }
+  if (options.method != Method::relatent || options.relatent.order != LatentOrder::shared) {
+    return std::nullopt;
+  }
+  if (!whole) {
+    const bool open = options.per_device && ((config.gqa && !options.rope_dim) ||
+                                             (inputs.partition.parts > 1 && !options.key_rank));
+    return open ? std::optional(Sought::split) : std::nullopt;
+  }
+  if (!config.gqa) {
+    return std::nullopt;  // refused where sizes are chosen
+  }
+  if (options.max_nats) {
+    if (options.kv_budget || options.rank || options.rope_dim) {
+      fail_usage("--max-nats chooses the sizes: leave out --rank and --rope-dim, and give --kv-budget auto");
+    }
+    return Sought::smallest;
+  }
+  return options.kv_budget && !options.rope_dim && !options.rank ? std::optional(Sought::rotary)
+                                                                 : std::nullopt;
+}
+
+// The numbers that a budget leaves for the latent and the rotary key.
+Index budgeted(const ConvertOptions& options, const ModelConfig& config) {
+  const Index total = budget_numbers(*options.kv_budget, config) / size_step * size_step;
+  if (total < 2 * size_step) {
+    fail_usage("--kv-budget leaves less than " + std::to_string(2 * size_step) +
+               " numbers: give --rope-dim and --rank for a cache that small");
+  }
+  return total;
+}
+
+ConvertOptions with_sizes(const ConvertOptions& options, const ConvertInputs& inputs,
+                          const CacheSizes& sizes) {
+  ConvertOptions out = options;
+  out.rope_dim = sizes.rope_dim;
+  if (inputs.partition.whole()) {
+    out.rank = sizes.rank;
+    out.kv_budget.reset();
+  } else if (inputs.partition.parts > 1) {
+    out.key_rank = sizes.key_rank;
+  }
+  return out;
+}
+
 }  // namespace
 
 SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
                                   WorkFolder* work, const SizeSearch::Watch& watch) {
-  const ModelConfig& config = inputs.source.config();
   SizeChoice out;
   out.options = options;
-  const bool shared = options.relatent.order == LatentOrder::shared;
-  const bool wants_rotary =
-      inputs.partition.whole() && options.kv_budget && !options.rope_dim && !options.rank;
-  const bool wants_split =
-      shared && !inputs.partition.whole() && options.per_device &&
-      ((config.gqa && !options.rope_dim) || (inputs.partition.parts > 1 && !options.key_rank));
-  if (options.max_nats && !inputs.partition.whole()) {
-    fail_usage("--kv-budget auto belongs to --to mla; for " + options.form + " give --per-device");
-  }
-  if (options.method != Method::relatent || !(wants_rotary || wants_split || options.max_nats)) {
+  const std::optional<Sought> what = sought(options, inputs);
+  if (!what) {
     return out;
-  }
-  if (options.max_nats && (options.kv_budget || options.rank || options.rope_dim)) {
-    fail_usage("--max-nats chooses the sizes: leave out --rank and --rope-dim, and give --kv-budget auto");
   }
   check_calibration(inputs);
   SizeSearch search(
@@ -60,33 +108,58 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
       });
   search.take_over(recorded_trials(work));
   SizeTrial chosen;
-  if (wants_split) {
-    const std::optional<Index> rotary = config.latent ? config.latent->qk_rope_head_dim : options.rope_dim;
-    chosen = search.split_for(*options.per_device, rotary, options.key_rank);
-    out.options.rope_dim = chosen.rope_dim;
-    if (inputs.partition.parts > 1) {
-      out.options.key_rank = chosen.key_rank;
-    }
-    out.trials = search.trials();
+  switch (*what) {
+    case Sought::rotary:
+      chosen = search.rotary_for(budgeted(options, inputs.source.config()));
+      break;
+    case Sought::split:
+      chosen = search.split_for(DeviceSplit(options, inputs));
+      break;
+    case Sought::smallest:
+      chosen = search.smallest_within(*options.max_nats);
+      if (!(chosen.nats <= *options.max_nats)) {
+        out.warnings.emplace_back("no cache below the source's stays within the nats asked for");
+      }
+      break;
+  }
+  out.options = with_sizes(options, inputs, {chosen.rope_dim, chosen.rank, chosen.key_rank});
+  out.trials = search.trials();
+  return out;
+}
+
+SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {
+  SizeChoice out;
+  out.options = options;
+  const std::optional<Sought> what = sought(options, inputs);
+  if (!what) {
     return out;
   }
-  if (options.max_nats) {
-    chosen = search.smallest_within(*options.max_nats);
-    if (!(chosen.nats <= *options.max_nats)) {
-      out.warnings.emplace_back("no cache below the source's stays within the nats asked for");
-    }
+  check_trial_sequences(fit_sequences(options, inputs));
+  const ModelConfig& config = inputs.source.config();
+  const bool plain = has_plain_list(options, *inputs.engine);
+  OpenSizes open;
+  CacheSizes assumed;
+  if (what == Sought::rotary) {
+    const Index total = budgeted(options, config);
+    open.all_tried = true;
+    open.candidates = rotary_candidates(*config.gqa, plain, total);
+    assumed = middle_candidate(*config.gqa, plain, total);
+  } else if (what == Sought::split) {
+    const DeviceSplit split(options, inputs);
+    open.step = split.step();
+    open.candidates = split.reachable();
+    assumed = split.first();
   } else {
-    const Index total = budget_numbers(*options.kv_budget, config) / size_step * size_step;
-    if (total < 2 * size_step) {
-      fail_usage("--kv-budget leaves less than " + std::to_string(2 * size_step) +
-                 " numbers: give --rope-dim and --rank for a cache that small");
+    const CacheBisection range(*config.gqa);
+    for (const Index total : range.reachable()) {
+      open.candidates.push_back(middle_candidate(*config.gqa, plain, total));
     }
-    chosen = search.rotary_for(total);
-    out.options.kv_budget.reset();
+    assumed = middle_candidate(*config.gqa, plain, range.over() ? range.whole() : range.next());
   }
-  out.options.rope_dim = chosen.rope_dim;
-  out.options.rank = chosen.rank;
-  out.trials = search.trials();
+  out.options = with_sizes(options, inputs, assumed);
+  if (open.candidates.size() > 1) {
+    out.open = std::move(open);
+  }
   return out;
 }
 

@@ -1,6 +1,7 @@
 // Sizes that the options leave open, chosen by what they lose on held-out calibration tokens.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,7 @@ namespace relatent {
 struct SizeChoice {
   ConvertOptions options;         // with the sizes
   std::vector<SizeTrial> trials;  // none where nothing was to be chosen
+  std::optional<OpenSizes> open;  // without trials: what they would choose from; none = nothing
   std::vector<std::string> warnings;
 };
 
@@ -20,5 +22,9 @@ struct SizeChoice {
 // there are not made again. Throws Error (usage) when options contradict each other.
 SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
                                   WorkFolder* work, const SizeSearch::Watch& watch);
+
+// Without any trial, from headers alone: the candidate in the middle where all of them would be tried, else
+// the one that would be tried first. Throws Error (usage) as above.
+SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inputs);
 
 }  // namespace relatent

@@ -8,21 +8,17 @@
 namespace relatent {
 namespace {
 
-constexpr std::array<TopkMethod, 3> topk_methods = {TopkMethod::greedy, TopkMethod::group_limited_greedy,
-                                                    TopkMethod::noaux_tc};
-
 TopkMethod parse_topk_method(const ConfigReader& in, const ExpertDefaults& defaults) {
   if (!in.has("topk_method") && defaults.topk_method) {
     return *defaults.topk_method;
   }
   const std::string found = in.text("topk_method");
   std::string allowed;
-  for (const TopkMethod method : topk_methods) {
+  for (const auto& [method, name] : topk_methods) {
     const bool sigmoid = method == TopkMethod::noaux_tc;
     if ((sigmoid && defaults.softmax_only) || (!sigmoid && defaults.sigmoid_only)) {
       continue;
     }
-    const std::string_view name = topk_method_name(method);
     if (found == name) {
       return method;
     }

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "convert/compute/cpu/products.h"
 #include "tests/support/samples.h"
@@ -202,6 +204,21 @@ TEST(MomentRef, ADiagonalGivesWhatItsMatrixGives) {
   const MatrixD second = second_moment(map, one);
   EXPECT_LE(relative_error(second, second_moment(map, other)), 16 * kEpsilon);
   EXPECT_TRUE(second == second.transpose());
+}
+
+// It would be read after the temporary is gone.
+TEST(MomentRef, NothingRefersToATemporary) {
+  EXPECT_TRUE((std::is_constructible_v<MomentRef, const MatrixD&>));
+  EXPECT_TRUE((std::is_constructible_v<MomentRef, VectorD&>));
+  EXPECT_FALSE((std::is_constructible_v<MomentRef, MatrixD>));
+  EXPECT_FALSE((std::is_constructible_v<MomentRef, const VectorD>));
+  using Sum = decltype(std::declval<const MatrixD&>() + std::declval<const MatrixD&>());
+  EXPECT_FALSE((std::is_constructible_v<MomentRef, Sum>));
+  const auto refer = [](auto&& moments) -> decltype(std::forward<decltype(moments)>(moments).input()) {
+    return moments.input();
+  };
+  EXPECT_TRUE((std::is_invocable_v<decltype(refer), const Moments&>));
+  EXPECT_FALSE((std::is_invocable_v<decltype(refer), Moments>));
 }
 
 }  // namespace

@@ -367,9 +367,9 @@ Json experts_config(TopkMethod method) {
 }
 
 TEST(Config, ReadsExperts) {
-  for (const TopkMethod method :
-       {TopkMethod::greedy, TopkMethod::group_limited_greedy, TopkMethod::noaux_tc}) {
+  for (const auto& [method, name] : topk_methods) {
     const bool sigmoid = method == TopkMethod::noaux_tc;
+    EXPECT_EQ(topk_method_name(method), name);
     Json config = experts_config(method);
     config["scoring_func"] = sigmoid ? "sigmoid" : "softmax";
     const ModelConfig found = parse(config);

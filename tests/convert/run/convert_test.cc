@@ -55,6 +55,7 @@ class Convert : public testing::Test {
     ConvertOptions options;
     options.source = source();
     options.output = output();
+    options.method = Method::lossless;
     return options;
   }
   ConvertOptions write(const TinyOptions& options) { return write(tiny_model(options)); }
@@ -98,6 +99,18 @@ TEST_F(Convert, MethodsHaveNames) {
   EXPECT_EQ(method_name(Method::lossless), "lossless");
   EXPECT_EQ(method_name(Method::transmla), "transmla");
   EXPECT_EQ(method_name(Method::weights_only), "weights-only");
+}
+
+TEST_F(Convert, MethodsThatNobodyNames) {
+  EXPECT_EQ(chosen_method({}, true), Method::relatent);
+  EXPECT_EQ(chosen_method({}, false), Method::weights_only);
+  EXPECT_EQ(chosen_method(Method::relatent, false), Method::weights_only);
+  for (const bool calibrated : {true, false}) {
+    EXPECT_EQ(chosen_method(Method::lossless, calibrated), Method::lossless);
+    EXPECT_EQ(chosen_method(Method::transmla, calibrated), Method::transmla);
+    EXPECT_EQ(chosen_method(Method::weights_only, calibrated), Method::weights_only);
+  }
+  EXPECT_EQ(ConvertOptions{}.method, Method::weights_only);
 }
 
 TEST_F(Convert, LosslessLosesNothing) {
@@ -381,6 +394,7 @@ TEST_F(Convert, EmbeddingFirstThenLayersInOrder) {
   const Conversion conversion(write(TinyOptions{}));
   const auto& tensors = conversion.plan().tensors;
   EXPECT_EQ(tensors.front().spec.name, "model.embed_tokens.weight");
+  EXPECT_FALSE(tensors.front().layer_idx);
   Index before = -1;
   for (const PlannedTensor& tensor : tensors) {
     const std::size_t at = tensor.spec.name.find(".layers.");
@@ -800,6 +814,24 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
   EXPECT_EQ(Conversion(options).plan().shape.q_lora_rank, 63);
 }
 
+// As the query is written.
+TEST_F(Convert, TrialsCompressTheQuery) {
+  ConvertOptions options = to_gla(write(TinyOptions{.hidden = 72, .heads = 8}));
+  options.calibration = calibrated();
+  options.per_device = 14;
+  const Conversion gla(options);
+  ASSERT_EQ(gla.plan().shape.q_lora_rank, 63);
+  ASSERT_EQ(gla.plan().trials.size(), 1U);
+  // The same sizes and rotary list in a layout whose query stays as it is.
+  options.engine = "relatent";
+  options.relatent.plain_list = true;
+  const Conversion whole(options);
+  ASSERT_EQ(whole.plan().shape.q_lora_rank, std::nullopt);
+  ASSERT_EQ(whole.plan().trials.size(), 1U);
+  EXPECT_EQ(whole.plan().trials.front().rank, gla.plan().trials.front().rank);
+  EXPECT_NE(whole.plan().trials.front().nats, gla.plan().trials.front().nats);
+}
+
 TEST_F(Convert, WritesTheAuthorsLayouts) {
   TinyModel model = tied_source();
   model.config["rms_norm_eps"] = 1e-6;
@@ -853,6 +885,18 @@ TEST_F(Convert, GainsWithoutAReciprocalAreRefused) {
     expect_error(ErrorKind::input, {name, "reciprocal", "gains that are not 0"}, [&] { run(options); });
     expect_nothing_left();
   }
+}
+
+// An MLA source of one latent stays what it is, and there is nothing to try.
+TEST_F(Convert, BudgetsOfAnMlaSourceAreRefused) {
+  ConvertOptions options = write(testing_support::tiny_latent_model());
+  options.method = Method::relatent;
+  options.calibration = calibrated();
+  options.kv_budget = 0.5;
+  expect_error(ErrorKind::usage, {"the source is MLA already"}, [&] { Conversion{options}; });
+  options.kv_budget.reset();
+  options.max_nats = 0.1;
+  expect_error(ErrorKind::usage, {"the source is MLA already"}, [&] { Conversion{options}; });
 }
 
 TEST_F(Convert, SourcesThatHaveNoPlaceInTheTarget) {
@@ -1110,6 +1154,7 @@ TEST_F(Convert, WeightsThatAreNotNumbersLeaveNothingBehind) {
 
 TEST_F(Convert, TrainedExampleKeepsItsPredictions) {
   ConvertOptions options;
+  options.method = Method::lossless;
   options.source = RELATENT_EXAMPLES "/llama-3m";
   options.output = output();
   options.dtype = DType::f32;
