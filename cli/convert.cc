@@ -209,11 +209,11 @@ int run(const Options& options) {
   if (!options.quiet) {
     std::fprintf(
         stderr,
-        "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
+        "converted by %s: rotary %td + latent %td%s, cache %td of %td elements per token and layer, %.1f s, "
         "peak memory %s: %s\n",
         std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
-        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
-        plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
+        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_elements,
+        plan.source_cache_elements, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
         plan.options.output.c_str());
     std::fprintf(stderr, "%s\n",
                  report.measured ? in_words(*report.measured).c_str()
@@ -247,7 +247,7 @@ void add_convert(CLI::App& app, Command& chosen) {
       ->check(CLI::Range(2, 1024));
   command->add_option(
       "--per-device", convert.per_device,
-      "gla, tpla, mlra: numbers per token and layer in the cache of each device, one device for "
+      "gla, tpla, mlra: elements per token and layer in the cache of each device, one device for "
       "each latent");
   command->add_option("--key-rank", convert.key_rank,
                       "tpla, mlra: latent coordinates that all parts share and scores read");

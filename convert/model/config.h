@@ -94,11 +94,11 @@ struct ModelConfig {
   Index prediction_layers = 0;
 
   bool has_experts(Index layer_idx) const { return experts && layer_idx >= experts->first_layer; }
-  // Numbers kept per token and layer: 2 K d for GQA, r + p for latents.
-  Index cache_numbers() const;
+  // Elements kept per token and layer: 2 K d for GQA, r + p for latents.
+  Index cache_elements() const;
   // Cache bytes per token over all layers, at the config's dtype.
   Index cache_bytes_per_token() const {
-    return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype));
+    return cache_elements() * num_hidden_layers * static_cast<Index>(size_of(dtype));
   }
   // The same on that one of tp tensor-parallel devices that holds most; nothing when tp devices cannot share
   // the attention (devices.h). GQA splits (and then repeats) its heads.

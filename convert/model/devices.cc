@@ -22,7 +22,7 @@ std::vector<Index> order_of(const LatentSizes& latent) {
 
 }  // namespace
 
-Index DeviceShare::cache_numbers(const LatentSizes& latent) const {
+Index DeviceShare::cache_elements(const LatentSizes& latent) const {
   Index out = latent.qk_rope_head_dim;
   for (const Index s : shared) {
     out += latent.shared_ranks[static_cast<std::size_t>(s)];

@@ -23,8 +23,8 @@ struct DeviceShare {
   std::vector<BranchShare> branches;
   std::vector<Index> shared;
 
-  // Numbers per token and layer in its cache.
-  Index cache_numbers(const LatentSizes& latent) const;
+  // Elements per token and layer in its cache.
+  Index cache_elements(const LatentSizes& latent) const;
 };
 
 // Why tp devices cannot share the layer, as a clause; empty when they can. Up to as many devices as there are

@@ -47,8 +47,8 @@ struct LatentSizes {
   LatentNorm norm = LatentNorm::none;
   Index norm_rank = 0;  // rows of a replicated norm
 
-  // Numbers kept per token and layer: r + p.
-  Index cache_numbers() const { return kv_lora_rank + qk_rope_head_dim; }
+  // Elements kept per token and layer: r + p.
+  Index cache_elements() const { return kv_lora_rank + qk_rope_head_dim; }
 };
 
 // What can be said of a converted layer before any weight is read. kv_lora_rank is without what an engine

@@ -259,13 +259,13 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   }
   const ModelConfig& config = source.config();
   plan.dtype = options.dtype.value_or(source.checkpoint().info(source.name_of(Role::o_weight, 0)).dtype);
-  plan.source_cache_numbers = config.cache_numbers();
+  plan.source_cache_elements = config.cache_elements();
   const ModelConfig converted =
       engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
-  plan.converted_cache_numbers = converted.cache_numbers();
+  plan.converted_cache_elements = converted.cache_elements();
   plan.source_cache_bytes = static_cast<std::uint64_t>(config.cache_bytes_per_token());
   plan.converted_cache_bytes =
-      static_cast<std::uint64_t>(plan.converted_cache_numbers * config.num_hidden_layers) *
+      static_cast<std::uint64_t>(plan.converted_cache_elements * config.num_hidden_layers) *
       size_of(plan.dtype);
 
   plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);

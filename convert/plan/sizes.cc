@@ -78,7 +78,7 @@ GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inpu
     out.rank = out.key_rank + partition.parts * own;
     return out;
   }
-  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, config) - rope_dim;
+  const Index total = options.rank ? *options.rank : budget_elements(*options.kv_budget, config) - rope_dim;
   if (!options.rank && total <= 0) {
     fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim));
   }
@@ -253,10 +253,10 @@ std::optional<CacheShape> default_shape(const ConvertOptions& options, const Mod
     return std::nullopt;
   }
   const Index numbers =
-      options.kv_budget ? budget_numbers(*options.kv_budget, config) : config.cache_numbers() - 1;
+      options.kv_budget ? budget_elements(*options.kv_budget, config) : config.cache_elements() - 1;
   for (const CacheShape& shape : served_shapes) {
-    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.numbers();
-    if (shape.numbers() <= numbers && near &&
+    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.cache_elements();
+    if (shape.cache_elements() <= numbers && near &&
         shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
       return shape;
     }
@@ -318,7 +318,7 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
     const Index full = 2 * keys - (options.method == Method::transmla ? shape.rotary : 0);
     options.rank = std::min(room, full);
     if (options.kv_budget) {
-      options.rank = std::min(*options.rank, budget_numbers(*options.kv_budget, config) - shape.rotary);
+      options.rank = std::min(*options.rank, budget_elements(*options.kv_budget, config) - shape.rotary);
       if (*options.rank < 1) {
         fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " +
                    std::to_string(shape.rotary));
@@ -366,11 +366,11 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
 
 }  // namespace
 
-Index budget_numbers(double budget, const ModelConfig& config) {
+Index budget_elements(double budget, const ModelConfig& config) {
   if (!(budget > 0 && budget <= 1)) {
     fail_usage("--kv-budget must lie above 0 and at most at 1");
   }
-  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_numbers())));
+  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_elements())));
 }
 
 ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {

@@ -71,7 +71,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
   DeviceVerification out;
   out.tp = tp;
   for (const DeviceShare& share : shares) {
-    out.cache_bytes_per_token.push_back(share.cache_numbers(*config.latent) * config.num_hidden_layers *
+    out.cache_bytes_per_token.push_back(share.cache_elements(*config.latent) * config.num_hidden_layers *
                                         static_cast<Index>(size_of(config.dtype)));
   }
   Stream whole(converted, sequences);

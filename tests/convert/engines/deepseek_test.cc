@@ -132,7 +132,7 @@ TEST(Deepseek, ReadsBackAsWritten) {
   EXPECT_EQ(config.at("rope_theta"), 10000.0);
 
   const Model after = Model::open(temp / "out");
-  EXPECT_EQ(after.config().cache_numbers(), 9 + 3 + 8);
+  EXPECT_EQ(after.config().cache_elements(), 9 + 3 + 8);
   const MatrixF x = testing_support::sample_inputs(random, 20, kHidden);
   EXPECT_LE(
       relative_error(testing_support::output_of(after.attention(0), x), testing_support::output_of(layer, x)),

@@ -58,7 +58,7 @@ TEST(GlaEngine, WhatIsWrittenComputesTheSame) {
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().family->name, "gla");
-    EXPECT_EQ(model.config().cache_numbers(), 4 * 8 + 6);
+    EXPECT_EQ(model.config().cache_elements(), 4 * 8 + 6);
     for (Index i = 0; i < 2; ++i) {
       EXPECT_LE(relative_error(output_of(model.attention(i), x), output_by_the_book(layer, x)), kFloatNoise);
     }

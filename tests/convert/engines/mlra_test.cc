@@ -54,7 +54,7 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().family->name, "mlra");
-    EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
+    EXPECT_EQ(model.config().cache_elements(), layer.total_rank() + layer.rope_dim);
     EXPECT_TRUE(model.config().tie_word_embeddings);
     for (Index i = 0; i < 2; ++i) {
       EXPECT_LE(relative_error(output_of(model.attention(i), x), output_by_the_book(layer, x)), kFloatNoise);

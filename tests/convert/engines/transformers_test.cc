@@ -203,7 +203,7 @@ TEST(TransformersEngine, WhatIsWrittenReadsBackAsTheLayer) {
             relative_error(product(output_projection(back), attention_forward(back, x, table)), expected),
             test.tolerance);
       }
-      EXPECT_EQ(model.config().cache_numbers(),
+      EXPECT_EQ(model.config().cache_elements(),
                 shape_of(sample).kv_lora_rank + 1 + shape_of(sample).qk_rope_head_dim);
     }
   }
@@ -262,7 +262,7 @@ TEST(TransformersEngine, ShapesOfTheTensors) {
   expected["q_b_proj.weight"] = {66, 8};
   EXPECT_EQ(shapes({.name = "", .q_bias = true, .q_rank = 7}), expected);
   EXPECT_EQ(
-      engine->written_config(source_config, source, shape_of({.name = ""}), DType::bf16).cache_numbers(),
+      engine->written_config(source_config, source, shape_of({.name = ""}), DType::bf16).cache_elements(),
       9 + 1 + 6);
 }
 

@@ -106,7 +106,7 @@ TEST(Walk, PlannedIsWrittenIsPlaced) {
           EXPECT_EQ(after.checkpoint().info(tensor.name).dtype, plan.spec.dtype) << tensor.name;
         }
         EXPECT_EQ(after.config().family->name, make_engine(engine, form->name)->family());
-        EXPECT_EQ(after.config().cache_numbers(), conversion->plan().converted_cache_numbers);
+        EXPECT_EQ(after.config().cache_elements(), conversion->plan().converted_cache_elements);
         ++converted[engine];
       }
     }

@@ -60,7 +60,7 @@ TEST(Config, ReadsGroupedQueryModels) {
     EXPECT_FALSE(found.latent);
     EXPECT_EQ(found.gqa->num_key_value_heads, 2);
     EXPECT_EQ(found.gqa->head_dim, 8);
-    EXPECT_EQ(found.cache_numbers(), 2 * 2 * 8);
+    EXPECT_EQ(found.cache_elements(), 2 * 2 * 8);
     EXPECT_EQ(found.cache_bytes_per_token(), 2 * 2 * 8 * 3 * 2);
     // Two heads on one device, one on each of two, and copies beyond.
     EXPECT_EQ(found.cache_bytes_per_token_on_device(1), 192);
@@ -88,7 +88,7 @@ TEST(Config, ReadsLatentModels) {
   EXPECT_TRUE(found.latent->rope_interleave);
   EXPECT_FLOAT_EQ(score_factor(found), 1);
   EXPECT_EQ(found.rotary.inv_freq.size(), 3U);
-  EXPECT_EQ(found.cache_numbers(), 17);
+  EXPECT_EQ(found.cache_elements(), 17);
   EXPECT_EQ(found.cache_bytes_per_token(), 17 * 3 * 4);
   // Every device holds the one latent; more devices than heads divide by cannot share the layer.
   EXPECT_EQ(found.cache_bytes_per_token_on_device(2), 17 * 3 * 4);

@@ -80,7 +80,7 @@ void expect_shares(const LatentGeometry& latent, const std::vector<DeviceShare>&
   for (std::size_t i = 0; i < found.size(); ++i) {
     SCOPED_TRACE(std::to_string(i) + " of " + std::to_string(found.size()));
     expect_share(found[i], expected[i]);
-    EXPECT_EQ(found[i].cache_numbers(latent), numbers[i]);
+    EXPECT_EQ(found[i].cache_elements(latent), numbers[i]);
   }
 }
 
@@ -175,7 +175,7 @@ TEST(PartOf, DevicesAddUpToTheLayer) {
       for (std::size_t i = 0; i < shares.size(); ++i) {
         const LatentAttention part = part_of(whole, shares[i], i == 0);
         EXPECT_EQ(part.heads, shares[i].head_count);
-        EXPECT_EQ(part.total_rank() + part.rope_dim, shares[i].cache_numbers(geometry));
+        EXPECT_EQ(part.total_rank() + part.rope_dim, shares[i].cache_elements(geometry));
         // A layer of its own, as the book reads it.
         EXPECT_LE(relative_error(output_of(part, x), output_by_the_book(part, x)), kFloatNoise);
         sum += output_of(part, x).cast<double>();

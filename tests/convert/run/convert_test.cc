@@ -326,8 +326,8 @@ TEST_F(Convert, PlanIsWhatIsWritten) {
     EXPECT_EQ(plan.shape.qk_rope_head_dim, 16);
     EXPECT_EQ(plan.shape.qk_nope_head_dim, 0);
     EXPECT_TRUE(plan.shape.has_q_bias);
-    EXPECT_EQ(plan.source_cache_numbers, 32);
-    EXPECT_EQ(plan.converted_cache_numbers, 33);
+    EXPECT_EQ(plan.source_cache_elements, 32);
+    EXPECT_EQ(plan.converted_cache_elements, 33);
     EXPECT_GT(plan.memory_bytes, 0U);
     ASSERT_EQ(plan.left_out.size(), 2U);
     std::vector<std::string> left_out = plan.left_out;
@@ -571,7 +571,7 @@ TEST_F(Convert, ShapesAreFilledUp) {
     EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 32);
     options.kv_budget = 0.75;
     EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 16);
-    EXPECT_EQ(Conversion(options).plan().converted_cache_numbers, 56);
+    EXPECT_EQ(Conversion(options).plan().converted_cache_elements, 56);
   }
   ConvertOptions options = source;
   options.calibration = moments;
@@ -612,14 +612,14 @@ TEST_F(Convert, ShapesOfKernelsAreTheDefault) {
   ConvertOptions options = write(TinyOptions{.heads = 6, .kv_heads = 6, .head_dim = 64});
   options.method = Method::weights_only;
   const auto planned = [&] { return Conversion(options).plan(); };
-  EXPECT_EQ(planned().converted_cache_numbers, 576);
+  EXPECT_EQ(planned().converted_cache_elements, 576);
   EXPECT_EQ(planned().shape.kv_lora_rank, 511);
   EXPECT_TRUE(planned().warnings.empty());
   // A budget that comes near one; one that does not.
   options.kv_budget = 0.78;
-  EXPECT_EQ(planned().converted_cache_numbers, 576);
+  EXPECT_EQ(planned().converted_cache_elements, 576);
   options.kv_budget = 0.42;
-  EXPECT_EQ(planned().converted_cache_numbers, 320);
+  EXPECT_EQ(planned().converted_cache_elements, 320);
   options.kv_budget = 0.6;
   EXPECT_EQ(planned().shape.dead_coordinates, 0);
   options.kv_budget.reset();
@@ -774,7 +774,7 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
     EXPECT_EQ(plan.shape.norm_coordinates, 4);
     // Six shared and six own coordinates beside a rotary key of eight.
     EXPECT_EQ(plan.shape.kv_lora_rank, 2 * (6 + 2 * 6));
-    EXPECT_EQ(plan.converted_cache_numbers, 4 * (12 + 4) + 8);
+    EXPECT_EQ(plan.converted_cache_elements, 4 * (12 + 4) + 8);
     std::set<std::string> names;
     for (const PlannedTensor& tensor : plan.tensors) {
       names.insert(tensor.spec.name);
@@ -801,14 +801,14 @@ TEST_F(Convert, PlansForTheAuthorsLayouts) {
     EXPECT_EQ(plan.shape.kv_lora_rank, 30);
     EXPECT_EQ(plan.shape.qk_rope_head_dim, 8);
     EXPECT_EQ(plan.shape.q_lora_rank, std::nullopt);
-    EXPECT_EQ(plan.converted_cache_numbers, 4 * 8 + 8);
+    EXPECT_EQ(plan.converted_cache_elements, 4 * 8 + 8);
     EXPECT_EQ(plan.tensors.back().spec.name, "lm_head.weight");
     EXPECT_EQ(plan.tensors.back().source, "model.embed_tokens.weight");
   }
   options.rank = 12;
   options.rope_dim = 4;
   EXPECT_EQ(Conversion(options).plan().shape.kv_lora_rank, 12);
-  EXPECT_EQ(Conversion(options).plan().converted_cache_numbers, 4 * 8 + 4);
+  EXPECT_EQ(Conversion(options).plan().converted_cache_elements, 4 * 8 + 4);
   options = to_gla(write(TinyOptions{.hidden = 72, .heads = 8}));
   options.calibration = calibrated();
   EXPECT_EQ(Conversion(options).plan().shape.q_lora_rank, 63);
@@ -844,7 +844,7 @@ TEST_F(Convert, WritesTheAuthorsLayouts) {
     run(options);
     const Model converted = Model::open(output());
     EXPECT_EQ(converted.tensors().size(), plan.tensors.size());
-    EXPECT_EQ(converted.config().cache_numbers(), plan.converted_cache_numbers);
+    EXPECT_EQ(converted.config().cache_elements(), plan.converted_cache_elements);
     for (const PlannedTensor& tensor : plan.tensors) {
       EXPECT_EQ(converted.checkpoint().info(tensor.spec.name).shape, tensor.spec.shape) << tensor.spec.name;
     }

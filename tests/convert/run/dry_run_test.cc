@@ -93,7 +93,7 @@ TEST_F(DryRun, ABudgetSaysWhatWillBeTried) {
   ASSERT_EQ(plan.open->candidates.size(), 2U);
   EXPECT_EQ(plan.shape.qk_rope_head_dim, 32);
   EXPECT_EQ(plan.shape.qk_rope_head_dim + plan.shape.kv_lora_rank, 64);
-  EXPECT_EQ(plan.converted_cache_numbers, 65);
+  EXPECT_EQ(plan.converted_cache_elements, 65);
   EXPECT_EQ(plan.source_cache_bytes, 128U * 3 * 4);
   EXPECT_EQ(plan.converted_cache_bytes, 65U * 3 * 4);
   EXPECT_GT(plan.memory_bytes, 0U);
