@@ -67,8 +67,8 @@ std::vector<Target> targets_of(const ModelConfig& config) {
     if (config.gqa && shape.cache_elements() < config.cache_elements() &&
         shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
       const std::string name = "MLA " + std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
-      out.push_back(
-          {name_with_part(name, shape.cache_elements(), config), &mla_form(), 1, shape.rotary, shape.cache_elements()});
+      out.push_back({name_with_part(name, shape.cache_elements(), config), &mla_form(), 1, shape.rotary,
+                     shape.cache_elements()});
     }
   }
   for (const Form* form : forms()) {

@@ -156,8 +156,8 @@ void print_sizes(const ConvertPlan& plan) {
     std::printf("  to be tried: %s\n", words.tried.c_str());
     std::printf("  planned here: %s\n", words.planned.c_str());
   }
-  std::printf("cache per token and layer: %td elements, source %td (%.1f %%)\n", plan.converted_cache_elements,
-              plan.source_cache_elements,
+  std::printf("cache per token and layer: %td elements, source %td (%.1f %%)\n",
+              plan.converted_cache_elements, plan.source_cache_elements,
               100.0 * static_cast<double>(plan.converted_cache_elements) /
                   static_cast<double>(plan.source_cache_elements));
   std::printf("cache per token: %llu bytes, source %llu\n",
@@ -203,7 +203,7 @@ nlohmann::ordered_json plan_json(const ConvertPlan& plan) {
   out["kv_rank"] = plan.shape.kv_lora_rank;
   out["rope_dim"] = plan.shape.qk_rope_head_dim;
   out["cache_elements_per_token_and_layer"] = {{"source", plan.source_cache_elements},
-                                              {"converted", plan.converted_cache_elements}};
+                                               {"converted", plan.converted_cache_elements}};
   out["cache_bytes_per_token"] = {{"source", plan.source_cache_bytes},
                                   {"converted", plan.converted_cache_bytes}};
   out["open_sizes"] = plan.open ? open_json(plan) : Json(nullptr);

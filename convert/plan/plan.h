@@ -54,7 +54,7 @@ struct ConvertPlan {
   std::vector<std::string> left_out;   // source tensors that have no place in the output, with the reason
   std::vector<std::filesystem::path> side_files;  // copied as they are
   DType dtype = DType::f32;                       // of converted tensors and of the config
-  Index source_cache_elements = 0;                 // per token and layer
+  Index source_cache_elements = 0;                // per token and layer
   Index converted_cache_elements = 0;
   std::uint64_t source_cache_bytes = 0;  // per token, all layers together
   std::uint64_t converted_cache_bytes = 0;
