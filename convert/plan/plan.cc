@@ -33,11 +33,6 @@ DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) 
   return role == Role::router_bias ? stored : wanted.value_or(stored);
 }
 
-// An index of placement.h, where -1 is none.
-std::optional<Index> known(Index at) {
-  return at >= 0 ? std::optional(at) : std::nullopt;
-}
-
 // The source's tensor `from` as the engine stores it.
 PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& options,
                           const ExpectedTensor& to, const std::string& from) {
@@ -46,8 +41,8 @@ PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& opt
       inputs.engine->stored_dtype(to.role, info.shape, output_dtype(to.role, info.dtype, options.dtype));
   return {{to.name, dtype, info.shape},
           to.role,
-          known(to.layer_idx),
-          known(to.part),
+          to.layer_idx,
+          to.part,
           dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
           from};
 }
@@ -136,7 +131,7 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
-              {std::move(spec), to.role, known(to.layer_idx), known(to.part), TensorAction::convert, ""});
+              {std::move(spec), to.role, to.layer_idx, to.part, TensorAction::convert, ""});
         }
         most = std::max(most, values);
       }

@@ -45,7 +45,7 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
 std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
   std::vector<PlacedTensor> out;
   for (const PlannedTensor& tensor : plan.tensors) {
-    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx.value_or(-1), tensor.part.value_or(-1)});
+    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx, tensor.part});
   }
   return out;
 }
