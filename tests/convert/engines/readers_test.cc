@@ -13,7 +13,7 @@ ModelConfig latent_model(const std::string& family, Index rank, Index rotary, bo
   out.latent->kv_lora_rank = rank;
   out.latent->qk_rope_head_dim = rotary;
   out.latent->attention_bias = bias;
-  out.latent->branches = {{0, 4, rank, -1}};
+  out.latent->branches = {{0, 4, rank}};
   return out;
 }
 

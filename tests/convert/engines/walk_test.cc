@@ -100,8 +100,8 @@ TEST(Walk, PlannedIsWrittenIsPlaced) {
           ASSERT_TRUE(planned.contains(tensor.name)) << tensor.name;
           const PlannedTensor& plan = *planned.at(tensor.name);
           EXPECT_EQ(tensor.role, plan.role) << tensor.name;
-          EXPECT_EQ(tensor.layer_idx, plan.layer_idx.value_or(-1)) << tensor.name;
-          EXPECT_EQ(tensor.part, plan.part.value_or(-1)) << tensor.name;
+          EXPECT_EQ(tensor.layer_idx, plan.layer_idx) << tensor.name;
+          EXPECT_EQ(tensor.part, plan.part) << tensor.name;
           EXPECT_EQ(after.checkpoint().info(tensor.name).shape, plan.spec.shape) << tensor.name;
           EXPECT_EQ(after.checkpoint().info(tensor.name).dtype, plan.spec.dtype) << tensor.name;
         }

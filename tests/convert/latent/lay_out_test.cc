@@ -49,8 +49,8 @@ TEST(LayOut, DividesWhatIsNotShared) {
   EXPECT_EQ(shape.kv_lora_rank, 7);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 2U);
-  expect_branch(shape.branches[0], {0, 6, 3, -1});
-  expect_branch(shape.branches[1], {0, 6, 4, -1});
+  expect_branch(shape.branches[0], {0, 6, 3});
+  expect_branch(shape.branches[1], {0, 6, 4});
 }
 
 TEST(LayOut, ASinglePartSharesWithNobody) {
@@ -60,10 +60,10 @@ TEST(LayOut, ASinglePartSharesWithNobody) {
   EXPECT_EQ(shape.kv_lora_rank, 26);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 4U);
-  expect_branch(shape.branches[0], {0, 1, 5, -1});
-  expect_branch(shape.branches[1], {1, 2, 6, -1});
-  expect_branch(shape.branches[2], {3, 1, 7, -1});
-  expect_branch(shape.branches[3], {4, 2, 8, -1});
+  expect_branch(shape.branches[0], {0, 1, 5});
+  expect_branch(shape.branches[1], {1, 2, 6});
+  expect_branch(shape.branches[2], {3, 1, 7});
+  expect_branch(shape.branches[3], {4, 2, 8});
 }
 
 TEST(LayOut, GroupsOfPartsShareWithinThemselves) {
@@ -80,7 +80,7 @@ TEST(LayOut, GroupsOfPartsShareWithinThemselves) {
   // One of the groups may share nothing.
   lay_out(*partition_of("mlra", 2), {{0, 6}, {3, 9}}, shape);
   EXPECT_EQ(shape.shared_ranks, std::vector<Index>{3});
-  expect_branch(shape.branches[2], {0, 2, 3, -1});
+  expect_branch(shape.branches[2], {0, 2, 3});
   expect_branch(shape.branches[3], {2, 3, 3, 0});
 }
 
@@ -238,7 +238,7 @@ TEST(LosslessForms, ReturnTheSource) {
         latents.push_back(lossless_latent(sample.maps, first, end - first));
         const Index keys = sample.maps.group_of(end - 1) + 1 - sample.maps.group_of(first);
         EXPECT_EQ(latents.back().rank(), keys * gqa.head_dim);
-        sizes.push_back({latents.back().key_rank, latents.back().rank()});
+        sizes.push_back({latents.back().key_rank.value_or(0), latents.back().rank()});
       }
       LatentShape shape;
       shape.heads = gqa.heads;

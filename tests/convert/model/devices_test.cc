@@ -73,7 +73,7 @@ void expect_share(const DeviceShare& share, const DeviceShare& expected) {
   }
 }
 
-void expect_shares(const LatentGeometry& latent, const std::vector<DeviceShare>& expected,
+void expect_shares(const LatentSizes& latent, const std::vector<DeviceShare>& expected,
                    const std::vector<Index>& numbers) {
   const std::vector<DeviceShare> found = device_shares(latent, static_cast<Index>(expected.size()));
   ASSERT_EQ(found.size(), expected.size());

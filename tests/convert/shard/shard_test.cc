@@ -121,7 +121,7 @@ LatentShape uneven_shape() {
   shape.v_head_dim = 2;
   shape.kv_lora_rank = 12;
   shape.q_lora_rank = 9;
-  shape.branches = {{2, 6, 5, -1}, {0, 2, 7, -1}};
+  shape.branches = {{2, 6, 5}, {0, 2, 7}};
   shape.norm = LatentNorm::branch;
   return shape;
 }
@@ -239,7 +239,7 @@ TEST_F(Shard, MergeReturnsEveryByte) {
 // Latents of overlapping heads that no two of have the same: ranks share some of their heads.
 TEST_F(Shard, HeadsMayOverlapBetweenRanks) {
   LatentShape shape = uneven_shape();
-  shape.branches = {{0, 5, 5, -1}, {3, 5, 7, -1}};
+  shape.branches = {{0, 5, 5}, {3, 5, 7}};
   write(tiny_relatent_model(shape, {.heads = 8}));
   expect_round_trip(2);
 }
