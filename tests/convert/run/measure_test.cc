@@ -3,6 +3,9 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
 
 #include "convert/plan/inputs.h"
 #include "tests/support/temp_folder.h"
