@@ -8,6 +8,7 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/verify/structure.h"
 #include "formats/npy.h"
 
 namespace relatent {
@@ -22,6 +23,7 @@ struct Options {
   std::optional<Index> tp;
   std::optional<double> max_kl;
   std::optional<double> max_nats;
+  std::optional<double> max_rel_error;
   bool json = false;
   bool quiet = false;
 };
@@ -68,6 +70,61 @@ void print_devices(const DeviceVerification& v, FILE* out) {
   std::fputs("\n", out);
 }
 
+// relative logit error up to which two models are the same but for rounding
+constexpr double rounding = 1e-5;
+
+void print_structure(const Structure& s, FILE* out) {
+  std::fprintf(out, "\n  files: %td tensors copied from the source are unchanged, %td cast, %td converted\n",
+               s.copied, s.cast, s.converted);
+  for (const std::string& finding : s.findings) {
+    std::fprintf(out, "  %s\n", finding.c_str());
+  }
+}
+
+nlohmann::ordered_json to_json(const Structure& s) {
+  return {{"copied", s.copied}, {"cast", s.cast}, {"converted", s.converted}, {"findings", s.findings}};
+}
+
+// What all of it comes to, worst first.
+std::string verdict_of(const Structure& structure, const Verification& v, bool within_limits) {
+  if (v.logits.non_finite > 0) {
+    return "broken: logits are NaN or infinite at " + std::to_string(v.logits.non_finite) + " positions";
+  }
+  if (!structure.findings.empty()) {
+    return "not what a conversion writes: " + structure.findings.front() +
+           (structure.findings.size() > 1
+                ? " (and " + std::to_string(structure.findings.size() - 1) + " more)"
+                : "");
+  }
+  if (!within_limits) {
+    return "further from the source than the limits allow";
+  }
+  if (v.logits.rel_logit_error <= rounding) {
+    return "the same function as the source, up to rounding, on these tokens";
+  }
+  return "as close as measured, on these tokens";
+}
+
+// Says which limits are exceeded.
+bool keeps_limits(const Options& options, const Verification& v) {
+  bool out = true;
+  if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
+    std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl,
+                 *options.max_kl);
+    out = false;
+  }
+  if (options.max_nats && !(v.nats <= *options.max_nats)) {
+    std::fprintf(stderr, "relatent: %.6g nats lost is above the limit %.6g\n", v.nats, *options.max_nats);
+    out = false;
+  }
+  if (options.max_rel_error && !(v.logits.rel_logit_error <= *options.max_rel_error)) {
+    std::fprintf(stderr, "relatent: relative logit error %.6g is above the limit %.6g\n",
+                 v.logits.rel_logit_error, *options.max_rel_error);
+    out = false;
+  }
+  return out;
+}
+
 int run(const Options& options) {
   const Model source = Model::open(options.source);
   const Model converted = Model::open(options.converted);
@@ -78,13 +135,20 @@ int run(const Options& options) {
     Progress progress("verify devices", options.quiet);
     devices = verify_devices(converted, sequences, *options.tp, std::ref(progress));
   }
+  const Structure structure = check_structure(source, converted);
   Verification v;
   {
     Progress progress("verify", options.quiet);
     v = verify(source, converted, sequences, std::ref(progress));
   }
+  const bool within_limits = keeps_limits(options, v);
+  const bool holds = within_limits && structure.findings.empty() && v.logits.non_finite == 0 &&
+                     !(devices && devices->logits.non_finite > 0);
+  const std::string verdict = verdict_of(structure, v, within_limits);
   if (options.json) {
     nlohmann::ordered_json out = to_json(v);
+    out["structure"] = to_json(structure);
+    out["verdict"] = verdict;
     if (devices) {
       out["devices"] = to_json(*devices);
     }
@@ -97,25 +161,11 @@ int run(const Options& options) {
   if (devices && (!options.json || !options.quiet)) {
     print_devices(*devices, options.json ? stderr : stdout);
   }
-  int code = 0;
-  const std::int64_t broken = v.logits.non_finite + (devices ? devices->logits.non_finite : 0);
-  if (broken > 0) {
-    std::fprintf(stderr,
-                 "relatent: BROKEN: logits are NaN or infinite at %lld positions, so nothing can be compared "
-                 "there\n",
-                 static_cast<long long>(broken));
-    code = 1;
+  if (!options.json || !options.quiet) {
+    print_structure(structure, options.json ? stderr : stdout);
+    std::fprintf(options.json ? stderr : stdout, "\nverdict: %s\n", verdict.c_str());
   }
-  if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
-    std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl,
-                 *options.max_kl);
-    code = 1;
-  }
-  if (options.max_nats && !(v.nats <= *options.max_nats)) {
-    std::fprintf(stderr, "relatent: %.6g nats lost is above the limit %.6g\n", v.nats, *options.max_nats);
-    code = 1;
-  }
-  return code;
+  return holds ? 0 : 1;
 }
 
 }  // namespace
@@ -139,6 +189,8 @@ void add_verify(CLI::App& app, Command& chosen) {
       ->check(CLI::Range(1, 1024));
   command->add_option("--max-kl", options->max_kl, "Exit 1 when the mean KL is above this");
   command->add_option("--max-nats", options->max_nats, "Exit 1 when more nats are lost than this");
+  command->add_option("--max-rel-error", options->max_rel_error,
+                      "Exit 1 when the relative logit error is above this, e.g. 1e-5 for lossless forms");
   command->add_flag("--json", options->json, "One JSON object on stdout, the table on stderr");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

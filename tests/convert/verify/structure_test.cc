@@ -1,0 +1,125 @@
+#include "convert/verify/structure.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "tests/support/convert_fixture.h"
+
+namespace relatent {
+namespace {
+
+namespace fs = std::filesystem;
+using testing_support::ignore;
+using testing_support::layer_name;
+using testing_support::read_bytes;
+using testing_support::write_text;
+
+// A source and its conversion.
+class StructureTest : public testing_support::ConvertTest {
+ protected:
+  void convert(const ConvertOptions& options) {
+    write_text(source() / "tokenizer.json", "{\"tokens\": []}");
+    write_text(source() / "generation_config.json", "{}");
+    run(options);
+  }
+  Structure checked() const { return check_structure(Model::open(source()), Model::open(output())); }
+  // Changes the bytes of one tensor of the output.
+  void change(const std::string& name, const std::function<void(std::span<char>)>& spoil) const {
+    const fs::path path = output() / "model.safetensors";
+    std::string file = read_bytes(path);
+    std::string tensor;
+    {
+      const Checkpoint written = Checkpoint::open(output());
+      const std::span<const std::byte> bytes = written.bytes(name);
+      tensor.resize(bytes.size());
+      std::memcpy(tensor.data(), bytes.data(), bytes.size());
+    }
+    const std::size_t at = file.find(tensor);
+    ASSERT_NE(at, std::string::npos);
+    spoil(std::span(file).subspan(at, tensor.size()));
+    write_text(path, file);
+  }
+  void expect_finding(const std::vector<std::string>& parts) const {
+    const Structure found = checked();
+    ASSERT_EQ(found.findings.size(), 1U);
+    for (const std::string& part : parts) {
+      EXPECT_NE(found.findings.front().find(part), std::string::npos) << found.findings.front();
+    }
+  }
+};
+
+TEST_F(StructureTest, ConversionsAreWhatTheyShouldBe) {
+  for (const char* engine : {"transformers", "relatent", "deepseek"}) {
+    for (const std::optional<DType> dtype : {std::optional<DType>(), std::optional(DType::f16)}) {
+      SCOPED_TRACE(engine);
+      ConvertOptions options = write({.tied = true, .dtype = DType::bf16});
+      options.engine = engine;
+      options.dtype = dtype;
+      convert(options);
+      const Structure found = checked();
+      EXPECT_EQ(found.findings, std::vector<std::string>());
+      // Embedding, final norm; two norms and an MLP of three tensors in each of three layers.
+      EXPECT_EQ(dtype ? found.cast : found.copied, 2 + 3 * 5);
+      EXPECT_EQ(dtype ? found.copied : found.cast, 0);
+      EXPECT_GE(found.converted, 3 * 4);
+    }
+  }
+}
+
+TEST_F(StructureTest, RowsThatNoTokenReachesCount) {
+  const std::vector<std::string> names = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+                                          layer_name(1, "mlp.up_proj.weight"),
+                                          layer_name(2, "input_layernorm.weight")};
+  for (const std::string& name : names) {
+    SCOPED_TRACE(name);
+    convert(write({}));
+    change(name, [](std::span<char> bytes) { bytes[bytes.size() - 4] ^= 1; });
+    expect_finding({"model.safetensors", name, "is not the source's " + name});
+  }
+}
+
+TEST_F(StructureTest, NumbersThatAreNoneAreFoundEverywhere) {
+  for (const std::string& name :
+       {std::string("model.embed_tokens.weight"), layer_name(0, "self_attn.o_proj.weight")}) {
+    convert(write({}));
+    change(name, [](std::span<char> bytes) {
+      const float infinity = std::numeric_limits<float>::infinity();
+      std::memcpy(bytes.data() + 8, &infinity, sizeof infinity);
+    });
+    expect_finding({name, "NaN or infinity"});
+  }
+}
+
+TEST_F(StructureTest, FilesThatGoAlongAreTheSources) {
+  convert(write({}));
+  write_text(output() / "tokenizer.json", "{\"tokens\": [1]}");
+  expect_finding({"tokenizer.json", "is not the source's"});
+  write_text(output() / "tokenizer.json", "{\"tokens\": []}");
+  EXPECT_TRUE(checked().findings.empty());
+  fs::remove(output() / "generation_config.json");
+  expect_finding({"generation_config.json", "missing"});
+}
+
+TEST_F(StructureTest, TokenIdsAndContextAreTheSources) {
+  for (const char* key : {"eos_token_id", "max_position_embeddings"}) {
+    testing_support::TinyModel model = testing_support::tiny_model({});
+    model.config["eos_token_id"] = 2;
+    convert(write(model));
+    nlohmann::ordered_json config = nlohmann::ordered_json::parse(read_bytes(output() / "config.json"));
+    config[key] = 77;
+    write_text(output() / "config.json", config.dump());
+    expect_finding({"config.json", key, "77"});
+  }
+}
+
+}  // namespace
+}  // namespace relatent
