@@ -21,7 +21,6 @@ namespace fs = std::filesystem;
 using testing_support::ignore;
 using testing_support::layer_name;
 using testing_support::read_bytes;
-using testing_support::write_text;
 
 // A source and its conversion.
 class StructureTest : public testing_support::ConvertTest {
@@ -61,7 +60,7 @@ TEST_F(StructureTest, ConversionsAreWhatTheyShouldBe) {
   for (const char* engine : {"transformers", "relatent", "deepseek"}) {
     for (const std::optional<DType> dtype : {std::optional<DType>(), std::optional(DType::f16)}) {
       SCOPED_TRACE(engine);
-      ConvertOptions options = write({.tied = true, .dtype = DType::bf16});
+      ConvertOptions options = write(testing_support::TinyOptions{.tied = true, .dtype = DType::bf16});
       options.engine = engine;
       options.dtype = dtype;
       convert(options);
@@ -81,7 +80,7 @@ TEST_F(StructureTest, RowsThatNoTokenReachesCount) {
                                           layer_name(2, "input_layernorm.weight")};
   for (const std::string& name : names) {
     SCOPED_TRACE(name);
-    convert(write({}));
+    convert(write(testing_support::TinyOptions{}));
     change(name, [](std::span<char> bytes) { bytes[bytes.size() - 4] ^= 1; });
     expect_finding({"model.safetensors", name, "is not the source's " + name});
   }
@@ -90,7 +89,7 @@ TEST_F(StructureTest, RowsThatNoTokenReachesCount) {
 TEST_F(StructureTest, NumbersThatAreNoneAreFoundEverywhere) {
   for (const std::string& name :
        {std::string("model.embed_tokens.weight"), layer_name(0, "self_attn.o_proj.weight")}) {
-    convert(write({}));
+    convert(write(testing_support::TinyOptions{}));
     change(name, [](std::span<char> bytes) {
       const float infinity = std::numeric_limits<float>::infinity();
       std::memcpy(bytes.data() + 8, &infinity, sizeof infinity);
@@ -100,7 +99,7 @@ TEST_F(StructureTest, NumbersThatAreNoneAreFoundEverywhere) {
 }
 
 TEST_F(StructureTest, FilesThatGoAlongAreTheSources) {
-  convert(write({}));
+  convert(write(testing_support::TinyOptions{}));
   write_text(output() / "tokenizer.json", "{\"tokens\": [1]}");
   expect_finding({"tokenizer.json", "is not the source's"});
   write_text(output() / "tokenizer.json", "{\"tokens\": []}");
