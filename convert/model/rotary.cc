@@ -5,6 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <numbers>
 
+#include "convert/model/config_ranges.h"
+#include "convert/model/config_reader.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -12,27 +14,12 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-struct RopeSource {
-  const Json& parameters;
-  const Json& config;
-  const std::filesystem::path& path;
+// Before a key, in complaints.
+constexpr const char* rope_words = "rope parameter ";
 
-  double number(const char* key) const {
-    const Json* value = find(key);
-    if (value == nullptr || !value->is_number()) {
-      fail_input({path, "", std::string("rope parameter ") + key, "a number",
-                  value == nullptr ? "nothing" : value->dump(), ""});
-    }
-    return value->get<double>();
-  }
-  double number_or(const char* key, double fallback) const {
-    const Json* value = find(key);
-    return value == nullptr || value->is_null() ? fallback : number(key);
-  }
-  const Json* find(const char* key) const {
-    const auto it = parameters.find(key);
-    return it == parameters.end() ? nullptr : &*it;
-  }
+struct RopeSource {
+  const ConfigReader& parameters;
+  const ConfigReader& config;
 };
 
 // base^(-2i/p)
@@ -48,10 +35,13 @@ std::vector<double> geometric(double base, Index p) {
 }
 
 void apply_llama3(const RopeSource& rope, std::vector<double>& freq) {
-  const double factor = rope.number("factor");
-  const double low = rope.number("low_freq_factor");
-  const double high = rope.number("high_freq_factor");
-  const double original = rope.number("original_max_position_embeddings");
+  const double factor = rope.parameters.number("factor");
+  const double low = rope.parameters.number("low_freq_factor");
+  const double high = rope.parameters.number("high_freq_factor");
+  const double original = rope.parameters.number("original_max_position_embeddings");
+  if (high <= low) {
+    rope.parameters.complain("high_freq_factor", "more than low_freq_factor");
+  }
   for (double& f : freq) {
     const double wavelength = 2 * std::numbers::pi / f;
     if (wavelength > original / low) {
@@ -69,19 +59,26 @@ double yarn_mscale(double factor, double mscale) {
 
 // YaRN (Peng et al., 2023), as transformers computes it; returns the attention factor.
 double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<double>& freq) {
-  const double factor = rope.number("factor");
-  const double original = rope.number_or("original_max_position_embeddings",
-                                         rope.config.value("max_position_embeddings", 2048.0));
-  const double fast = rope.number_or("beta_fast", 32);
-  const double slow = rope.number_or("beta_slow", 1);
+  const double factor = rope.parameters.number("factor");
+  const double original =
+      rope.parameters.number_or("original_max_position_embeddings",
+                                static_cast<double>(rope.config.size_or("max_position_embeddings", 2048)));
+  const double fast = rope.parameters.number_or("beta_fast", 32);
+  const double slow = rope.parameters.number_or("beta_slow", 1);
+  if (fast <= slow) {
+    rope.parameters.complain("beta_fast", "more than beta_slow (32 and 1 where they are not given)");
+  }
+  // The logarithm of the base divides.
+  if (base == 1) {
+    rope.parameters.complain("rope_theta", "more than 1, as yarn has it");
+  }
   const auto dim_of = [&](double rotations) {
     return static_cast<double>(p) * std::log(original / (rotations * 2 * std::numbers::pi)) /
            (2 * std::log(base));
   };
   double low = dim_of(fast);
   double high = dim_of(slow);
-  const Json* truncate = rope.find("truncate");
-  if (truncate == nullptr || !truncate->is_boolean() || truncate->get<bool>()) {
+  if (rope.parameters.flag_or("truncate", true)) {
     low = std::floor(low);
     high = std::ceil(high);
   }
@@ -94,12 +91,11 @@ double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<doub
     const double ramp = std::clamp((static_cast<double>(i) - low) / (high - low), 0.0, 1.0);
     freq[i] = freq[i] / factor * ramp + freq[i] * (1 - ramp);
   }
-  const Json* explicit_factor = rope.find("attention_factor");
-  if (explicit_factor != nullptr && explicit_factor->is_number()) {
-    return explicit_factor->get<double>();
+  if (rope.parameters.has("attention_factor")) {
+    return rope.parameters.number("attention_factor");
   }
-  const double mscale = rope.number_or("mscale", 0);
-  const double all_dim = rope.number_or("mscale_all_dim", 0);
+  const double mscale = rope.parameters.number_or("mscale", 0);
+  const double all_dim = rope.parameters.number_or("mscale_all_dim", 0);
   if (mscale != 0 && all_dim != 0) {
     return yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim);
   }
@@ -107,20 +103,22 @@ double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<doub
 }
 
 double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
-  const Json* short_list = rope.find("short_factor");
-  const Json* long_list = rope.find("long_factor");
+  // Their products with any base stay in float32.
+  constexpr NumberRange range = {1e-22, 1e22};
+  const auto is_factor = [&](const Json& v) { return v.is_number() && range.holds(v.get<double>()); };
+  const Json* short_list = rope.parameters.find("short_factor");
+  const Json* long_list = rope.parameters.find("long_factor");
   for (const Json* list : {short_list, long_list}) {
     if (list == nullptr || !list->is_array() || list->size() != freq.size() ||
-        !std::all_of(list->begin(), list->end(),
-                     [](const Json& v) { return v.is_number() && v.get<double>() > 0; })) {
-      fail_input({rope.path, "", "longrope factors",
-                  "two lists of " + std::to_string(freq.size()) + " positive numbers",
-                  list == nullptr ? "nothing" : std::to_string(list->size()) + " entries", ""});
+        !std::all_of(list->begin(), list->end(), is_factor)) {
+      rope.parameters.complain(list == short_list ? "short_factor" : "long_factor",
+                               "the longrope factors, a list of " + std::to_string(freq.size()) +
+                                   " positive numbers from 1e-22 to 1e22");
     }
   }
   if (*short_list != *long_list) {
-    fail_input({rope.path, "", "longrope with different short and long factors", "one list of frequencies",
-                "a list that changes with the sequence length",
+    fail_input({rope.config.path(), "", "longrope with different short and long factors",
+                "one list of frequencies", "a list that changes with the sequence length",
                 "set long_factor to the list you want to serve with"});
   }
   for (std::size_t i = 0; i < freq.size(); ++i) {
@@ -128,70 +126,80 @@ double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
     // The product and the reciprocal are float32 in transformers.
     freq[i] = 1.0F / (ext * static_cast<float>(1.0 / freq[i]));
   }
-  const Json* explicit_factor = rope.find("attention_factor");
-  if (explicit_factor != nullptr && explicit_factor->is_number()) {
-    return explicit_factor->get<double>();
+  if (rope.parameters.has("attention_factor")) {
+    return rope.parameters.number("attention_factor");
   }
-  const double original = rope.number("original_max_position_embeddings");
-  const double factor =
-      rope.number_or("factor", rope.config.value("max_position_embeddings", original) / original);
+  const double original = rope.parameters.number("original_max_position_embeddings");
+  if (original < 2) {
+    rope.parameters.complain("original_max_position_embeddings", "at least 2, whose logarithm divides");
+  }
+  const double extended = rope.config.has("max_position_embeddings")
+                              ? static_cast<double>(rope.config.size("max_position_embeddings"))
+                              : original;
+  const double factor = rope.parameters.number_or("factor", extended / original);
   return factor <= 1 ? 1.0 : std::sqrt(1 + std::log(factor) / std::log(original));
 }
 
 }  // namespace
 
-Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem::path& config_path) {
-  if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
-    fail_input({config_path, "", "rotary size", "an even positive number", std::to_string(rotary_dim), ""});
+Json rope_parameters_of(const Json& config, const std::filesystem::path& config_path) {
+  const ConfigReader in(config, config_path);
+  Json out = Json::object();
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    const Json* found = in.find(key);
+    if (found == nullptr) {
+      continue;
+    }
+    if (!found->is_object()) {
+      in.complain(key, "null or an object");
+    }
+    if (!found->empty()) {
+      out = *found;
+    }
   }
-  Json parameters = Json::object();
-  const auto modern = config.find("rope_parameters");
-  if (modern != config.end() && modern->is_object()) {
-    parameters = *modern;
-  }
-  const auto scaling = config.find("rope_scaling");
-  if (scaling != config.end() && scaling->is_object() && !scaling->empty()) {
-    parameters = *scaling;
-  }
-  const auto theta = config.find("rope_theta");
-  if (!parameters.contains("rope_theta") && theta != config.end()) {
-    parameters["rope_theta"] = *theta;
-  }
-  for (const auto& [key, value] : parameters.items()) {
+  for (const auto& [key, value] : out.items()) {
     if (value.is_object()) {
       fail_input({config_path, "", "rope parameters per layer type", "one set for all layers",
                   "a set for " + key, ""});
     }
   }
-  const RopeSource rope{parameters, config, config_path};
-  const double base = rope.number_or("rope_theta", 10000.0);
-  if (!(base > 0)) {
-    fail_input({config_path, "", "rope_theta", "a positive number", std::to_string(base), ""});
+  for (const char* key : {"rope_theta", "partial_rotary_factor"}) {
+    if (in.has(key) && !ConfigReader(out, config_path).has(key)) {
+      out[key] = *in.find(key);
+    }
   }
-  if (!parameters.contains("partial_rotary_factor") && config.contains("partial_rotary_factor")) {
-    parameters["partial_rotary_factor"] = config.at("partial_rotary_factor");
+  return out;
+}
+
+std::string rope_type_of(const Json& parameters, const std::filesystem::path& config_path) {
+  const ConfigReader in(parameters, config_path, rope_words);
+  for (const char* key : {"rope_type", "type"}) {
+    if (in.has(key)) {
+      return in.text(key);
+    }
   }
-  const double partial = rope.number_or("partial_rotary_factor", 1);
-  if (partial != 1.0) {
-    fail_input({config_path, "", "partial_rotary_factor", "1 (every coordinate rotated)",
-                std::to_string(partial), ""});
+  return "default";
+}
+
+Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem::path& config_path) {
+  if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
+    fail_input({config_path, "", "rotary size", "an even positive number", std::to_string(rotary_dim), ""});
+  }
+  const Json found = rope_parameters_of(config, config_path);
+  const ConfigReader in(config, config_path);
+  const ConfigReader parameters(found, config_path, rope_words);
+  const RopeSource rope{parameters, in};
+  const double base = parameters.number_or("rope_theta", 10000.0);
+  if (parameters.number_or("partial_rotary_factor", 1) != 1) {
+    parameters.complain("partial_rotary_factor", "1 (every coordinate rotated)");
   }
 
   Rotary out;
-  const Json* type = rope.find("rope_type");
-  if (type == nullptr) {
-    type = rope.find("type");
-  }
-  if (type != nullptr && !type->is_null()) {
-    if (!type->is_string()) {
-      fail_input({config_path, "", "rope_type", "a string", type->dump(), ""});
-    }
-    out.rope_type = type->get<std::string>();
-  }
+  out.rope_type = rope_type_of(found, config_path);
   std::vector<double> freq = geometric(base, rotary_dim);
   double attention_factor = 1;
   if (out.rope_type == "linear") {
-    const double factor = rope.number("factor");
+    const double factor = rope.parameters.number("factor");
     for (double& f : freq) {
       f /= factor;
     }

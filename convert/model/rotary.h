@@ -21,10 +21,19 @@ struct Rotary {
   std::string rope_type = "default";
 };
 
-// Reads the rotary embedding of a config for vectors of size p = rotary_dim, from `rope_parameters` or from
-// `rope_theta` + `rope_scaling` (`type` is accepted for `rope_type`). Types: default, linear, llama3, yarn,
-// longrope with equal short and long lists; formulas as in transformers' modeling_rope_utils. Throws Error
-// (input) on another type, a missing or non-numeric key, or an odd rotary_dim, naming config_path.
+// What a config says of its rotary embedding, in one object: `rope_scaling` or, where that is empty,
+// `rope_parameters`, and the `rope_theta` and `partial_rotary_factor` that stand beside them. Throws Error
+// (input) where they are no objects or differ by layer.
+nlohmann::ordered_json rope_parameters_of(const nlohmann::ordered_json& config,
+                                          const std::filesystem::path& config_path);
+
+// The `rope_type` of such an object, or the older `type`; "default" without either.
+std::string rope_type_of(const nlohmann::ordered_json& parameters, const std::filesystem::path& config_path);
+
+// Reads the rotary embedding of a config for vectors of size p = rotary_dim. Types: default, linear, llama3,
+// yarn, longrope with equal short and long lists; formulas as in transformers' modeling_rope_utils. Throws
+// Error (input) on another type, an odd rotary_dim, or a number that is missing or out of its range
+// (config_ranges.h), naming config_path.
 Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim,
                     const std::filesystem::path& config_path);
 

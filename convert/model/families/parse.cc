@@ -37,21 +37,15 @@ std::optional<Index> parse_sliding_window(const ConfigReader& in) {
 // Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim
 // ln(factor) + 1.
 double yarn_scale(const ConfigReader& in) {
-  for (const char* key : {"rope_scaling", "rope_parameters"}) {
-    const auto rope = in.json().find(key);
-    if (rope == in.json().end() || !rope->is_object()) {
-      continue;
-    }
-    const ConfigReader parameters(*rope, in.path());
-    const char* type_key = parameters.has("rope_type") ? "rope_type" : "type";
-    const bool plain = !parameters.has(type_key) || parameters.text(type_key) == "default";
-    const double all_dim = parameters.has("mscale_all_dim") ? parameters.number("mscale_all_dim") : 0;
-    const double factor = parameters.has("factor") ? parameters.number("factor") : 1;
-    const bool scaled = !plain && all_dim != 0 && factor > 1;
-    const double mscale = scaled ? 0.1 * all_dim * std::log(factor) + 1 : 1;
-    return mscale * mscale;
+  const ConfigReader::Json found = rope_parameters_of(in.json(), in.path());
+  const ConfigReader parameters(found, in.path(), "rope parameter ");
+  if (rope_type_of(found, in.path()) == "default") {
+    return 1;
   }
-  return 1;
+  const double all_dim = parameters.number_or("mscale_all_dim", 0);
+  const double factor = parameters.number_or("factor", 1);
+  const double mscale = 0.1 * all_dim * std::log(factor) + 1;
+  return mscale * mscale;
 }
 
 }  // namespace

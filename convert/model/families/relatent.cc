@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "convert/model/config_ranges.h"
 #include "convert/model/families/family.h"
 #include "convert/model/families/parse.h"
 #include "convert/model/families/read_latents.h"
@@ -89,6 +90,9 @@ std::vector<TensorRule> relatent_rules() {
   }));
 }
 
+// Published slices have up to 8.
+constexpr std::size_t most_latents = 1024;
+
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent) {
   // What a later layout may say, and this reader would get wrong.
@@ -112,26 +116,27 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
   latent.norm_rank = latent.norm == LatentNorm::replicated ? in.size("latent_norm_rank") : 0;
   Index total = 0;
   const Json* shared = in.find("latent_shared_ranks");
-  if (shared == nullptr || !shared->is_array()) {
-    in.complain("latent_shared_ranks", "a list of whole numbers");
+  if (shared == nullptr || !shared->is_array() || shared->size() > most_latents) {
+    in.complain("latent_shared_ranks",
+                "a list of whole numbers, " + std::to_string(most_latents) + " at most");
   }
   for (const Json& rank : *shared) {
-    if (!rank.is_number_integer() || rank.get<Index>() <= 0 || rank.get<Index>() > (1 << 20)) {
+    if (!rank.is_number_integer() || rank.get<Index>() <= 0 || rank.get<Index>() > largest_size("rank")) {
       in.complain("latent_shared_ranks", "a list of positive whole numbers");
     }
     latent.shared_ranks.push_back(rank.get<Index>());
     total += latent.shared_ranks.back();
   }
   const Json* branches = in.find("latent_branches");
-  if (branches == nullptr || !branches->is_array() || branches->empty() || branches->size() > 1024) {
-    in.complain("latent_branches", "a list of latents");
+  if (branches == nullptr || !branches->is_array() || branches->empty() || branches->size() > most_latents) {
+    in.complain("latent_branches", "a list of latents, 1 to " + std::to_string(most_latents));
   }
   std::vector<bool> read(static_cast<std::size_t>(heads), false);
   for (const Json& entry : *branches) {
     if (!entry.is_object()) {
       in.complain("latent_branches", "a list of objects");
     }
-    const ConfigReader branch(entry, in.path());
+    const ConfigReader branch(entry, in.path(), "latent_branches: ");
     BranchGeometry out;
     out.first_head = branch.count("first_head");
     out.head_count = branch.size("num_heads");

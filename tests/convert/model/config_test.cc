@@ -177,8 +177,8 @@ TEST(Config, SizesMustBePositiveWholeNumbers) {
     }
   }
   for (const char* key : {"hidden_size", "max_position_embeddings", "num_key_value_heads", "head_dim"}) {
-    for (const char* value : {"\"24\"", "24.5", "-8", "0", "true", "[24]", "1048577", "9223372036854775807",
-                              "18446744073709551615", "1e3"}) {
+    for (const char* value : {"\"24\"", "24.5", "-8", "0", "true", "[24]", "2147483648",
+                              "9223372036854775807", "18446744073709551615", "1e3"}) {
       SCOPED_TRACE(std::string(key) + " " + value);
       Json config = gqa_config();
       config[key] = Json::parse(value);

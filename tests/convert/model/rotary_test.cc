@@ -219,7 +219,7 @@ TEST(Rotary, Refusals) {
       {R"({"rope_scaling": {"type": "longrope", "factor": 2, "original_max_position_embeddings": 8,
            "short_factor": [1, 2, 3], "long_factor": [1, 2, 3]}})",
        8,
-       {"longrope", "4 positive numbers", "3 entries"}},
+       {"longrope", "4 positive numbers", "[1,2,3]"}},
       {R"({"rope_scaling": {"type": "longrope", "factor": 2, "original_max_position_embeddings": 8,
            "short_factor": [1, 2, 3, 0], "long_factor": [1, 2, 3, 0]}})",
        8,
