@@ -95,6 +95,39 @@ void add_expected(const std::vector<TensorRule>& rules, std::size_t first, std::
   }
 }
 
+// How many tensors expected_tensors() would list.
+Index expected_count(const ModelConfig& config) {
+  Index out = 0;
+  for (const TensorRule& rule : config.family->rules) {
+    if (rule.presence(config) == Presence::absent) {
+      continue;
+    }
+    const Index parts = rule.parts != nullptr ? rule.parts(config) : 1;
+    const Index layers = rule.name.find("{i}") != std::string_view::npos ? config.num_hidden_layers : 1;
+    for (Index layer = 0; layer < layers; ++layer) {
+      const bool here =
+          rule.layers == InLayers::all || config.has_experts(layer) == (rule.layers == InLayers::experts);
+      out += here ? parts : 0;
+    }
+  }
+  return out;
+}
+
+// Layers times experts may ask for a thousand million tensors: too many to list before one is found missing.
+void refuse_far_too_many(const TensorSource& source, const ModelConfig& config, std::size_t stored) {
+  constexpr Index most_listed = 200000;
+  const Index asked = expected_count(config);
+  if (asked - static_cast<Index>(stored) > most_listed) {
+    const std::string experts =
+        config.experts ? " of " + std::to_string(config.experts->count) + " experts" : "";
+    fail_input(
+        {source.config_path(), "", "asks for more tensors than there are",
+         "no more than the " + std::to_string(stored) + " that are stored",
+         std::to_string(asked) + " for " + std::to_string(config.num_hidden_layers) + " layers" + experts,
+         "compare with what the authors of the model published"});
+  }
+}
+
 }  // namespace
 
 bool is_attention(Role role) {
@@ -121,6 +154,7 @@ std::vector<PlacedTensor> place_tensors(const TensorSource& source, const ModelC
     unplaced.insert(std::move(name));
   }
   refuse_fp8(source, unplaced);
+  refuse_far_too_many(source, config, unplaced.size());
   std::set<std::string> missing;
   std::vector<PlacedTensor> placed;
   for (const ExpectedTensor& expected : expected_tensors(config)) {

@@ -278,6 +278,10 @@ TEST(Families, GroupedQueryRefusals) {
        tiny_model(),
        add(k_weight, {24, 16}),
        {k_weight, "[16, 24] by config.json", "[24, 16]"}},
+      {"layers far beyond what is stored",
+       tiny_model(),
+       [](TinyModel& model) { model.config["num_hidden_layers"] = 4096; },
+       {"missing", "model.layers.10."}},
       {"one dimension too few", tiny_model(), add(k_weight, {16 * 24}), {k_weight, "shape", "[384]"}},
       {"a bias of another size", tiny_model(), add(q_bias, {47}), {q_bias, "[48]", "[47]"}},
       {"whole numbers",
@@ -326,6 +330,14 @@ TEST(Families, ExpertRefusals) {
        tiny_latent_model({.experts = tiny_experts()}),
        add(layer_name(2, "mlp.experts.8.up_proj.weight"), {10, 24}),
        {"no place", "layers.2.mlp.experts.8.up_proj"}},
+      // Too many to be listed one by one.
+      {"layers and experts far beyond what is stored",
+       tiny_latent_model({.experts = tiny_experts()}),
+       [](TinyModel& model) {
+         model.config["num_hidden_layers"] = 4096;
+         model.config["n_routed_experts"] = 65536;
+       },
+       {"config.json", "asks for more tensors", "805", "4096 layers of 65536 experts"}},
       {"experts in a dense layer",
        tiny_latent_model({.experts = tiny_experts()}),
        add(layer_name(0, "mlp.experts.0.up_proj.weight"), {10, 24}),
