@@ -7,7 +7,9 @@
 #include <utility>
 
 #include "formats/files.h"
+#include "formats/hash.h"
 #include "formats/hdf5.h"
+#include "formats/state_file.h"
 #include "formats/tensor_file.h"
 #include "linalg/stages.h"
 
@@ -21,7 +23,11 @@ using hdf5::Reading;
 using hdf5::Writing;
 
 constexpr std::string_view kFormat = "relatent-calibration";
-constexpr std::int64_t kFormatVersion = 1;
+constexpr std::int64_t kFormatVersion = 2;
+// The first version whose datasets have checksums.
+constexpr std::int64_t kChecksums = 2;
+// How far rounding may carry sums over tokens from what must hold of them.
+constexpr double kRounding = 1e-6;
 constexpr std::string_view kCreator = "relatent " RELATENT_VERSION;
 
 std::string layer_name(std::int64_t layer_idx) {
@@ -48,6 +54,40 @@ LayerShapes layer_shapes(const CalibrationHeader& header, std::int64_t length) {
   return {{H5T_IEEE_F64LE, "float64", {header.hidden_size, header.hidden_size}},
           {H5T_IEEE_F64LE, "float64", {header.hidden_size}},
           {H5T_IEEE_F64LE, "float64", {header.num_attention_heads, length}}};
+}
+
+void write_hashed(const Writing& writing, const Handle& dataset, const MatrixD& values,
+                  const std::string& name) {
+  Hasher hasher;
+  writing.require(hdf5::write_matrix(dataset.get(), values, hasher), name);
+  writing.add_checksum(dataset, hasher);
+}
+
+// What is wrong with numbers that are to be moments and shares, as a clause; empty when nothing is. Whoever
+// changes a file may put a checksum beside what they like.
+std::string why_no_moments(const LayerMoments& moments) {
+  const MatrixD& second = moments.second_moment;
+  if (second != second.transpose()) {
+    return "second_moment is not symmetric";
+  }
+  const VectorD limit = second.diagonal() * (1 + kRounding);
+  if (limit.size() > 0 && limit.minCoeff() < 0) {
+    return "second_moment has a negative diagonal";
+  }
+  // |E[x_i x_j]|² <= E[x_i²] E[x_j²], and E[x_i]² <= E[x_i²].
+  for (Index j = 0; j < second.cols(); ++j) {
+    if ((second.col(j).array().square() > limit.array() * limit(j)).any()) {
+      return "second_moment has an entry above what its diagonal allows";
+    }
+  }
+  if ((moments.mean.array().square() > limit.array()).any()) {
+    return "mean is above what second_moment allows";
+  }
+  const VectorD sums = moments.distance_mass.rowwise().sum();
+  if (moments.distance_mass.minCoeff() < 0 || ((sums.array() - 1).abs() > 1e-3).any()) {
+    return "distance_mass has a row that is no distribution";
+  }
+  return "";
 }
 
 void require_shape(bool fits, const char* what) {
@@ -109,6 +149,9 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   writing.require(
       H5Dwrite(tokens.get(), H5T_NATIVE_INT32, H5S_ALL, H5S_ALL, H5P_DEFAULT, sequences.tokens.data()) >= 0,
       "the tokens");
+  Hasher hasher;
+  hasher.add(bytes_of(sequences.tokens));
+  writing.add_checksum(tokens, hasher);
   impl_->layers = writing.add_group(file, "layers");
 }
 
@@ -137,14 +180,17 @@ void CalibrationWriter::add_layer(const LayerMoments& moments) {
   const LayerShapes shapes = layer_shapes(header, impl_->length);
   const Handle second_moment = writing.add_dataset(layer.get(), "second_moment", shapes.second_moment,
                                                    {"hidden", "hidden"}, "square of the normed input");
-  writing.require(hdf5::write_matrix(second_moment.get(), moments.second_moment), name + "/second_moment");
+  write_hashed(writing, second_moment, moments.second_moment, name + "/second_moment");
   const Handle mean = writing.add_dataset(layer.get(), "mean", shapes.mean, {"hidden"}, "normed input");
   writing.require(
       H5Dwrite(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0,
       name + "/mean");
+  Hasher hasher;
+  hasher.add(bytes_of(moments.mean));
+  writing.add_checksum(mean, hasher);
   const Handle distance_mass = writing.add_dataset(layer.get(), "distance_mass", shapes.distance_mass,
                                                    {"head", "distance"}, "probability");
-  writing.require(hdf5::write_matrix(distance_mass.get(), moments.distance_mass), name + "/distance_mass");
+  write_hashed(writing, distance_mass, moments.distance_mass, name + "/distance_mass");
   ++impl_->next_layer;
 }
 
@@ -184,6 +230,7 @@ struct CalibrationFile::Impl {
   CalibrationHeader header;
   std::int64_t count = 0;
   std::int64_t length = 0;
+  bool has_checksums = true;
   Handle file;
   Handle layers;
 };
@@ -213,6 +260,7 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
     reading.fail("format_version (a newer relatent wrote this file)", std::to_string(kFormatVersion),
                  std::to_string(version));
   }
+  impl->has_checksums = version >= kChecksums;
   CalibrationHeader& header = impl->header;
   header.source_fingerprint = reading.text(file, "source_fingerprint");
   header.source_config = reading.text(file, "source_config");
@@ -266,6 +314,11 @@ Sequences CalibrationFile::sequences() const {
   if (negative != sequences.tokens.end()) {
     reading.fail("dataset /tokens", "ids from 0", std::to_string(*negative));
   }
+  Hasher hasher;
+  hasher.add(bytes_of(sequences.tokens));
+  if (impl_->has_checksums) {
+    reading.check_checksum(dataset, "/tokens", hasher);
+  }
   return sequences;
 }
 
@@ -287,18 +340,30 @@ LayerMoments CalibrationFile::layer(std::int64_t layer_idx) const {
   moments.second_moment.resize(header.hidden_size, header.hidden_size);
   moments.mean.resize(header.hidden_size);
   moments.distance_mass.resize(header.num_attention_heads, impl_->length);
-  const auto check = [&](bool was_read, const auto& values, const char* name) {
+  const auto check = [&](bool was_read, const auto& values, const Handle& dataset, const char* name,
+                         const Hasher& hasher) {
+    const std::string full_name = layer_path(layer_idx) + "/" + name;
     if (!was_read || !values.allFinite()) {
-      reading.fail("dataset " + layer_path(layer_idx) + "/" + name, "finite numbers",
-                   was_read ? "others" : "unreadable bytes");
+      reading.fail("dataset " + full_name, "finite numbers", was_read ? "others" : "unreadable bytes");
+    }
+    if (impl_->has_checksums) {
+      reading.check_checksum(dataset, full_name, hasher);
     }
   };
-  check(hdf5::read_matrix(second_moment.get(), moments.second_moment), moments.second_moment,
-        "second_moment");
-  check(H5Dread(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0,
-        moments.mean, "mean");
-  check(hdf5::read_matrix(distance_mass.get(), moments.distance_mass), moments.distance_mass,
-        "distance_mass");
+  Hasher of_second;
+  const bool second_read = hdf5::read_matrix(second_moment.get(), moments.second_moment, of_second);
+  check(second_read, moments.second_moment, second_moment, "second_moment", of_second);
+  Hasher of_mean;
+  const bool mean_read =
+      H5Dread(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0;
+  of_mean.add(bytes_of(moments.mean));
+  check(mean_read, moments.mean, mean, "mean", of_mean);
+  Hasher of_mass;
+  const bool mass_read = hdf5::read_matrix(distance_mass.get(), moments.distance_mass, of_mass);
+  check(mass_read, moments.distance_mass, distance_mass, "distance_mass", of_mass);
+  if (const std::string wrong = why_no_moments(moments); !wrong.empty()) {
+    reading.fail(layer_path(layer_idx), "moments as `relatent calibrate` writes them", wrong);
+  }
   return moments;
 }
 

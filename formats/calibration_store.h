@@ -1,6 +1,6 @@
 // What one calibration pass leaves behind, in HDF5: readable with h5py and h5dump without this program.
 //
-//   /           attributes: format "relatent-calibration", format_version 1, creator (program and version),
+//   /           attributes: format "relatent-calibration", format_version 2, creator (program and version),
 //               source_fingerprint, source_config (the JSON text), model_type, hidden_size,
 //               num_hidden_layers, num_attention_heads, compute (what projections were multiplied in:
 //               "float32" or "bfloat16")
@@ -17,7 +17,8 @@
 //               positions back; each row sums to 1; dimensions ["head", "distance"], unit "probability"
 //
 // Text attributes are fixed-length UTF-8 (bytes in h5py, lists as arrays of them), numbers int64; all
-// metadata carries the checksums of the HDF5 1.8 format. Datasets are contiguous and little-endian.
+// metadata carries the checksums of the HDF5 1.8 format. Datasets are contiguous and little-endian; their
+// attribute checksum is the XXH3-128 of their bytes, in hexadecimal. Version 1 had none, and is still read.
 #pragma once
 
 #include <cstdint>
@@ -71,7 +72,8 @@ class CalibrationWriter {
 class CalibrationFile {
  public:
   // Throws Error (input): not HDF5, another format or a newer version, attributes or datasets missing or of
-  // another shape than the header says (naming the dataset, expected and found).
+  // another shape than the header says (naming the dataset, expected and found). sequences and layer: values
+  // that are damaged or cannot be what they are to be.
   static CalibrationFile open(const std::filesystem::path& path);
   CalibrationFile(CalibrationFile&&) noexcept;
   CalibrationFile& operator=(CalibrationFile&&) noexcept;

@@ -8,6 +8,7 @@
 #include <span>
 
 #include "formats/error.h"
+#include "formats/state_file.h"
 #include "formats/tensor_file.h"
 
 namespace relatent::hdf5 {
@@ -141,6 +142,10 @@ void Writing::add_text_list(hid_t owner, const std::string& name,
   add_attribute(owner, name, text_type(width), space, packed.data());
 }
 
+void Writing::add_checksum(const Handle& dataset, const Hasher& values) const {
+  add_text(dataset.get(), "checksum", values.hexadecimal());
+}
+
 void Writing::add_number(hid_t owner, const std::string& name, std::int64_t number) const {
   const Handle type(H5Tcopy(H5T_STD_I64LE), H5Tclose);
   const Handle space(H5Screate(H5S_SCALAR), H5Sclose);
@@ -266,6 +271,15 @@ std::int64_t Reading::number(hid_t owner, const std::string& name, std::int64_t 
   return value;
 }
 
+void Reading::check_checksum(const Handle& dataset, const std::string& full_name,
+                             const Hasher& values) const {
+  const std::string expected = text(dataset.get(), "checksum");
+  const std::string found = values.hexadecimal();
+  if (expected != found) {
+    fail("dataset " + full_name + " is damaged", "checksum " + expected, found);
+  }
+}
+
 // Hard links only: others may lead out of the file.
 void Reading::require_member(hid_t parent, const std::string& name, const std::string& full_name) const {
   H5L_info_t info{};
@@ -293,16 +307,17 @@ Reading::Attribute Reading::attribute(hid_t owner, const std::string& name) cons
   return opened;
 }
 
-bool write_matrix(hid_t dataset, const MatrixD& matrix) {
+bool write_matrix(hid_t dataset, const MatrixD& matrix, Hasher& hasher) {
   return for_bands(dataset, matrix.rows(), matrix.cols(),
                    [&](hid_t memory_space, hid_t file_space, std::int64_t first, std::int64_t rows) {
                      const RowMajorD band = matrix.middleRows(first, rows);
+                     hasher.add(bytes_of(band));
                      return H5Dwrite(dataset, H5T_NATIVE_DOUBLE, memory_space, file_space, H5P_DEFAULT,
                                      band.data()) >= 0;
                    });
 }
 
-bool read_matrix(hid_t dataset, MatrixD& matrix) {
+bool read_matrix(hid_t dataset, MatrixD& matrix, Hasher& hasher) {
   return for_bands(
       dataset, matrix.rows(), matrix.cols(),
       [&](hid_t memory_space, hid_t file_space, std::int64_t first, std::int64_t rows) {
@@ -310,6 +325,7 @@ bool read_matrix(hid_t dataset, MatrixD& matrix) {
         if (H5Dread(dataset, H5T_NATIVE_DOUBLE, memory_space, file_space, H5P_DEFAULT, band.data()) < 0) {
           return false;
         }
+        hasher.add(bytes_of(band));
         matrix.middleRows(first, rows) = band;
         return true;
       });

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "formats/hash.h"
 #include "linalg/matrix.h"
 
 namespace relatent::hdf5 {
@@ -82,6 +83,8 @@ class Writing {
   void add_text(hid_t owner, const std::string& name, std::string_view text) const;
   void add_text_list(hid_t owner, const std::string& name, const std::vector<std::string_view>& texts) const;
   void add_number(hid_t owner, const std::string& name, std::int64_t number) const;
+  // The attribute "checksum" of a dataset whose values, row by row as they lie in the file, were hashed.
+  void add_checksum(const Handle& dataset, const Hasher& values) const;
 
  private:
   void add_attribute(hid_t owner, const std::string& name, const Handle& type, const Handle& space,
@@ -113,6 +116,8 @@ class Reading {
   // Attributes of a single value: fixed-length text without the NULs at its end, an integer from `least`.
   std::string text(hid_t owner, const std::string& name) const;
   std::int64_t number(hid_t owner, const std::string& name, std::int64_t least) const;
+  // Complains unless the attribute "checksum" is that of the values that were read.
+  void check_checksum(const Handle& dataset, const std::string& full_name, const Hasher& values) const;
 
  private:
   struct Attribute {
@@ -128,8 +133,8 @@ class Reading {
 };
 
 // The values of a whole float64 dataset [rows, columns], whose shape is the matrix's; on disk they are
-// row-major. False when the library fails.
-bool write_matrix(hid_t dataset, const MatrixD& matrix);
-bool read_matrix(hid_t dataset, MatrixD& matrix);
+// row-major, and hashed like that. False when the library fails.
+bool write_matrix(hid_t dataset, const MatrixD& matrix, Hasher& hasher);
+bool read_matrix(hid_t dataset, MatrixD& matrix, Hasher& hasher);
 
 }  // namespace relatent::hdf5

@@ -64,6 +64,14 @@ void check_calibration(const ConvertInputs& inputs) {
                 "fingerprint " + found, inputs.calibration->header().source_fingerprint,
                 "run `relatent calibrate` on it"});
   }
+  const Index vocab = inputs.source.config().vocab_size;
+  for (const std::int32_t token : inputs.calibration->sequences().tokens) {
+    if (token >= vocab) {
+      fail_input({inputs.calibration->path(), "", "dataset /tokens holds an id that the model does not have",
+                  "ids below vocab_size " + std::to_string(vocab), std::to_string(token),
+                  "run `relatent calibrate` again"});
+    }
+  }
 }
 
 Moments input_moments(const ConvertInputs& inputs, Index layer_idx) {

@@ -59,9 +59,12 @@ Sequences some_sequences() {
 LayerMoments random_layer(std::int64_t hidden, std::mt19937& random) {
   LayerMoments moments;
   moments.tokens = 21 + static_cast<std::int64_t>(random() % 100);
-  moments.second_moment = random_matrix(hidden, hidden, random);
-  moments.mean = random_matrix(hidden, 1, random);
-  moments.distance_mass = random_matrix(kHeads, kLength, random);
+  const MatrixD x = random_matrix(hidden, 30, random);
+  moments.second_moment = x * x.transpose() / 30;
+  moments.second_moment.triangularView<Eigen::StrictlyUpper>() = moments.second_moment.transpose();
+  moments.mean = x.rowwise().mean();
+  moments.distance_mass = random_matrix(kHeads, kLength, random).cwiseAbs();
+  moments.distance_mass.array().colwise() /= moments.distance_mass.rowwise().sum().array().eval();
   return moments;
 }
 
@@ -296,8 +299,8 @@ TEST(CalibrationFile, RefusesBadAttributes) {
        [](hid_t file) { replace_text(file, "format", "relatent-calibration", true); },
        {"attribute format", "fixed-length text"}},
       {"newer",
-       [](hid_t file) { set_number(file, "format_version", 2); },
-       {"format_version", "newer", "found 2"}},
+       [](hid_t file) { set_number(file, "format_version", 3); },
+       {"format_version", "newer", "found 3"}},
       {"version 0",
        [](hid_t file) { set_number(file, "format_version", 0); },
        {"format_version", "at least 1"}},
@@ -443,6 +446,40 @@ TEST(CalibrationFile, RefusesValuesThatAreNoMoments) {
   tokens[20] = -3;
   const CalibrationFile file = spoil("/tokens", H5T_NATIVE_INT32, tokens.data());
   expect_error(ErrorKind::input, {"/tokens", "found -3"}, [&] { static_cast<void>(file.sequences()); });
+  // Numbers that could be moments, but are not those that were written.
+  std::fill(values.begin(), values.end(), 0.0);
+  for (const char* name :
+       {"/layers/00001/second_moment", "/layers/00001/mean", "/layers/00001/distance_mass"}) {
+    const CalibrationFile changed = spoil(name, H5T_NATIVE_DOUBLE, values.data());
+    expect_error(ErrorKind::input, {"c.h5", name, "damaged", "checksum"}, [&] { changed.layer(1); });
+  }
+  tokens[20] = 3;
+  const CalibrationFile changed = spoil("/tokens", H5T_NATIVE_INT32, tokens.data());
+  expect_error(ErrorKind::input, {"/tokens", "damaged"}, [&] { static_cast<void>(changed.sequences()); });
+}
+
+TEST(CalibrationFile, RefusesNumbersThatNoTokensHave) {
+  const TempFolder folder;
+  const std::vector<std::pair<std::function<void(LayerMoments&)>, std::string>> cases = {
+      {[](LayerMoments& m) { m.second_moment(1, 3) += 1e-9; }, "symmetric"},
+      {[](LayerMoments& m) { m.second_moment *= -1; }, "negative diagonal"},
+      {[](LayerMoments& m) { m.second_moment(1, 3) = m.second_moment(3, 1) = 100; }, "diagonal allows"},
+      {[](LayerMoments& m) { m.second_moment.setZero(); }, "mean is above"},
+      {[](LayerMoments& m) { m.mean(2) = 10; }, "mean is above"},
+      {[](LayerMoments& m) { m.distance_mass *= 2; }, "no distribution"},
+      {[](LayerMoments& m) { m.distance_mass(1, 2) -= 2; m.distance_mass(1, 3) += 2; }, "no distribution"},
+  };
+  for (const auto& [spoil, wrong] : cases) {
+    fs::remove(folder / "c.h5");
+    std::mt19937 random(3);
+    LayerMoments moments = random_layer(5, random);
+    spoil(moments);
+    CalibrationWriter writer(folder / "c.h5", header_of(5, 1), some_sequences());
+    writer.add_layer(moments);
+    writer.finish();
+    const CalibrationFile file = CalibrationFile::open(folder / "c.h5");
+    expect_error(ErrorKind::input, {"c.h5", "/layers/00000", wrong}, [&] { file.layer(0); });
+  }
 }
 
 void read_everything(const fs::path& path) {
