@@ -98,6 +98,14 @@ int run(const Options& options) {
     print_devices(*devices, options.json ? stderr : stdout);
   }
   int code = 0;
+  const std::int64_t broken = v.logits.non_finite + (devices ? devices->logits.non_finite : 0);
+  if (broken > 0) {
+    std::fprintf(stderr,
+                 "relatent: BROKEN: logits are NaN or infinite at %lld positions, so nothing can be compared "
+                 "there\n",
+                 static_cast<long long>(broken));
+    code = 1;
+  }
   if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
     std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl,
                  *options.max_kl);

@@ -13,7 +13,10 @@ namespace relatent {
 // predicts nothing.
 struct LogitComparison {
   std::int64_t tokens = 0;  // predictions scored
-  double source_nll = 0;    // mean negative log likelihood, nats
+  // Positions where a logit of either model is NaN or infinite. With any, all figures below but the share of
+  // agreement are NaN, which no limit lets pass.
+  std::int64_t non_finite = 0;
+  double source_nll = 0;  // mean negative log likelihood, nats
   double converted_nll = 0;
   double mean_kl = 0;  // KL(source ‖ converted), nats, over all positions
   double max_kl = 0;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <sstream>
 
 #include "convert/compute/backend.h"
@@ -37,6 +38,10 @@ std::string in_words(const Measurement& measured) {
 }
 
 std::string loss_warning(const Measurement& measured, const std::vector<std::string>& reasons) {
+  if (measured.logits.non_finite > 0) {
+    return "THE RESULT IS NOT USABLE: its logits are NaN or infinite at " +
+           std::to_string(measured.logits.non_finite) + " positions";
+  }
   if (measured.nats() <= noticeable_nats) {
     return "";
   }
@@ -57,7 +62,8 @@ std::string loss_warning(const Measurement& measured, const std::vector<std::str
 
 std::string to_text(const Measurement& measured) {
   const LogitComparison& l = measured.logits;
-  std::string out = (measured.held_out ? "1 " : "0 ") + std::to_string(l.tokens);
+  std::string out =
+      (measured.held_out ? "1 " : "0 ") + std::to_string(l.tokens) + " " + std::to_string(l.non_finite);
   for (const double number : {l.source_nll, l.converted_nll, l.mean_kl, l.max_kl, l.top1_agreement,
                               l.max_abs_logit_diff, l.rel_logit_error}) {
     out += " " + exact_text(number);
@@ -69,11 +75,21 @@ std::optional<Measurement> measurement_from(const std::string& text) {
   Measurement out;
   LogitComparison& l = out.logits;
   std::istringstream fields(text);
-  if (fields >> out.held_out >> l.tokens >> l.source_nll >> l.converted_nll >> l.mean_kl >> l.max_kl >>
-      l.top1_agreement >> l.max_abs_logit_diff >> l.rel_logit_error) {
-    return out;
+  if (!(fields >> out.held_out >> l.tokens >> l.non_finite)) {
+    return std::nullopt;
   }
-  return std::nullopt;
+  for (double* number : {&l.source_nll, &l.converted_nll, &l.mean_kl, &l.max_kl, &l.top1_agreement,
+                         &l.max_abs_logit_diff, &l.rel_logit_error}) {
+    std::string field;
+    fields >> field;
+    char* end = nullptr;
+    // Unlike a stream, it reads "nan" too.
+    *number = std::strtod(field.c_str(), &end);
+    if (end == field.c_str()) {
+      return std::nullopt;
+    }
+  }
+  return out;
 }
 
 }  // namespace relatent

@@ -95,6 +95,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
 nlohmann::ordered_json to_json(const DeviceVerification& v) {
   return {{"tp", v.tp},
           {"rel_logit_error", v.logits.rel_logit_error},
+          {"non_finite_positions", v.logits.non_finite},
           {"max_abs_logit_diff", v.logits.max_abs_logit_diff},
           {"kv_bytes_per_token", v.cache_bytes_per_token}};
 }
@@ -109,6 +110,7 @@ nlohmann::ordered_json to_json(const Verification& v) {
   out["top1_agreement"] = v.logits.top1_agreement;
   out["max_abs_logit_diff"] = v.logits.max_abs_logit_diff;
   out["rel_logit_error"] = v.logits.rel_logit_error;
+  out["non_finite_positions"] = v.logits.non_finite;
   out["tokens"] = v.logits.tokens;
   auto& cache = out["kv_bytes_per_token"];
   cache["source"] = v.source_cache_bytes;

@@ -29,6 +29,7 @@ struct Position {
   double cross = 0;         // Σ exp(source - source_peak) (source - converted)
   float source_target = 0;  // logit of the true next token
   float converted_target = 0;
+  bool finite = true;
 };
 
 struct Totals {
@@ -68,7 +69,12 @@ MatrixF final_states(const Model& model, const Stream& stream) {
 void compare_slice(const Eigen::Ref<const RowVectorF>& source, const Eigen::Ref<const RowVectorF>& converted,
                    Index first, Position& here, Totals& total) {
   const RowVectorF diff = source - converted;
-  total.diff_squared += static_cast<double>(diff.squaredNorm());
+  const auto diff_squared = static_cast<double>(diff.squaredNorm());
+  if (!std::isfinite(diff_squared)) {
+    here.finite = false;
+    return;
+  }
+  total.diff_squared += diff_squared;
   total.source_squared += static_cast<double>(source.squaredNorm());
   total.max_abs = std::max(total.max_abs, static_cast<double>(diff.cwiseAbs().maxCoeff()));
   here.cross *= fold(source, first, here.source_peak, here.source_top, here.source_sum);
@@ -85,6 +91,10 @@ LogitComparison means_of(const std::vector<Position>& positions, const std::vect
   std::int64_t agreed = 0;
   for (std::size_t row = 0; row < positions.size(); ++row) {
     const Position& here = positions[row];
+    if (!here.finite) {
+      ++out.non_finite;
+      continue;
+    }
     const double source_lse = here.source_peak + std::log(here.source_sum);
     const double converted_lse = here.converted_peak + std::log(here.converted_sum);
     const double kl = std::max(0.0, here.cross / here.source_sum - source_lse + converted_lse);
@@ -111,6 +121,10 @@ LogitComparison means_of(const std::vector<Position>& positions, const std::vect
   out.top1_agreement = static_cast<double>(agreed) / rows;
   out.rel_logit_error =
       source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
+  if (out.non_finite > 0) {
+    out.source_nll = out.converted_nll = out.mean_kl = out.max_kl = out.max_abs_logit_diff =
+        out.rel_logit_error = std::numeric_limits<double>::quiet_NaN();
+  }
   return out;
 }
 

@@ -77,6 +77,13 @@ TEST(Measure, SurvivesTheJournal) {
   EXPECT_EQ(back->logits.tokens, 2046);
   EXPECT_EQ(back->logits.mean_kl, 0.1);
   EXPECT_EQ(back->logits.rel_logit_error, 1e-7);
+  measured.logits.non_finite = 3;
+  measured.logits.mean_kl = std::numeric_limits<double>::quiet_NaN();
+  const std::optional<Measurement> broken = measurement_from(to_text(measured));
+  ASSERT_TRUE(broken);
+  EXPECT_EQ(broken->logits.non_finite, 3);
+  EXPECT_TRUE(std::isnan(broken->logits.mean_kl));
+  EXPECT_NE(loss_warning(*broken, {}).find("NaN or infinite at 3 positions"), std::string::npos);
   EXPECT_FALSE(measurement_from(""));
   EXPECT_FALSE(measurement_from("1 2"));
 }

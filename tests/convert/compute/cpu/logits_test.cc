@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -208,6 +209,29 @@ TEST(Logits, OneWrongLogitIsNoticed) {
 }
 
 // The targets of a sequence are its own tokens but the first.
+TEST(Logits, NumbersThatAreNoneAreCounted) {
+  const TempFolder folder;
+  const Model model = open(tiny_model({.layers = 1}), folder);
+  const Sequences sequences = random_sequences(12, 2, 5, 50);
+  const Stream stream(model, sequences);
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    Stream broken = stream;
+    broken.hidden()(3, 7) = bad;
+    for (const bool source : {false, true}) {
+      const LogitComparison found = source ? compare_logits(model, broken, model, stream, sequences)
+                                           : compare_logits(model, stream, model, broken, sequences);
+      EXPECT_EQ(found.non_finite, 1);
+      EXPECT_LT(found.top1_agreement, 1);
+      for (const double figure : {found.source_nll, found.converted_nll, found.mean_kl, found.max_kl,
+                                  found.max_abs_logit_diff, found.rel_logit_error}) {
+        EXPECT_TRUE(std::isnan(figure));
+      }
+    }
+    EXPECT_EQ(compare_logits(model, broken, model, broken, sequences).non_finite, 1);
+  }
+  EXPECT_EQ(compare_logits(model, stream, model, stream, sequences).non_finite, 0);
+}
+
 TEST(Logits, LastPositionsPredictNothing) {
   const TempFolder folder;
   const Model model = open(tiny_model({.layers = 1}), folder);
