@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <stdio.h>  // NOLINT(modernize-deprecated-headers): renameat2 is not in <cstdio>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,72 +14,13 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/open_file.h"
 
 namespace relatent {
 namespace {
 
 // What filesystems share between files is made of these.
 constexpr off_t kBlock = 4096;
-
-// A descriptor that closes itself.
-class Descriptor {
- public:
-  explicit Descriptor(int fd) : fd_(fd) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Descriptor& operator=(Descriptor&&) = delete;
-  ~Descriptor() {
-    if (fd_ >= 0) {
-      ::close(fd_);
-    }
-  }
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
-[[noreturn]] void fail_machine(const std::filesystem::path& file, const std::string& problem,
-                               int error_number) {
-  throw Error(
-      ErrorKind::machine,
-      to_sentence({.file = file, .problem = problem + ": " + std::generic_category().message(error_number)}));
-}
-
-std::string kind_of_file(mode_t mode) {
-  if (S_ISDIR(mode)) {
-    return "a folder";
-  }
-  if (S_ISFIFO(mode)) {
-    return "a pipe";
-  }
-  if (S_ISSOCK(mode)) {
-    return "a socket";
-  }
-  return "a device";
-}
-
-struct OpenFile {
-  Descriptor descriptor;
-  std::uint64_t size = 0;
-};
-
-OpenFile open_regular(const std::filesystem::path& path) {
-  // O_NONBLOCK: a pipe must be refused, not waited for.
-  Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (descriptor.get() < 0) {
-    fail_system(path, "cannot open", errno);
-  }
-  struct stat status {};
-  if (::fstat(descriptor.get(), &status) != 0) {
-    fail_machine(path, "cannot examine", errno);
-  }
-  if (!S_ISREG(status.st_mode)) {
-    fail_input({.file = path, .expected = "a regular file", .found = kind_of_file(status.st_mode)});
-  }
-  return {std::move(descriptor), static_cast<std::uint64_t>(status.st_size)};
-}
 
 // Bytes read before the end of the file, at most buffer.size().
 std::size_t read_fully(int fd, std::uint64_t offset, std::span<std::byte> buffer,
@@ -147,50 +87,6 @@ void flush_folder(const std::filesystem::path& folder) {
   // Some filesystems have nothing to flush for a folder and say EINVAL.
   if (::fsync(descriptor.get()) != 0 && errno != EINVAL) {
     fail_machine(folder, "cannot flush", errno);
-  }
-}
-
-MappedFile MappedFile::open(const std::filesystem::path& path) {
-  const OpenFile opened = open_regular(path);
-  MappedFile file;
-  file.path_ = path;
-  if (opened.size == 0) {
-    return file;  // nothing to map
-  }
-  void* address = ::mmap(nullptr, opened.size, PROT_READ, MAP_SHARED, opened.descriptor.get(), 0);
-  if (address == MAP_FAILED) {  // NOLINT(performance-no-int-to-ptr): the macro's own cast
-    fail_machine(path, "cannot map", errno);
-  }
-  file.bytes_ = {static_cast<const std::byte*>(address), static_cast<std::size_t>(opened.size)};
-  return file;
-}
-
-MappedFile::MappedFile(MappedFile&& other) noexcept
-    : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
-
-MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
-  std::swap(path_, other.path_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-
-MappedFile::~MappedFile() {
-  if (!bytes_.empty()) {
-    ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
-  }
-}
-
-void MappedFile::release(std::size_t offset, std::size_t size) const {
-  if (offset >= bytes_.size()) {
-    return;
-  }
-  size = std::min(size, bytes_.size() - offset);
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t begin = (offset + page - 1) / page * page;
-  const std::size_t end = (offset + size) / page * page;
-  if (begin < end) {
-    // Advice only: a refusal costs memory, not correctness.
-    static_cast<void>(::madvise(const_cast<std::byte*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED));
   }
 }
 

@@ -1,4 +1,4 @@
-// Files as the operating system sees them: mapping, atomic appearance, copying without decoding.
+// Files as the operating system sees them: atomic appearance, copying without decoding.
 #pragma once
 
 #include <cstddef>
@@ -9,29 +9,6 @@
 #include <string_view>
 
 namespace relatent {
-
-// A read-only mapping of a whole file, which must be a regular file. Movable, not copyable.
-class MappedFile {
- public:
-  // Throws Error (input when there is no such file, machine otherwise).
-  static MappedFile open(const std::filesystem::path& path);
-  MappedFile() = default;
-  MappedFile(MappedFile&& other) noexcept;
-  MappedFile& operator=(MappedFile&& other) noexcept;
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  ~MappedFile();
-
-  std::span<const std::byte> bytes() const { return bytes_; }
-  const std::filesystem::path& path() const { return path_; }
-  // Tells the kernel that [offset, offset + size) is not needed any more; only whole pages inside are
-  // dropped.
-  void release(std::size_t offset, std::size_t size) const;
-
- private:
-  std::filesystem::path path_;
-  std::span<const std::byte> bytes_;
-};
 
 // Whether this names a file of a folder and nothing outside of it: not empty, not "." or "..", no '/' or NUL.
 bool is_plain_name(std::string_view name);

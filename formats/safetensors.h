@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "formats/files.h"
+#include "formats/mapped_file.h"
 #include "formats/tensor_file.h"
 #include "linalg/dtype.h"
 

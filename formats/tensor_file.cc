@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "formats/checkpoint.h"
+#include "formats/mapped_file.h"
 #include "formats/narrowing.h"
 #include "linalg/stages.h"
 
