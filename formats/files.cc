@@ -109,6 +109,7 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) 
 }
 
 PendingFile::PendingFile(std::filesystem::path path, int flags) : path_(std::move(path)) {
+  require_replaceable(path_);
   const std::filesystem::path partial = partial_path();
   fd_ = ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | flags, 0666);
   if (fd_ < 0) {
@@ -237,6 +238,7 @@ void PendingFile::commit() {
   if (::fsync(fd_) != 0) {
     fail_machine(partial_path(), "cannot flush", errno);
   }
+  require_replaceable(path_);
   if (::rename(partial_path().c_str(), path_.c_str()) != 0) {
     fail_machine(path_, "cannot rename the finished file into place", errno);
   }
@@ -272,6 +274,14 @@ std::filesystem::path output_name(const std::filesystem::path& path) {
     fail_usage(text + ": its parent folder " + parent.string() + " does not exist");
   }
   return text;
+}
+
+void require_replaceable(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    fail_usage(path.string() + ": is " + kind_of_file(status.st_mode) +
+               ", and a file is to be written there (choose another name)");
+  }
 }
 
 void require_absent(const std::filesystem::path& path) {

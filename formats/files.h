@@ -20,7 +20,8 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes);
 // the disk first. Without commit the partial file is removed by the destructor.
 class PendingFile {
  public:
-  // Throws Error (machine) when the file cannot be created. An existing file at path is replaced at commit.
+  // Throws Error: usage when there is anything but a regular file at path (require_replaceable), machine when
+  // the file cannot be created. An existing file at path is replaced at commit.
   explicit PendingFile(std::filesystem::path path);
   // Takes up the partial file that an earlier process kept, as it is. Throws Error (input when there is none,
   // machine when it cannot be opened).
@@ -41,6 +42,7 @@ class PendingFile {
   void flush();
   // From now on the partial file outlives an object that is not committed.
   void keep() { kept_ = true; }
+  // Throws Error: usage when something else than a regular file has appeared at path, machine otherwise.
   void commit();
   const std::filesystem::path& path() const { return path_; }
   // Where the bytes are until commit.
@@ -57,6 +59,9 @@ class PendingFile {
 // The name without the slashes at its end that shells complete folders with. Throws Error (usage) when that
 // is nothing, or when its parent folder does not exist.
 std::filesystem::path output_name(const std::filesystem::path& path);
+// Throws Error (usage) when there is anything but a regular file at path. A symbolic link is none, whatever
+// it leads to.
+void require_replaceable(const std::filesystem::path& path);
 // Throws Error (usage) when there is anything at path.
 void require_absent(const std::filesystem::path& path);
 // Renames a finished folder into place and flushes the parent; never replaces anything. Throws Error: usage

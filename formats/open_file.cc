@@ -20,6 +20,9 @@ std::string kind_of_file(mode_t mode) {
   if (S_ISDIR(mode)) {
     return "a folder";
   }
+  if (S_ISLNK(mode)) {
+    return "a symbolic link";
+  }
   if (S_ISFIFO(mode)) {
     return "a pipe";
   }

@@ -34,7 +34,7 @@ class Descriptor {
 [[noreturn]] void fail_machine(const std::filesystem::path& file, const std::string& problem,
                                int error_number);
 
-// "a folder", "a pipe", ... for the mode of anything but a regular file.
+// "a folder", "a pipe", "a symbolic link", ... for the mode of anything but a regular file.
 std::string kind_of_file(mode_t mode);
 
 struct OpenFile {

@@ -119,6 +119,30 @@ TEST(PendingFile, CannotBeCreated) {
   EXPECT_FALSE(fs::exists(folder / "elsewhere"));
 }
 
+TEST(PendingFile, ReplacesNothingButRegularFiles) {
+  const TempFolder folder;
+  folder.write("file", "old");
+  fs::create_symlink("file", folder / "link");
+  fs::create_symlink("nowhere", folder / "broken");
+  fs::create_directory(folder / "folder");
+  ASSERT_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
+  for (const auto& [name, kind] : {std::pair{"link", "a symbolic link"},
+                                   {"broken", "a symbolic link"},
+                                   {"folder", "a folder"},
+                                   {"pipe", "a pipe"}}) {
+    expect_error(ErrorKind::usage, {(folder / name).string(), kind, "choose another name"},
+                 [&, where = folder / name] { const PendingFile file(where); });
+    EXPECT_FALSE(fs::exists(folder / (std::string(name) + ".partial")));
+    // It appears while the file is being written.
+    PendingFile late(folder / "late");
+    fs::rename(folder / name, folder / "late");
+    expect_error(ErrorKind::usage, {"late", kind}, [&] { late.commit(); });
+    fs::remove(folder / "late");
+  }
+  expect_error(ErrorKind::usage, {"/dev/null", "a device"}, [] { const PendingFile file("/dev/null"); });
+  EXPECT_EQ(read_bytes(folder / "file"), "old");
+}
+
 void check_copies(const fs::path& source, const std::string& bytes, const fs::path& target) {
   PendingFile file(target);
   file.reserve(bytes.size() + 7);
