@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>  // NOLINT(modernize-deprecated-headers): renameat2 is not in <cstdio>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -59,6 +60,39 @@ void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
   }
 }
 
+// Opens a partial file for writing and locks it.
+Descriptor open_locked(const std::filesystem::path& partial, bool create) {
+  while (true) {
+    // O_NONBLOCK: a pipe must be refused, not waited for.
+    Descriptor out(
+        ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), 0666));
+    if (out.get() < 0) {
+      if (!create) {
+        fail_system(partial, "cannot open", errno);
+      }
+      fail_machine(partial, "cannot create", errno);
+    }
+    struct stat opened {};
+    if (::fstat(out.get(), &opened) != 0) {
+      fail_machine(partial, "cannot examine", errno);
+    }
+    if (!S_ISREG(opened.st_mode)) {
+      fail_usage(partial.string() + ": is " + kind_of_file(opened.st_mode) +
+                 ", and a file is to be written there (delete it, or choose another name)");
+    }
+    // Filesystems without locks are no reason to stop.
+    if (::flock(out.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      fail_usage(partial.string() + ": another run is writing there (wait for it, or choose another name)");
+    }
+    // Between the two steps another run may have given the file its final name, or removed it.
+    struct stat named {};
+    if (::lstat(partial.c_str(), &named) == 0 && named.st_dev == opened.st_dev &&
+        named.st_ino == opened.st_ino) {
+      return out;
+    }
+  }
+}
+
 void require_open(int fd) {
   if (fd < 0) {
     throw std::logic_error("PendingFile: used after commit");
@@ -108,22 +142,21 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) 
   return text;
 }
 
-PendingFile::PendingFile(std::filesystem::path path, int flags) : path_(std::move(path)) {
+PendingFile::PendingFile(std::filesystem::path path, Start start) : path_(std::move(path)) {
   require_replaceable(path_);
   const std::filesystem::path partial = partial_path();
-  fd_ = ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | flags, 0666);
-  if (fd_ < 0) {
-    if ((flags & O_CREAT) == 0) {
-      fail_system(partial, "cannot open", errno);
-    }
-    fail_machine(partial, "cannot create", errno);
+  Descriptor descriptor = open_locked(partial, start == Start::empty);
+  // Not O_TRUNC: until it was locked, the file may have been another's.
+  if (start == Start::empty && ::ftruncate(descriptor.get(), 0) != 0) {
+    fail_machine(partial, "cannot empty", errno);
   }
+  fd_ = descriptor.release();
 }
 
-PendingFile::PendingFile(std::filesystem::path path) : PendingFile(std::move(path), O_CREAT | O_TRUNC) {}
+PendingFile::PendingFile(std::filesystem::path path) : PendingFile(std::move(path), Start::empty) {}
 
 PendingFile PendingFile::reopen(std::filesystem::path path) {
-  return {std::move(path), 0};
+  return {std::move(path), Start::as_kept};
 }
 
 PendingFile::PendingFile(PendingFile&& other) noexcept
@@ -131,10 +164,11 @@ PendingFile::PendingFile(PendingFile&& other) noexcept
 
 PendingFile::~PendingFile() {
   if (fd_ >= 0) {
-    ::close(fd_);
+    // Before the lock goes: what has this name afterwards may be another's.
     if (!kept_) {
       ::unlink(partial_path().c_str());
     }
+    ::close(fd_);
   }
 }
 

@@ -17,14 +17,16 @@ bool is_plain_name(std::string_view name);
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes);
 
 // A file that is written under PATH + ".partial" and gets its own name only by commit(), which flushes it to
-// the disk first. Without commit the partial file is removed by the destructor.
+// the disk first. Without commit the partial file is removed by the destructor. One object at a time, of all
+// processes, has the partial file: it is locked, where the filesystem has locks.
 class PendingFile {
  public:
-  // Throws Error: usage when there is anything but a regular file at path (require_replaceable), machine when
-  // the file cannot be created. An existing file at path is replaced at commit.
+  // Throws Error: usage when there is anything but a regular file at path (require_replaceable) or its
+  // partial name, or when another run is writing there, machine when the file cannot be created. An existing
+  // file at path is replaced at commit.
   explicit PendingFile(std::filesystem::path path);
-  // Takes up the partial file that an earlier process kept, as it is. Throws Error (input when there is none,
-  // machine when it cannot be opened).
+  // Takes up the partial file that an earlier process kept, as it is. Throws Error: input when there is none,
+  // usage as above, machine when it cannot be opened.
   static PendingFile reopen(std::filesystem::path path);
   PendingFile(PendingFile&& other) noexcept;
   PendingFile& operator=(PendingFile&&) = delete;
@@ -49,7 +51,8 @@ class PendingFile {
   std::filesystem::path partial_path() const;
 
  private:
-  PendingFile(std::filesystem::path path, int flags);
+  enum class Start { empty, as_kept };
+  PendingFile(std::filesystem::path path, Start start);
 
   std::filesystem::path path_;
   int fd_ = -1;

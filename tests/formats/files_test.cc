@@ -119,6 +119,29 @@ TEST(PendingFile, CannotBeCreated) {
   EXPECT_FALSE(fs::exists(folder / "elsewhere"));
 }
 
+TEST(PendingFile, IsWrittenByOneAtATime) {
+  const TempFolder folder;
+  const fs::path path = folder / "out";
+  PendingFile first(path);
+  first.write_at(0, bytes_of("first"));
+  for (const auto& second : {+[](const fs::path& where) { const PendingFile file(where); },
+                             +[](const fs::path& where) { PendingFile::reopen(where); }}) {
+    expect_error(ErrorKind::usage, {"out.partial", "another run is writing there"}, [&] { second(path); });
+  }
+  first.commit();
+  EXPECT_EQ(read_bytes(path), "first");
+  PendingFile next(path);
+  next.commit();
+  EXPECT_EQ(read_bytes(path), "");
+}
+
+TEST(PendingFile, ThePartialNameMustBeAFile) {
+  const TempFolder folder;
+  ASSERT_EQ(::mkfifo((folder / "out.partial").c_str(), 0600), 0);
+  expect_error(ErrorKind::usage, {"out.partial", "a pipe"}, [&] { const PendingFile file(folder / "out"); });
+  EXPECT_TRUE(fs::is_fifo(folder / "out.partial"));
+}
+
 TEST(PendingFile, ReplacesNothingButRegularFiles) {
   const TempFolder folder;
   folder.write("file", "old");
