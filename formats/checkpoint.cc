@@ -205,6 +205,14 @@ void Checkpoint::release(const std::string& name) const {
   file_of(name).release(info(name));
 }
 
+FilePermissions Checkpoint::weight_permissions() const {
+  std::filesystem::perms all = std::filesystem::perms::all;
+  for (const SafetensorsFile& file : files_) {
+    all &= *permissions_of(file.path());
+  }
+  return all;
+}
+
 std::vector<std::filesystem::path> Checkpoint::side_files() const {
   std::vector<std::filesystem::path> files;
   std::error_code error;
@@ -249,23 +257,25 @@ std::vector<std::vector<TensorSpec>> CheckpointWriter::cut(const std::vector<Ten
 }
 
 CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
-                                   std::uint64_t max_shard_bytes)
-    : folder_(std::move(folder)) {
+                                   std::uint64_t max_shard_bytes, FilePermissions permissions)
+    : folder_(std::move(folder)), permissions_(permissions) {
   std::vector<std::vector<TensorSpec>> shards = cut(specs, max_shard_bytes);
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    writers_.push_back(std::make_unique<SafetensorsWriter>(folder_ / file_names_[i], std::move(shards[i])));
+    writers_.push_back(std::make_unique<SafetensorsWriter>(
+        folder_ / file_names_[i], std::move(shards[i]), std::map<std::string, std::string>{}, permissions_));
   }
 }
 
 std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path folder,
                                                            const std::vector<TensorSpec>& specs,
-                                                           std::uint64_t max_shard_bytes) {
+                                                           std::uint64_t max_shard_bytes,
+                                                           FilePermissions permissions) {
   // Not make_unique: the constructor is private.
-  std::unique_ptr<CheckpointWriter> out(new CheckpointWriter(std::move(folder)));
+  std::unique_ptr<CheckpointWriter> out(new CheckpointWriter(std::move(folder), permissions));
   std::vector<std::vector<TensorSpec>> shards = out->cut(specs, max_shard_bytes);
   for (std::size_t i = 0; i < shards.size(); ++i) {
     out->writers_.push_back(
-        SafetensorsWriter::reopen(out->folder_ / out->file_names_[i], std::move(shards[i])));
+        SafetensorsWriter::reopen(out->folder_ / out->file_names_[i], std::move(shards[i]), permissions));
     if (!out->writers_.back()) {
       return nullptr;
     }
@@ -318,7 +328,7 @@ void CheckpointWriter::finish() {
     weight_map[name] = file_names_[shard];
   }
   const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}};
-  write_text(folder_ / kIndexName, index.dump(2) + "\n");
+  write_text(folder_ / kIndexName, index.dump(2) + "\n", permissions_);
 }
 
 std::uint64_t CheckpointWriter::bytes_written() const {

@@ -23,6 +23,10 @@ namespace {
 // What filesystems share between files is made of these.
 constexpr off_t kBlock = 4096;
 
+// What a new file is created with; the umask takes its part.
+constexpr mode_t kPublic = 0666;
+constexpr mode_t kPrivate = 0600;
+
 // Bytes read before the end of the file, at most buffer.size().
 std::size_t read_fully(int fd, std::uint64_t offset, std::span<std::byte> buffer,
                        const std::filesystem::path& path) {
@@ -60,12 +64,27 @@ void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
   }
 }
 
+void set_mode(int fd, mode_t mode) {
+  // Filesystems without permissions are no reason to stop: what they refuse was not granted before either.
+  static_cast<void>(::fchmod(fd, mode));
+}
+
+// A finished file that is taken up again may have got the permissions of a write-protected source.
+void make_writable(const std::filesystem::path& partial) {
+  struct stat status {};
+  if (::lstat(partial.c_str(), &status) == 0 && S_ISREG(status.st_mode) &&
+      (status.st_mode & kPrivate) != kPrivate) {
+    // Where this fails, opening says why.
+    static_cast<void>(::chmod(partial.c_str(), (status.st_mode & 0777U) | kPrivate));
+  }
+}
+
 // Opens a partial file for writing and locks it.
-Descriptor open_locked(const std::filesystem::path& partial, bool create) {
+Descriptor open_locked(const std::filesystem::path& partial, bool create, mode_t mode) {
   while (true) {
     // O_NONBLOCK: a pipe must be refused, not waited for.
     Descriptor out(
-        ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), 0666));
+        ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), mode));
     if (out.get() < 0) {
       if (!create) {
         fail_system(partial, "cannot open", errno);
@@ -129,6 +148,14 @@ bool is_plain_name(std::string_view name) {
          name.find('\0') == std::string_view::npos;
 }
 
+FilePermissions permissions_of(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) {
+    fail_system(path, "cannot examine", errno);
+  }
+  return static_cast<std::filesystem::perms>(status.st_mode & 0777U);
+}
+
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) {
   const OpenFile opened = open_regular(path);
   if (opened.size > max_bytes) {
@@ -142,10 +169,17 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) 
   return text;
 }
 
-PendingFile::PendingFile(std::filesystem::path path, Start start) : path_(std::move(path)) {
+PendingFile::PendingFile(std::filesystem::path path, FilePermissions permissions, Start start)
+    : path_(std::move(path)), permissions_(permissions) {
   require_replaceable(path_);
   const std::filesystem::path partial = partial_path();
-  Descriptor descriptor = open_locked(partial, start == Start::empty);
+  if (start == Start::as_kept) {
+    make_writable(partial);
+  }
+  Descriptor descriptor = open_locked(partial, start == Start::empty, permissions_ ? kPrivate : kPublic);
+  if (permissions_) {
+    set_mode(descriptor.get(), kPrivate);  // it may have been there already
+  }
   // Not O_TRUNC: until it was locked, the file may have been another's.
   if (start == Start::empty && ::ftruncate(descriptor.get(), 0) != 0) {
     fail_machine(partial, "cannot empty", errno);
@@ -153,14 +187,18 @@ PendingFile::PendingFile(std::filesystem::path path, Start start) : path_(std::m
   fd_ = descriptor.release();
 }
 
-PendingFile::PendingFile(std::filesystem::path path) : PendingFile(std::move(path), Start::empty) {}
+PendingFile::PendingFile(std::filesystem::path path, FilePermissions permissions)
+    : PendingFile(std::move(path), permissions, Start::empty) {}
 
-PendingFile PendingFile::reopen(std::filesystem::path path) {
-  return {std::move(path), Start::as_kept};
+PendingFile PendingFile::reopen(std::filesystem::path path, FilePermissions permissions) {
+  return {std::move(path), permissions, Start::as_kept};
 }
 
 PendingFile::PendingFile(PendingFile&& other) noexcept
-    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), kept_(other.kept_) {}
+    : path_(std::move(other.path_)),
+      permissions_(other.permissions_),
+      fd_(std::exchange(other.fd_, -1)),
+      kept_(other.kept_) {}
 
 PendingFile::~PendingFile() {
   if (fd_ >= 0) {
@@ -269,6 +307,9 @@ void PendingFile::flush() {
 
 void PendingFile::commit() {
   require_open(fd_);
+  if (permissions_) {
+    set_mode(fd_, static_cast<mode_t>(*permissions_));
+  }
   if (::fsync(fd_) != 0) {
     fail_machine(partial_path(), "cannot flush", errno);
   }
@@ -280,15 +321,15 @@ void PendingFile::commit() {
   flush_folder(parent_of(path_));
 }
 
-void write_text(const std::filesystem::path& path, std::string_view text) {
-  PendingFile file(path);
+void write_text(const std::filesystem::path& path, std::string_view text, FilePermissions permissions) {
+  PendingFile file(path, permissions);
   file.write_at(0, std::as_bytes(std::span<const char>(text)));
   file.commit();
 }
 
 void copy_whole_file(const std::filesystem::path& source, const std::filesystem::path& target) {
   const std::uint64_t size = open_regular(source).size;
-  PendingFile copy(target);
+  PendingFile copy(target, permissions_of(source));
   copy.reserve(size);
   copy.copy_at(0, source, 0, size);
   copy.commit();

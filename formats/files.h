@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -12,6 +13,14 @@ namespace relatent {
 
 // Whether this names a file of a folder and nothing outside of it: not empty, not "." or "..", no '/' or NUL.
 bool is_plain_name(std::string_view name);
+
+// Who may do what with a file: bits of owner, group and others; nothing for what the umask leaves of reading
+// and writing.
+using FilePermissions = std::optional<std::filesystem::perms>;
+
+// Of a file that another is made from, without setuid, setgid and the sticky bit. Throws Error as
+// fail_system.
+FilePermissions permissions_of(const std::filesystem::path& path);
 
 // Reads a small text file whole. Throws Error; input when it is larger than max_bytes.
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes);
@@ -24,10 +33,11 @@ class PendingFile {
   // Throws Error: usage when there is anything but a regular file at path (require_replaceable) or its
   // partial name, or when another run is writing there, machine when the file cannot be created. An existing
   // file at path is replaced at commit.
-  explicit PendingFile(std::filesystem::path path);
+  // Until commit only its owner can do anything with a file whose permissions are given.
+  explicit PendingFile(std::filesystem::path path, FilePermissions permissions = {});
   // Takes up the partial file that an earlier process kept, as it is. Throws Error: input when there is none,
   // usage as above, machine when it cannot be opened.
-  static PendingFile reopen(std::filesystem::path path);
+  static PendingFile reopen(std::filesystem::path path, FilePermissions permissions = {});
   PendingFile(PendingFile&& other) noexcept;
   PendingFile& operator=(PendingFile&&) = delete;
   PendingFile(const PendingFile&) = delete;
@@ -52,9 +62,10 @@ class PendingFile {
 
  private:
   enum class Start { empty, as_kept };
-  PendingFile(std::filesystem::path path, Start start);
+  PendingFile(std::filesystem::path path, FilePermissions permissions, Start start);
 
   std::filesystem::path path_;
+  FilePermissions permissions_;
   int fd_ = -1;
   bool kept_ = false;
 };
@@ -75,9 +86,9 @@ void flush_folder(const std::filesystem::path& folder);
 std::filesystem::path parent_of(const std::filesystem::path& path);  // "." for a bare name
 
 // Writes a small file through PendingFile.
-void write_text(const std::filesystem::path& path, std::string_view text);
+void write_text(const std::filesystem::path& path, std::string_view text, FilePermissions permissions = {});
 
-// Copies a whole file through PendingFile, without decoding it.
+// Copies a whole file through PendingFile, without decoding it, with its permissions.
 void copy_whole_file(const std::filesystem::path& source, const std::filesystem::path& target);
 
 // A folder that is filled under NAME + ".partial" beside its place and gets its name only by commit(). The

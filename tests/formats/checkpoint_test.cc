@@ -297,6 +297,23 @@ TEST(Checkpoint, SideFilesTravelAlong) {
                                    folder / "merges.txt", folder / "tokenizer.json"}));
 }
 
+TEST(CheckpointWriter, GivesPermissions) {
+  const TempFolder folder;
+  const Source source = random_source(3);
+  fs::create_directory(folder / "a");
+  CheckpointWriter writer(folder / "a", source.specs, 70, fs::perms::owner_read | fs::perms::owner_write);
+  for (std::size_t i = 0; i < source.specs.size(); ++i) {
+    writer.write_floats(source.specs[i].name, source.values[i]);
+  }
+  writer.finish();
+  for (const auto& entry : fs::directory_iterator(folder / "a")) {
+    EXPECT_EQ(entry.status().permissions(), fs::perms::owner_read | fs::perms::owner_write) << entry;
+  }
+  write_text(folder / "a/config.json", "{}");
+  fs::permissions(folder / "a/model-00002-of-00003.safetensors", fs::perms(0444));
+  EXPECT_EQ(Checkpoint::open(folder / "a").weight_permissions(), fs::perms::owner_read);
+}
+
 TEST(CheckpointWriter, NamesShardsAndWritesTheIndex) {
   const TempFolder folder;
   const Source source = random_source(3);

@@ -267,6 +267,75 @@ TEST(CopyWholeFile, CopiesAndReplaces) {
   EXPECT_EQ(entries(folder.path()), 3U);
 }
 
+// Sets the umask for as long as it lives.
+class Umask {
+ public:
+  explicit Umask(mode_t mask) : before_(::umask(mask)) {}
+  Umask(const Umask&) = delete;
+  Umask& operator=(const Umask&) = delete;
+  ~Umask() { ::umask(before_); }
+
+ private:
+  mode_t before_;
+};
+
+mode_t mode_of(const fs::path& path) {
+  struct stat status {};
+  EXPECT_EQ(::stat(path.c_str(), &status), 0) << path;
+  return status.st_mode & 07777U;
+}
+
+TEST(Permissions, AreWhatTheUmaskLeaves) {
+  const TempFolder folder;
+  for (const mode_t mask : {0022U, 0077U, 0000U}) {
+    const Umask set(mask);
+    write_text(folder / "a", "text");
+    EXPECT_EQ(mode_of(folder / "a"), 0666U & ~mask);
+    fs::remove(folder / "a");
+  }
+}
+
+TEST(Permissions, AreThoseOfTheSource) {
+  const TempFolder folder;
+  const Umask set(0022);
+  for (const mode_t mode : {0600U, 0640U, 0444U, 0755U, 0666U, 04755U}) {
+    const fs::path source = folder.write("source", "text");
+    ASSERT_EQ(::chmod(source.c_str(), mode), 0);
+    copy_whole_file(source, folder / "copy");
+    EXPECT_EQ(mode_of(folder / "copy"), mode & 0777U);
+    write_text(folder / "made", "text", permissions_of(source));
+    EXPECT_EQ(mode_of(folder / "made"), mode & 0777U);
+    fs::remove(source);
+  }
+  expect_error(ErrorKind::input, {"missing"}, [&] { permissions_of(folder / "missing"); });
+}
+
+TEST(Permissions, UnfinishedFilesAreTheirOwnersAlone) {
+  const TempFolder folder;
+  const FilePermissions all = fs::perms::all;
+  folder.write("out.partial", "left over, and open to everybody");
+  PendingFile file(folder / "out", all);
+  EXPECT_EQ(mode_of(file.partial_path()), 0600U);
+  file.commit();
+  EXPECT_EQ(mode_of(folder / "out"), 0777U);
+}
+
+TEST(Permissions, OfAWriteProtectedSourceAreNoHindranceToGoingOn) {
+  const TempFolder folder;
+  const FilePermissions read_only = fs::perms::owner_read;
+  write_text(folder / "out", "text", read_only);
+  fs::rename(folder / "out", folder / "out.partial");
+  {
+    PendingFile file = PendingFile::reopen(folder / "out", read_only);
+    EXPECT_EQ(mode_of(file.partial_path()), 0600U);
+    file.commit();
+  }
+  EXPECT_EQ(mode_of(folder / "out"), 0400U);
+  fs::rename(folder / "out", folder / "out.partial");
+  PendingFile::reopen(folder / "out").commit();
+  EXPECT_EQ(mode_of(folder / "out"), 0600U);
+}
+
 TEST(PendingFolder, AppearsOnlyAtCommit) {
   const TempFolder folder;
   for (const std::string& name : {std::string("out"), std::string("with-slash/")}) {
