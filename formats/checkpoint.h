@@ -60,8 +60,12 @@ class Checkpoint final : public TensorSource {
 
   // Regular files of the folder that are neither config.json nor weights nor index: what a converted
   // checkpoint carries along untouched. Sorted; symbolic links to regular files count (hub caches are made of
-  // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not.
+  // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not. Throws
+  // Error (input) for a link that leads out of the folder, or out of the model's own part of a hub cache:
+  // nobody wants a copy of what they do not see here.
   std::vector<std::filesystem::path> side_files() const;
+  // The same, whatever links lead to: for those who only look at the files.
+  std::vector<std::filesystem::path> linked_side_files() const;
 
  private:
   Checkpoint();

@@ -34,6 +34,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
     fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
                      : "--engine " + options.engine + " is not one of: " + join_words(names, "or"));
   }
+  if (!out.engine->traits().single_file) {
+    // Refuses links out of the checkpoint before anything is done.
+    static_cast<void>(out.source.folder("converted").side_files());
+  }
   const std::optional<Partition> partition = out.form->partition(options.branches);
   if (!partition) {
     fail_usage("--to " + options.form + " " + std::string(out.form->branches));
