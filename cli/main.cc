@@ -1,4 +1,5 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -6,12 +7,14 @@
 
 #include "cli/commands.h"
 #include "formats/error.h"
+#include "formats/process.h"
 #include "linalg/decompose.h"
 #include "linalg/heap.h"
 #include "linalg/threads.h"
 
 namespace {
 
+constexpr int exit_failed = 1;  // what was verified is beyond its limit
 constexpr int exit_usage = 2;
 constexpr int exit_input = 3;
 constexpr int exit_machine = 4;
@@ -79,5 +82,14 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   relatent::keep_freed_memory();
-  return guarded([&] { return run(argc, argv); });
+  const int code = guarded([&] {
+    relatent::prepare_process();
+    return run(argc, argv);
+  });
+  const int printed = guarded([] {
+    relatent::finish_stdout();
+    return 0;
+  });
+  // What was complained about already goes first.
+  return code > exit_failed ? code : std::max(code, printed);
 }
