@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/mapped_file.h"
 #include "formats/open_file.h"
 
 namespace relatent {
@@ -58,7 +59,14 @@ void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
       if (errno == EINTR) {
         continue;
       }
-      fail_machine(path, "cannot write", errno);
+      const int reason = errno;
+      if (reason == EFAULT) {
+        // Not for want of room: the bytes are those of a file that is not there any more.
+        if (const std::filesystem::path source = mapped_file_at(bytes.data() + done); !source.empty()) {
+          fail_cut_file(source);
+        }
+      }
+      fail_machine(path, "cannot write", reason);
     }
     done += static_cast<std::size_t>(put);
   }

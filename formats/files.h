@@ -46,6 +46,7 @@ class PendingFile {
 
   // Sets the length of the file, reserving its blocks, so that a full disk is met here and not half way.
   void reserve(std::uint64_t size);
+  // Throws Error (machine), as the two below do; for bytes of a MappedFile that was cut it names that file.
   void write_at(std::uint64_t offset, std::span<const std::byte> bytes);
   // Copies size bytes of another file into place, inside the kernel where it can.
   void copy_at(std::uint64_t offset, const std::filesystem::path& source, std::uint64_t source_offset,

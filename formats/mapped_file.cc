@@ -4,12 +4,112 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cerrno>
+#include <csignal>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
 #include <utility>
 
+#include "formats/error.h"
 #include "formats/open_file.h"
 
 namespace relatent {
+namespace {
+
+struct MappedName {
+  std::filesystem::path path;
+  std::string line;  // for stderr when it is cut
+};
+
+// A mapping that lives. A signal handler may read atomics that need no lock, and nothing else.
+struct Mapping {
+  std::atomic<const std::byte*> begin = nullptr;  // nullptr: the place is free
+  std::atomic<const std::byte*> end = nullptr;
+  std::atomic<const MappedName*> name = nullptr;
+};
+static_assert(std::atomic<const std::byte*>::is_always_lock_free);
+
+// Larger checkpoints have some hundred files. Those without a place are read all the same, without a name.
+constexpr std::size_t kMostMappings = 4096;
+std::array<Mapping, kMostMappings> g_mappings;
+std::mutex g_mappings_guard;  // for all but the handler
+
+std::string cut_sentence(const std::filesystem::path& path) {
+  return to_sentence({.file = path, .problem = "changed or was cut while it was read"});
+}
+
+// nullptr for an address that lies in none. Pointers of different arrays have no order but this.
+const Mapping* mapping_at(const void* address) {
+  const auto* const byte = static_cast<const std::byte*>(address);
+  for (const Mapping& mapping : g_mappings) {
+    const std::byte* const begin = mapping.begin;
+    if (begin != nullptr && !std::less<>()(byte, begin) && std::less<>()(byte, mapping.end.load())) {
+      return &mapping;
+    }
+  }
+  return nullptr;
+}
+
+void remember(std::span<const std::byte> bytes, const std::filesystem::path& path) {
+  auto name = std::make_unique<MappedName>(MappedName{path, "relatent: " + cut_sentence(path) + "\n"});
+  const std::scoped_lock lock(g_mappings_guard);
+  for (Mapping& mapping : g_mappings) {
+    if (mapping.begin == nullptr) {
+      mapping.name = name.release();
+      mapping.end = bytes.data() + bytes.size();
+      mapping.begin = bytes.data();
+      return;
+    }
+  }
+}
+
+void forget(const std::byte* begin) {
+  const std::scoped_lock lock(g_mappings_guard);
+  for (Mapping& mapping : g_mappings) {
+    if (mapping.begin == begin) {
+      mapping.begin = nullptr;
+      delete mapping.name.exchange(nullptr);
+      return;
+    }
+  }
+}
+
+void on_bus_error(int signal, siginfo_t* info, void* /*context*/) {
+  // Positive codes are the processor's, others those of kill().
+  if (const Mapping* mapping = info->si_code > 0 ? mapping_at(info->si_addr) : nullptr; mapping != nullptr) {
+    const std::string& line = mapping->name.load()->line;
+    static_cast<void>(::write(STDERR_FILENO, line.data(), line.size()));
+    ::_exit(static_cast<int>(ErrorKind::machine));
+  }
+  // None of ours: the signal ends the program when this returns.
+  struct sigaction usual {};
+  usual.sa_handler = SIG_DFL;
+  ::sigaction(signal, &usual, nullptr);
+  ::raise(signal);
+}
+
+}  // namespace
+
+void report_cut_files() {
+  struct sigaction action {};
+  action.sa_sigaction = on_bus_error;
+  action.sa_flags = SA_SIGINFO;
+  ::sigaction(SIGBUS, &action, nullptr);
+}
+
+std::filesystem::path mapped_file_at(const void* address) {
+  const std::scoped_lock lock(g_mappings_guard);
+  const Mapping* mapping = mapping_at(address);
+  return mapping != nullptr ? mapping->name.load()->path : std::filesystem::path();
+}
+
+void fail_cut_file(const std::filesystem::path& path) {
+  throw Error(ErrorKind::machine, cut_sentence(path));
+}
 
 MappedFile MappedFile::open(const std::filesystem::path& path) {
   const OpenFile opened = open_regular(path);
@@ -23,6 +123,7 @@ MappedFile MappedFile::open(const std::filesystem::path& path) {
     fail_machine(path, "cannot map", errno);
   }
   file.bytes_ = {static_cast<const std::byte*>(address), static_cast<std::size_t>(opened.size)};
+  remember(file.bytes_, path);
   return file;
 }
 
@@ -37,6 +138,7 @@ MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
 
 MappedFile::~MappedFile() {
   if (!bytes_.empty()) {
+    forget(bytes_.data());
     ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
   }
 }

@@ -30,4 +30,16 @@ class MappedFile {
   std::span<const std::byte> bytes_;
 };
 
+// From here on a mapped file that is cut, or that the disk does not give any more, while it is read ends the
+// program with exit code 4 and a sentence that names it, where the system would end it without a word. What
+// was being written stays as after any crash: an unfinished run, OUT.partial, that --resume goes on with or
+// refuses. Call it before any thread starts.
+void report_cut_files();
+
+// The file that is mapped where the address lies; empty when none is.
+std::filesystem::path mapped_file_at(const void* address);
+
+// The same sentence, as an Error (machine), for a system call that could not read the mapping.
+[[noreturn]] void fail_cut_file(const std::filesystem::path& path);
+
 }  // namespace relatent

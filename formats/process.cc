@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "formats/error.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 
@@ -22,6 +23,7 @@ void prepare_process() {
     }
   }
   static_cast<void>(std::signal(SIGXFSZ, SIG_IGN));
+  report_cut_files();
 }
 
 void finish_stdout() {

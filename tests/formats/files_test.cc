@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "formats/mapped_file.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 
@@ -195,6 +196,15 @@ TEST(PendingFile, CopiesAcrossFilesystems) {
   const std::string bytes = random_bytes(9'000'001, 3);
   check_copies(folder.write("source", bytes), bytes, other / "target");
   fs::remove_all(other);
+}
+
+TEST(PendingFile, ACutSourceIsNamed) {
+  const TempFolder folder;
+  const MappedFile source = MappedFile::open(folder.write("source", random_bytes(50'000, 5)));
+  ASSERT_EQ(::truncate(source.path().c_str(), 100), 0);
+  PendingFile file(folder / "target");
+  expect_error(ErrorKind::machine, {(folder / "source").string() + ": changed or was cut while it was read"},
+               [&] { file.write_at(0, source.bytes()); });
 }
 
 TEST(PendingFile, CopyRefusesAShortSource) {

@@ -4,6 +4,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <csignal>
+#include <cstddef>
 #include <filesystem>
 #include <string>
 #include <utility>
@@ -65,6 +67,55 @@ TEST(MappedFile, RefusesWhatIsNoRegularFile) {
     expect_error(ErrorKind::machine, {"locked", "cannot open", "Permission denied"},
                  [&] { MappedFile::open(locked); });
   }
+}
+
+// The last byte that a page of its own holds, after the file has lost that page.
+std::byte read_beyond(const MappedFile& file) {
+  EXPECT_EQ(::truncate(file.path().c_str(), 1), 0);
+  const volatile std::byte* last = &file.bytes().back();
+  return *last;
+}
+
+TEST(MappedFileDeathTest, ACutFileIsNamed) {
+  const TempFolder folder;
+  const std::string bytes = random_bytes(100'003, 1);
+  folder.write("one", bytes);
+  folder.write("two\nlines", bytes);
+  const auto cut = [&] {
+    report_cut_files();
+    const MappedFile one = MappedFile::open(folder / "one");
+    MappedFile two = MappedFile::open(folder / "two\nlines");
+    { const MappedFile gone = MappedFile::open(folder / "one"); }
+    const MappedFile moved = std::move(two);
+    static_cast<void>(read_beyond(moved));
+  };
+  EXPECT_EXIT(cut(), testing::ExitedWithCode(4),
+              "relatent: .*two.nlines: changed or was cut while it was read");
+}
+
+TEST(MappedFileDeathTest, OtherBusErrorsEndTheProgramAsBefore) {
+  const auto raised = [] {
+    report_cut_files();
+    ::raise(SIGBUS);
+  };
+  EXPECT_EXIT(raised(), testing::KilledBySignal(SIGBUS), "");
+}
+
+TEST(MappedFile, IsKnownByItsAddresses) {
+  const TempFolder folder;
+  folder.write("one", random_bytes(10'000, 1));
+  const void* first = nullptr;
+  {
+    MappedFile file = MappedFile::open(folder / "one");
+    first = file.bytes().data();
+    EXPECT_EQ(mapped_file_at(first), folder / "one");
+    EXPECT_EQ(mapped_file_at(&file.bytes().back()), folder / "one");
+    EXPECT_EQ(mapped_file_at(file.bytes().data() + file.bytes().size()), fs::path());
+    const MappedFile moved = std::move(file);
+    EXPECT_EQ(mapped_file_at(first), folder / "one");
+  }
+  EXPECT_EQ(mapped_file_at(first), fs::path());
+  EXPECT_EQ(mapped_file_at(nullptr), fs::path());
 }
 
 }  // namespace
