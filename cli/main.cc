@@ -1,9 +1,11 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "cli/commands.h"
 #include "formats/error.h"
@@ -51,6 +53,12 @@ int guarded(const Command& command) noexcept {
   }
 }
 
+void require_blas_memory(int threads) {
+  if (const std::string problem = relatent::why_blas_would_hang(threads); !problem.empty()) {
+    std::_Exit(complain(exit_machine, problem.c_str()));
+  }
+}
+
 int run(int argc, char** argv) {
   CLI::App app(
       "relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close "
@@ -75,6 +83,7 @@ int run(int argc, char** argv) {
     return error.get_exit_code() == 0 ? app.exit(error) : complain(exit_usage, error.what());
   }
   relatent::set_num_threads(threads);
+  require_blas_memory(relatent::num_threads());
   return chosen();
 }
 
@@ -84,6 +93,7 @@ int main(int argc, char** argv) {
   relatent::keep_freed_memory();
   const int code = guarded([&] {
     relatent::prepare_process();
+    require_blas_memory(1);  // even --help ends only when OpenBLAS does
     return run(argc, argv);
   });
   const int printed = guarded([] {
