@@ -5,6 +5,7 @@
 
 #include "cli/commands.h"
 #include "convert/compute/backend.h"
+#include "formats/files.h"
 #include "formats/npy.h"
 
 namespace relatent {
@@ -19,6 +20,8 @@ struct Options {
 };
 
 int run(const Options& options) {
+  // First of all: a name that cannot be written to is better refused before the work than after it.
+  PendingFile output(output_name(options.output));
   const Model model = Model::open(options.model);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
@@ -26,7 +29,7 @@ int run(const Options& options) {
   for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
     run_layer(backend().load_layer(model, i, DType::f32), stream);
   }
-  write_float_array(options.output, {sequences.count, sequences.length, model.config().vocab_size},
+  write_float_array(output, {sequences.count, sequences.length, model.config().vocab_size},
                     [&](std::int64_t sequence) {
                       const MatrixF logits = backend().logits(model, stream, sequence);
                       return std::vector<float>(logits.data(), logits.data() + logits.size());

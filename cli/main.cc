@@ -1,17 +1,22 @@
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <stdexcept>
+#include <string>
 
 #include "cli/commands.h"
 #include "formats/error.h"
+#include "formats/process.h"
 #include "linalg/decompose.h"
 #include "linalg/heap.h"
 #include "linalg/threads.h"
 
 namespace {
 
+constexpr int exit_failed = 1;  // what was verified is beyond its limit
 constexpr int exit_usage = 2;
 constexpr int exit_input = 3;
 constexpr int exit_machine = 4;
@@ -48,6 +53,12 @@ int guarded(const Command& command) noexcept {
   }
 }
 
+void require_blas_memory(int threads) {
+  if (const std::string problem = relatent::why_blas_would_hang(threads); !problem.empty()) {
+    std::_Exit(complain(exit_machine, problem.c_str()));
+  }
+}
+
 int run(int argc, char** argv) {
   CLI::App app(
       "relatent rewrites pretrained GQA checkpoints into latent attention, offline, and proves how close "
@@ -72,6 +83,7 @@ int run(int argc, char** argv) {
     return error.get_exit_code() == 0 ? app.exit(error) : complain(exit_usage, error.what());
   }
   relatent::set_num_threads(threads);
+  require_blas_memory(relatent::num_threads());
   return chosen();
 }
 
@@ -79,5 +91,15 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   relatent::keep_freed_memory();
-  return guarded([&] { return run(argc, argv); });
+  const int code = guarded([&] {
+    relatent::prepare_process();
+    require_blas_memory(1);  // even --help ends only when OpenBLAS does
+    return run(argc, argv);
+  });
+  const int printed = guarded([] {
+    relatent::finish_stdout();
+    return 0;
+  });
+  // What was complained about already goes first.
+  return code > exit_failed ? code : std::max(code, printed);
 }

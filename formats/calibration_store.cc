@@ -9,6 +9,7 @@
 #include "formats/files.h"
 #include "formats/hash.h"
 #include "formats/hdf5.h"
+#include "formats/mapped_file.h"
 #include "formats/state_file.h"
 #include "formats/tensor_file.h"
 #include "linalg/stages.h"

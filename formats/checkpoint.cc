@@ -82,6 +82,44 @@ bool ends_with_any(const std::string& name, std::initializer_list<std::string_vi
                      [&name](std::string_view ending) { return name.ends_with(ending); });
 }
 
+std::filesystem::path without_links(const std::filesystem::path& path) {
+  std::error_code error;
+  std::filesystem::path out = std::filesystem::canonical(path, error);
+  if (error) {
+    fail_system(path, "cannot follow the links", error.value());
+  }
+  return out;
+}
+
+bool is_inside(const std::filesystem::path& folder, const std::filesystem::path& path) {
+  return std::mismatch(folder.begin(), folder.end(), path.begin(), path.end()).first == folder.end();
+}
+
+// Where a hub cache keeps the files that models--NAME/snapshots/REVISION links to; empty for other folders.
+std::filesystem::path blobs_of(const std::filesystem::path& folder) {
+  const std::filesystem::path snapshots = folder.parent_path();
+  const std::filesystem::path model = snapshots.parent_path();
+  const bool cached =
+      snapshots.filename() == "snapshots" && model.filename().string().starts_with("models--");
+  return cached ? model / "blobs" : std::filesystem::path();
+}
+
+// Throws Error (input) when the file of the checkpoint's folder is a link to one that does not belong to it.
+void require_own_file(const std::filesystem::path& folder, const std::filesystem::path& file) {
+  if (!std::filesystem::is_symlink(file)) {
+    return;
+  }
+  const std::filesystem::path home = without_links(folder);
+  const std::filesystem::path target = without_links(file);
+  const std::filesystem::path blobs = blobs_of(home);
+  if (!is_inside(home, target) && (blobs.empty() || !is_inside(blobs, target))) {
+    fail_input({.file = file,
+                .problem = "is a link to " + target.string() +
+                           ", outside of the checkpoint, and would be copied into the output",
+                .next_step = "put a copy of the file there, or remove the link"});
+  }
+}
+
 std::string shard_name(std::size_t shard, std::size_t shards) {
   const auto padded = [](std::size_t number) {
     std::string digits = std::to_string(number);
@@ -205,7 +243,23 @@ void Checkpoint::release(const std::string& name) const {
   file_of(name).release(info(name));
 }
 
+FilePermissions Checkpoint::weight_permissions() const {
+  std::filesystem::perms all = std::filesystem::perms::all;
+  for (const SafetensorsFile& file : files_) {
+    all &= *permissions_of(file.path());
+  }
+  return all;
+}
+
 std::vector<std::filesystem::path> Checkpoint::side_files() const {
+  std::vector<std::filesystem::path> files = linked_side_files();
+  for (const std::filesystem::path& file : files) {
+    require_own_file(folder_, file);
+  }
+  return files;
+}
+
+std::vector<std::filesystem::path> Checkpoint::linked_side_files() const {
   std::vector<std::filesystem::path> files;
   std::error_code error;
   std::filesystem::directory_iterator entry(folder_, error);
@@ -249,23 +303,25 @@ std::vector<std::vector<TensorSpec>> CheckpointWriter::cut(const std::vector<Ten
 }
 
 CheckpointWriter::CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
-                                   std::uint64_t max_shard_bytes)
-    : folder_(std::move(folder)) {
+                                   std::uint64_t max_shard_bytes, FilePermissions permissions)
+    : folder_(std::move(folder)), permissions_(permissions) {
   std::vector<std::vector<TensorSpec>> shards = cut(specs, max_shard_bytes);
   for (std::size_t i = 0; i < shards.size(); ++i) {
-    writers_.push_back(std::make_unique<SafetensorsWriter>(folder_ / file_names_[i], std::move(shards[i])));
+    writers_.push_back(std::make_unique<SafetensorsWriter>(
+        folder_ / file_names_[i], std::move(shards[i]), std::map<std::string, std::string>{}, permissions_));
   }
 }
 
 std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path folder,
                                                            const std::vector<TensorSpec>& specs,
-                                                           std::uint64_t max_shard_bytes) {
+                                                           std::uint64_t max_shard_bytes,
+                                                           FilePermissions permissions) {
   // Not make_unique: the constructor is private.
-  std::unique_ptr<CheckpointWriter> out(new CheckpointWriter(std::move(folder)));
+  std::unique_ptr<CheckpointWriter> out(new CheckpointWriter(std::move(folder), permissions));
   std::vector<std::vector<TensorSpec>> shards = out->cut(specs, max_shard_bytes);
   for (std::size_t i = 0; i < shards.size(); ++i) {
     out->writers_.push_back(
-        SafetensorsWriter::reopen(out->folder_ / out->file_names_[i], std::move(shards[i])));
+        SafetensorsWriter::reopen(out->folder_ / out->file_names_[i], std::move(shards[i]), permissions));
     if (!out->writers_.back()) {
       return nullptr;
     }
@@ -318,7 +374,7 @@ void CheckpointWriter::finish() {
     weight_map[name] = file_names_[shard];
   }
   const nlohmann::json index = {{"metadata", {{"total_size", total}}}, {"weight_map", std::move(weight_map)}};
-  write_text(folder_ / kIndexName, index.dump(2) + "\n");
+  write_text(folder_ / kIndexName, index.dump(2) + "\n", permissions_);
 }
 
 std::uint64_t CheckpointWriter::bytes_written() const {

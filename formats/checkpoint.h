@@ -55,10 +55,17 @@ class Checkpoint final : public TensorSource {
   std::span<const std::byte> bytes(const std::string& name) const override;
   void release(const std::string& name) const override;
 
+  // What all weight files allow: for files that are made from them.
+  FilePermissions weight_permissions() const;
+
   // Regular files of the folder that are neither config.json nor weights nor index: what a converted
   // checkpoint carries along untouched. Sorted; symbolic links to regular files count (hub caches are made of
-  // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not.
+  // them), hidden files, folders, *.bin, *.pt, *.pth, *.gguf, *.safetensors and *.index.json do not. Throws
+  // Error (input) for a link that leads out of the folder, or out of the model's own part of a hub cache:
+  // nobody wants a copy of what they do not see here.
   std::vector<std::filesystem::path> side_files() const;
+  // The same, whatever links lead to: for those who only look at the files.
+  std::vector<std::filesystem::path> linked_side_files() const;
 
  private:
   Checkpoint();
@@ -81,12 +88,13 @@ class Checkpoint final : public TensorSource {
 class CheckpointWriter final : public TensorSink {
  public:
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
-                   std::uint64_t max_shard_bytes);
+                   std::uint64_t max_shard_bytes, FilePermissions permissions = {});
   // Goes on with the shards that an earlier process flushed into the folder, whose specs and limit were the
   // same; no tensor counts as written yet. nullptr when the shards are not there or not those.
   static std::unique_ptr<CheckpointWriter> reopen(std::filesystem::path folder,
                                                   const std::vector<TensorSpec>& specs,
-                                                  std::uint64_t max_shard_bytes);
+                                                  std::uint64_t max_shard_bytes,
+                                                  FilePermissions permissions = {});
   void mark_written(const std::string& name) override { writer_of(name).mark_written(name); }
   void flush() override;
   void write(const std::string& name, std::span<const std::byte> bytes);
@@ -96,13 +104,15 @@ class CheckpointWriter final : public TensorSink {
   std::uint64_t bytes_written() const override;
 
  private:
-  explicit CheckpointWriter(std::filesystem::path folder) : folder_(std::move(folder)) {}
+  CheckpointWriter(std::filesystem::path folder, FilePermissions permissions)
+      : folder_(std::move(folder)), permissions_(permissions) {}
   // Decides which tensor goes where and names the shards.
   std::vector<std::vector<TensorSpec>> cut(const std::vector<TensorSpec>& specs,
                                            std::uint64_t max_shard_bytes);
   SafetensorsWriter& writer_of(const std::string& name);
 
   std::filesystem::path folder_;
+  FilePermissions permissions_;
   std::vector<std::unique_ptr<SafetensorsWriter>> writers_;
   std::vector<std::string> file_names_;
   std::map<std::string, std::size_t> shard_of_;

@@ -2,7 +2,7 @@
 
 #include <fcntl.h>
 #include <stdio.h>  // NOLINT(modernize-deprecated-headers): renameat2 is not in <cstdio>
-#include <sys/mman.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/mapped_file.h"
+#include "formats/open_file.h"
 
 namespace relatent {
 namespace {
@@ -22,65 +24,9 @@ namespace {
 // What filesystems share between files is made of these.
 constexpr off_t kBlock = 4096;
 
-// A descriptor that closes itself.
-class Descriptor {
- public:
-  explicit Descriptor(int fd) : fd_(fd) {}
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  Descriptor& operator=(Descriptor&&) = delete;
-  ~Descriptor() {
-    if (fd_ >= 0) {
-      ::close(fd_);
-    }
-  }
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
-[[noreturn]] void fail_machine(const std::filesystem::path& file, const std::string& problem,
-                               int error_number) {
-  throw Error(
-      ErrorKind::machine,
-      to_sentence({.file = file, .problem = problem + ": " + std::generic_category().message(error_number)}));
-}
-
-std::string kind_of_file(mode_t mode) {
-  if (S_ISDIR(mode)) {
-    return "a folder";
-  }
-  if (S_ISFIFO(mode)) {
-    return "a pipe";
-  }
-  if (S_ISSOCK(mode)) {
-    return "a socket";
-  }
-  return "a device";
-}
-
-struct OpenFile {
-  Descriptor descriptor;
-  std::uint64_t size = 0;
-};
-
-OpenFile open_regular(const std::filesystem::path& path) {
-  // O_NONBLOCK: a pipe must be refused, not waited for.
-  Descriptor descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (descriptor.get() < 0) {
-    fail_system(path, "cannot open", errno);
-  }
-  struct stat status {};
-  if (::fstat(descriptor.get(), &status) != 0) {
-    fail_machine(path, "cannot examine", errno);
-  }
-  if (!S_ISREG(status.st_mode)) {
-    fail_input({.file = path, .expected = "a regular file", .found = kind_of_file(status.st_mode)});
-  }
-  return {std::move(descriptor), static_cast<std::uint64_t>(status.st_size)};
-}
+// What a new file is created with; the umask takes its part.
+constexpr mode_t kPublic = 0666;
+constexpr mode_t kPrivate = 0600;
 
 // Bytes read before the end of the file, at most buffer.size().
 std::size_t read_fully(int fd, std::uint64_t offset, std::span<std::byte> buffer,
@@ -113,9 +59,64 @@ void write_fully(int fd, std::uint64_t offset, std::span<const std::byte> bytes,
       if (errno == EINTR) {
         continue;
       }
-      fail_machine(path, "cannot write", errno);
+      const int reason = errno;
+      if (reason == EFAULT) {
+        // Not for want of room: the bytes are those of a file that is not there any more.
+        if (const std::filesystem::path source = mapped_file_at(bytes.data() + done); !source.empty()) {
+          fail_cut_file(source);
+        }
+      }
+      fail_machine(path, "cannot write", reason);
     }
     done += static_cast<std::size_t>(put);
+  }
+}
+
+void set_mode(int fd, mode_t mode) {
+  // Filesystems without permissions are no reason to stop: what they refuse was not granted before either.
+  static_cast<void>(::fchmod(fd, mode));
+}
+
+// A finished file that is taken up again may have got the permissions of a write-protected source.
+void make_writable(const std::filesystem::path& partial) {
+  struct stat status {};
+  if (::lstat(partial.c_str(), &status) == 0 && S_ISREG(status.st_mode) &&
+      (status.st_mode & kPrivate) != kPrivate) {
+    // Where this fails, opening says why.
+    static_cast<void>(::chmod(partial.c_str(), (status.st_mode & 0777U) | kPrivate));
+  }
+}
+
+// Opens a partial file for writing and locks it.
+Descriptor open_locked(const std::filesystem::path& partial, bool create, mode_t mode) {
+  while (true) {
+    // O_NONBLOCK: a pipe must be refused, not waited for.
+    Descriptor out(
+        ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC | (create ? O_CREAT : 0), mode));
+    if (out.get() < 0) {
+      if (!create) {
+        fail_system(partial, "cannot open", errno);
+      }
+      fail_machine(partial, "cannot create", errno);
+    }
+    struct stat opened {};
+    if (::fstat(out.get(), &opened) != 0) {
+      fail_machine(partial, "cannot examine", errno);
+    }
+    if (!S_ISREG(opened.st_mode)) {
+      fail_usage(partial.string() + ": is " + kind_of_file(opened.st_mode) +
+                 ", and a file is to be written there (delete it, or choose another name)");
+    }
+    // Filesystems without locks are no reason to stop.
+    if (::flock(out.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      fail_usage(partial.string() + ": another run is writing there (wait for it, or choose another name)");
+    }
+    // Between the two steps another run may have given the file its final name, or removed it.
+    struct stat named {};
+    if (::lstat(partial.c_str(), &named) == 0 && named.st_dev == opened.st_dev &&
+        named.st_ino == opened.st_ino) {
+      return out;
+    }
   }
 }
 
@@ -150,53 +151,17 @@ void flush_folder(const std::filesystem::path& folder) {
   }
 }
 
-MappedFile MappedFile::open(const std::filesystem::path& path) {
-  const OpenFile opened = open_regular(path);
-  MappedFile file;
-  file.path_ = path;
-  if (opened.size == 0) {
-    return file;  // nothing to map
-  }
-  void* address = ::mmap(nullptr, opened.size, PROT_READ, MAP_SHARED, opened.descriptor.get(), 0);
-  if (address == MAP_FAILED) {  // NOLINT(performance-no-int-to-ptr): the macro's own cast
-    fail_machine(path, "cannot map", errno);
-  }
-  file.bytes_ = {static_cast<const std::byte*>(address), static_cast<std::size_t>(opened.size)};
-  return file;
-}
-
-MappedFile::MappedFile(MappedFile&& other) noexcept
-    : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
-
-MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
-  std::swap(path_, other.path_);
-  std::swap(bytes_, other.bytes_);
-  return *this;
-}
-
-MappedFile::~MappedFile() {
-  if (!bytes_.empty()) {
-    ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
-  }
-}
-
-void MappedFile::release(std::size_t offset, std::size_t size) const {
-  if (offset >= bytes_.size()) {
-    return;
-  }
-  size = std::min(size, bytes_.size() - offset);
-  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  const std::size_t begin = (offset + page - 1) / page * page;
-  const std::size_t end = (offset + size) / page * page;
-  if (begin < end) {
-    // Advice only: a refusal costs memory, not correctness.
-    static_cast<void>(::madvise(const_cast<std::byte*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED));
-  }
-}
-
 bool is_plain_name(std::string_view name) {
   return !name.empty() && name != "." && name != ".." && name.find('/') == std::string_view::npos &&
          name.find('\0') == std::string_view::npos;
+}
+
+FilePermissions permissions_of(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0) {
+    fail_system(path, "cannot examine", errno);
+  }
+  return static_cast<std::filesystem::perms>(status.st_mode & 0777U);
 }
 
 std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) {
@@ -212,32 +177,44 @@ std::string read_text(const std::filesystem::path& path, std::size_t max_bytes) 
   return text;
 }
 
-PendingFile::PendingFile(std::filesystem::path path, int flags) : path_(std::move(path)) {
+PendingFile::PendingFile(std::filesystem::path path, FilePermissions permissions, Start start)
+    : path_(std::move(path)), permissions_(permissions) {
+  require_replaceable(path_);
   const std::filesystem::path partial = partial_path();
-  fd_ = ::open(partial.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | flags, 0666);
-  if (fd_ < 0) {
-    if ((flags & O_CREAT) == 0) {
-      fail_system(partial, "cannot open", errno);
-    }
-    fail_machine(partial, "cannot create", errno);
+  if (start == Start::as_kept) {
+    make_writable(partial);
   }
+  Descriptor descriptor = open_locked(partial, start == Start::empty, permissions_ ? kPrivate : kPublic);
+  if (permissions_) {
+    set_mode(descriptor.get(), kPrivate);  // it may have been there already
+  }
+  // Not O_TRUNC: until it was locked, the file may have been another's.
+  if (start == Start::empty && ::ftruncate(descriptor.get(), 0) != 0) {
+    fail_machine(partial, "cannot empty", errno);
+  }
+  fd_ = descriptor.release();
 }
 
-PendingFile::PendingFile(std::filesystem::path path) : PendingFile(std::move(path), O_CREAT | O_TRUNC) {}
+PendingFile::PendingFile(std::filesystem::path path, FilePermissions permissions)
+    : PendingFile(std::move(path), permissions, Start::empty) {}
 
-PendingFile PendingFile::reopen(std::filesystem::path path) {
-  return {std::move(path), 0};
+PendingFile PendingFile::reopen(std::filesystem::path path, FilePermissions permissions) {
+  return {std::move(path), permissions, Start::as_kept};
 }
 
 PendingFile::PendingFile(PendingFile&& other) noexcept
-    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)), kept_(other.kept_) {}
+    : path_(std::move(other.path_)),
+      permissions_(other.permissions_),
+      fd_(std::exchange(other.fd_, -1)),
+      kept_(other.kept_) {}
 
 PendingFile::~PendingFile() {
   if (fd_ >= 0) {
-    ::close(fd_);
+    // Before the lock goes: what has this name afterwards may be another's.
     if (!kept_) {
       ::unlink(partial_path().c_str());
     }
+    ::close(fd_);
   }
 }
 
@@ -338,9 +315,13 @@ void PendingFile::flush() {
 
 void PendingFile::commit() {
   require_open(fd_);
+  if (permissions_) {
+    set_mode(fd_, static_cast<mode_t>(*permissions_));
+  }
   if (::fsync(fd_) != 0) {
     fail_machine(partial_path(), "cannot flush", errno);
   }
+  require_replaceable(path_);
   if (::rename(partial_path().c_str(), path_.c_str()) != 0) {
     fail_machine(path_, "cannot rename the finished file into place", errno);
   }
@@ -348,15 +329,15 @@ void PendingFile::commit() {
   flush_folder(parent_of(path_));
 }
 
-void write_text(const std::filesystem::path& path, std::string_view text) {
-  PendingFile file(path);
+void write_text(const std::filesystem::path& path, std::string_view text, FilePermissions permissions) {
+  PendingFile file(path, permissions);
   file.write_at(0, std::as_bytes(std::span<const char>(text)));
   file.commit();
 }
 
 void copy_whole_file(const std::filesystem::path& source, const std::filesystem::path& target) {
   const std::uint64_t size = open_regular(source).size;
-  PendingFile copy(target);
+  PendingFile copy(target, permissions_of(source));
   copy.reserve(size);
   copy.copy_at(0, source, 0, size);
   copy.commit();
@@ -376,6 +357,14 @@ std::filesystem::path output_name(const std::filesystem::path& path) {
     fail_usage(text + ": its parent folder " + parent.string() + " does not exist");
   }
   return text;
+}
+
+void require_replaceable(const std::filesystem::path& path) {
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode)) {
+    fail_usage(path.string() + ": is " + kind_of_file(status.st_mode) +
+               ", and a file is to be written there (choose another name)");
+  }
 }
 
 void require_absent(const std::filesystem::path& path) {

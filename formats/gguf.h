@@ -16,7 +16,7 @@
 #include <variant>
 #include <vector>
 
-#include "formats/files.h"
+#include "formats/mapped_file.h"
 #include "formats/tensor_file.h"
 #include "linalg/dtype.h"
 

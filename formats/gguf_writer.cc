@@ -117,7 +117,8 @@ std::uint64_t alignment_of(const GgufMetadata& metadata) {
   return kGgufDefaultAlignment;
 }
 
-TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec> specs) {
+TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec> specs,
+                           FilePermissions permissions) {
   const std::uint64_t alignment = alignment_of(metadata);
   Header header;
   for (const char letter : kMagic) {
@@ -135,6 +136,7 @@ TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec>
     header.value(value);
   }
   TensorFileLayout out;
+  out.permissions = permissions;
   std::uint64_t end = 0;
   std::unordered_set<std::string> names;
   for (TensorSpec& spec : specs) {
@@ -181,12 +183,13 @@ TensorFileLayout layout_of(const GgufMetadata& metadata, std::vector<TensorSpec>
 }  // namespace
 
 GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata,
-                       std::vector<TensorSpec> specs)
-    : TensorFileWriter(path, layout_of(metadata, std::move(specs))) {}
+                       std::vector<TensorSpec> specs, FilePermissions permissions)
+    : TensorFileWriter(path, layout_of(metadata, std::move(specs), permissions)) {}
 
 std::unique_ptr<GgufWriter> GgufWriter::reopen(const std::filesystem::path& path,
-                                               const GgufMetadata& metadata, std::vector<TensorSpec> specs) {
-  TensorFileLayout layout = layout_of(metadata, std::move(specs));
+                                               const GgufMetadata& metadata, std::vector<TensorSpec> specs,
+                                               FilePermissions permissions) {
+  TensorFileLayout layout = layout_of(metadata, std::move(specs), permissions);
   std::optional<PendingFile> file = take_up(path, layout);
   // Not make_unique: the constructor is private.
   return file ? std::unique_ptr<GgufWriter>(new GgufWriter(std::move(*file), std::move(layout))) : nullptr;

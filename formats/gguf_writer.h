@@ -18,13 +18,14 @@ class GgufWriter final : public TensorFileWriter {
   // Data is laid out in the order of specs, whose shapes are row-major. The metadata is written as it is; a
   // general.alignment in it is kept to. Throws std::invalid_argument for what GgufFile::open would refuse,
   // Error (machine) when the disk is full or not writable.
-  GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<TensorSpec> specs);
+  GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<TensorSpec> specs,
+             FilePermissions permissions = {});
 
   // Goes on with the file that an earlier process kept at this path, partial or finished, whose metadata and
   // specs were the same; no tensor counts as written yet. nullptr when there is no such file or its size or
   // header differ.
   static std::unique_ptr<GgufWriter> reopen(const std::filesystem::path& path, const GgufMetadata& metadata,
-                                            std::vector<TensorSpec> specs);
+                                            std::vector<TensorSpec> specs, FilePermissions permissions = {});
 
   void flush() override;
   void finish() override;

@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "formats/error.h"
-#include "formats/files.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 namespace {
@@ -337,7 +337,7 @@ Sequences read_sequences(const std::filesystem::path& path, std::int64_t length,
   return sequences;
 }
 
-void write_float_array(const std::filesystem::path& path, const std::vector<std::int64_t>& shape,
+void write_float_array(PendingFile& file, const std::vector<std::int64_t>& shape,
                        const std::function<std::vector<float>(std::int64_t)>& slice) {
   std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
   for (const std::int64_t size : shape) {
@@ -352,7 +352,6 @@ void write_float_array(const std::filesystem::path& path, const std::vector<std:
   std::string start = "\x93NUMPY";
   start += {1, 0, static_cast<char>(header.size() & 0xFFU), static_cast<char>(header.size() >> 8U)};
   start += header;
-  PendingFile file(path);
   file.write_at(0, std::as_bytes(std::span(start)));
   std::uint64_t offset = start.size();
   for (std::int64_t i = 0; i < shape.at(0); ++i) {

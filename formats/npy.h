@@ -7,6 +7,8 @@
 #include <span>
 #include <vector>
 
+#include "formats/files.h"
+
 namespace relatent {
 
 // Reads token ids. Throws Error (input): not an npy file, truncated or trailing bytes, big-endian or another
@@ -33,9 +35,8 @@ Sequences read_sequences(const std::filesystem::path& path, std::int64_t length,
                          std::int64_t vocab_size);
 
 // Writes a C-order float32 array [shape...] whose slices along the first axis come from `slice` one at a time
-// (each the product of the other sizes long). The file appears under its name only when it is complete.
-// Throws Error (machine).
-void write_float_array(const std::filesystem::path& path, const std::vector<std::int64_t>& shape,
+// (each the product of the other sizes long), and commits the file. Throws Error as PendingFile does.
+void write_float_array(PendingFile& file, const std::vector<std::int64_t>& shape,
                        const std::function<std::vector<float>(std::int64_t)>& slice);
 
 }  // namespace relatent

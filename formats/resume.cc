@@ -62,7 +62,7 @@ void add_source_identity(const Checkpoint& source, RunIdentity& facts) {
       add(file.path(), ", header " + hashed(file.header_text()));
     }
   }
-  for (const std::filesystem::path& path : source.side_files()) {
+  for (const std::filesystem::path& path : source.linked_side_files()) {
     add(path, "");
   }
 }

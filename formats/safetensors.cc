@@ -282,8 +282,8 @@ std::string with_length(std::string_view text) {
   return out.append(text);
 }
 
-TensorFileLayout layout_of(std::vector<TensorSpec> specs,
-                           const std::map<std::string, std::string>& metadata) {
+TensorFileLayout layout_of(std::vector<TensorSpec> specs, const std::map<std::string, std::string>& metadata,
+                           FilePermissions permissions) {
   const auto quoted = [](std::string_view text) {
     try {
       return nlohmann::json(text).dump();
@@ -300,6 +300,7 @@ TensorFileLayout layout_of(std::vector<TensorSpec> specs,
   }
   header += "}";
   TensorFileLayout out;
+  out.permissions = permissions;
   std::uint64_t end = 0;
   std::unordered_set<std::string> names;
   for (TensorSpec& spec : specs) {
@@ -403,12 +404,14 @@ std::span<const std::byte> SafetensorsFile::bytes(const TensorInfo& tensor) cons
 }
 
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
-                                     const std::map<std::string, std::string>& metadata)
-    : TensorFileWriter(path, layout_of(std::move(specs), metadata)) {}
+                                     const std::map<std::string, std::string>& metadata,
+                                     FilePermissions permissions)
+    : TensorFileWriter(path, layout_of(std::move(specs), metadata, permissions)) {}
 
 std::unique_ptr<SafetensorsWriter> SafetensorsWriter::reopen(const std::filesystem::path& path,
-                                                             std::vector<TensorSpec> specs) {
-  TensorFileLayout layout = layout_of(std::move(specs), {});
+                                                             std::vector<TensorSpec> specs,
+                                                             FilePermissions permissions) {
+  TensorFileLayout layout = layout_of(std::move(specs), {}, permissions);
   std::optional<PendingFile> file = take_up(path, layout);
   // Not make_unique: the constructor is private.
   return file ? std::unique_ptr<SafetensorsWriter>(new SafetensorsWriter(std::move(*file), std::move(layout)))

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "formats/files.h"
+#include "formats/mapped_file.h"
 #include "formats/tensor_file.h"
 #include "linalg/dtype.h"
 
@@ -72,13 +73,15 @@ class SafetensorsWriter final : public TensorFileWriter {
   // and `metadata` behind it. Throws std::invalid_argument on duplicate names, Error (machine) when the disk
   // is full or not writable.
   SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
-                    const std::map<std::string, std::string>& metadata = {});
+                    const std::map<std::string, std::string>& metadata = {},
+                    FilePermissions permissions = {});
 
   // Goes on with the file that an earlier process kept at this path, partial or finished, whose specs were
   // the same; no tensor counts as written yet. nullptr when there is no such file or its size or header
   // differ.
   static std::unique_ptr<SafetensorsWriter> reopen(const std::filesystem::path& path,
-                                                   std::vector<TensorSpec> specs);
+                                                   std::vector<TensorSpec> specs,
+                                                   FilePermissions permissions = {});
 
   // Copies a slice of a tensor of another file without decoding it; dtype and shape must be the slice's. Lets
   // the source's pages go.

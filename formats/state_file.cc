@@ -8,6 +8,7 @@
 
 #include "formats/error.h"
 #include "formats/hash.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 namespace {

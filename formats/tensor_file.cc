@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "formats/checkpoint.h"
+#include "formats/mapped_file.h"
 #include "formats/narrowing.h"
 #include "linalg/stages.h"
 
@@ -77,7 +78,7 @@ TensorFileWriter::TensorFileWriter(PendingFile file, TensorFileLayout layout)
 }
 
 TensorFileWriter::TensorFileWriter(const std::filesystem::path& path, TensorFileLayout layout)
-    : TensorFileWriter(PendingFile(path), layout) {
+    : TensorFileWriter(PendingFile(path, layout.permissions), layout) {
   // What nobody writes to, padding, is zero from here on.
   file_.reserve(file_bytes_);
   file_.write_at(0, std::as_bytes(std::span<const char>(layout.header)));
@@ -95,7 +96,7 @@ std::optional<PendingFile> TensorFileWriter::take_up(const std::filesystem::path
   if (!std::filesystem::is_regular_file(partial, missing)) {
     return std::nullopt;
   }
-  std::optional<PendingFile> out = PendingFile::reopen(path);
+  std::optional<PendingFile> out = PendingFile::reopen(path, layout.permissions);
   out->keep();
   const MappedFile found = MappedFile::open(partial);
   if (found.bytes().size() != layout.bytes ||

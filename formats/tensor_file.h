@@ -75,6 +75,7 @@ struct TensorFileLayout {
   std::string header;  // all bytes before the data
   std::vector<Place> tensors;
   std::uint64_t bytes = 0;  // of the file
+  FilePermissions permissions = {};
 };
 
 // Writes one file whose header and tensors are all known beforehand; the header goes first, tensors may

@@ -41,9 +41,8 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
   if (kind_ != OutputKind::file && !may_be_done) {
     require_absent(path_);
   }
-  struct stat status {};
-  if (kind_ == OutputKind::file && ::stat(path_.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
-    fail_usage(path_.string() + ": is a folder, and a file is to be written there");
+  if (kind_ == OutputKind::file) {
+    require_replaceable(path_);
   }
   const bool left_over = ::mkdir(folder_.c_str(), 0777) != 0;
   if (left_over && errno != EEXIST) {
@@ -187,6 +186,8 @@ void WorkFolder::commit() {
     } else {
       if (kind_ == OutputKind::new_file) {
         require_absent(path_);
+      } else {
+        require_replaceable(path_);
       }
       if (::rename(output().c_str(), path_.c_str()) != 0) {
         fail_machine(path_, "cannot rename the finished file into place", errno);

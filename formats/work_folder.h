@@ -21,16 +21,16 @@ namespace relatent {
 enum class OutputKind {
   new_folder,  // nothing
   new_file,    // nothing
-  file,        // a file, which is replaced
+  file,        // a regular file, which is replaced
 };
 
 class WorkFolder {
  public:
   // Makes the folder, or with `resume` takes up the one that an unfinished run of the same facts left. Only
-  // one process at a time has it. Throws Error: usage when the output may not be made (it exists, its parent
-  // does not), when an unfinished run is in the way and `resume` is not given, when what it was asked for
-  // differs from `facts` (naming what), or when another process is writing; machine when the folder cannot be
-  // made. None of these changes anything.
+  // one process at a time has it. Throws Error: usage when the output may not be made (something is there
+  // that its kind does not allow, its parent does not exist), when an unfinished run is in the way and
+  // `resume` is not given, when what it was asked for differs from `facts` (naming what), or when another
+  // process is writing; machine when the folder cannot be made. None of these changes anything.
   WorkFolder(const std::filesystem::path& path, OutputKind kind, const RunIdentity& facts, bool resume);
   WorkFolder(const WorkFolder&) = delete;
   WorkFolder& operator=(const WorkFolder&) = delete;
@@ -54,8 +54,9 @@ class WorkFolder {
   // and the error says that --resume goes on from it.
   void run(const std::function<void()>& work);
 
-  // Renames the finished, flushed output into place and removes the rest. Throws Error: usage when a new
-  // folder's name was taken in the meantime, machine otherwise; the folder is kept then.
+  // Renames the finished, flushed output into place and removes the rest. Throws Error: usage when the name
+  // was taken in the meantime by what the output's kind does not allow, machine otherwise; the folder is kept
+  // then.
   void commit();
 
  private:

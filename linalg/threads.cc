@@ -1,10 +1,14 @@
 #include "linalg/threads.h"
 
+#include <sys/mman.h>
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -12,10 +16,18 @@
 
 // OpenBLAS keeps a thread pool of its own; one thread per call keeps results independent of our thread count.
 // Another BLAS may not have the switch, hence the weak declaration.
-extern "C" void openblas_set_num_threads(int threads) __attribute__((weak));
+extern "C" {
+void openblas_set_num_threads(int threads) __attribute__((weak));
+// Its own, and visible: the buffers of which every call takes one.
+void* blas_memory_alloc(int kind) __attribute__((weak));
+void blas_memory_free(void* buffer) __attribute__((weak));
+}
 
 namespace relatent {
 namespace {
+
+// Of OpenBLAS's buffers on the processors of today, whose builds for all of them have the largest.
+constexpr std::size_t kBlasBuffer = std::size_t{128} << 20U;
 
 int g_threads = 0;
 thread_local bool t_inside_piece = false;
@@ -50,6 +62,43 @@ void make_blas_serial() {
 void set_num_threads(int threads) {
   make_blas_serial();
   g_threads = std::max(threads, 0);
+}
+
+std::string why_blas_would_hang(int threads) {
+  rlimit limit{};
+  if (openblas_set_num_threads == nullptr || ::getrlimit(RLIMIT_AS, &limit) != 0 ||
+      limit.rlim_cur == RLIM_INFINITY) {
+    return "";
+  }
+  // One by one, as OpenBLAS takes them, without touching any.
+  std::vector<void*> probes;
+  for (int i = 0; i < threads; ++i) {
+    void* probe = ::mmap(nullptr, kBlasBuffer, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (probe == MAP_FAILED) {  // NOLINT(performance-no-int-to-ptr): the macro's own cast
+      break;
+    }
+    probes.push_back(probe);
+  }
+  for (void* probe : probes) {
+    ::munmap(probe, kBlasBuffer);
+  }
+  if (probes.size() < static_cast<std::size_t>(std::max(threads, 0))) {
+    return "the limit on address space (ulimit -v) of " + std::to_string(limit.rlim_cur >> 20U) +
+           " MiB is too small: besides all else OpenBLAS needs " + std::to_string(kBlasBuffer >> 20U) +
+           " MiB for each of " + std::to_string(threads) +
+           (threads == 1 ? " thread (raise the limit)"
+                         : " threads (raise the limit, or give fewer --threads)");
+  }
+  if (blas_memory_alloc != nullptr && blas_memory_free != nullptr) {
+    std::vector<void*> buffers;
+    for (int i = 0; i < threads; ++i) {
+      buffers.push_back(blas_memory_alloc(1));
+    }
+    for (void* buffer : buffers) {
+      blas_memory_free(buffer);  // OpenBLAS keeps them for later calls
+    }
+  }
+  return "";
 }
 
 int num_threads() {

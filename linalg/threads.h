@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <functional>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -16,6 +17,13 @@ namespace relatent {
 // start.
 void set_num_threads(int threads);
 int num_threads();
+
+// Why OpenBLAS would wait for ever: it takes a large buffer for every thread that calls it, and tries again
+// and again where the limit on address space (ulimit -v) denies it. A sentence, empty when there is no such
+// limit or room enough. Then the buffers for `threads` threads are taken, so that what else the program asks
+// for cannot make them want. When there is a sentence the program should end without running the libraries'
+// own ends (std::_Exit): a thread of OpenBLAS may be waiting already.
+std::string why_blas_would_hang(int threads);
 
 // Calls body(i) for every i in [0, pieces), in any order, from up to num_threads() threads, and returns when
 // all are done. The first exception thrown by a piece is rethrown; pieces not yet begun are then skipped.

@@ -34,6 +34,7 @@ class FolderSink final : public TensorSink {
       : writer_(std::move(writer)),
         folder_(plan.path),
         config_(plan.config),
+        config_permissions_(permissions_of(plan.source->config_path())),
         side_files_(plan.side_files),
         extra_(std::move(extra)) {}
 
@@ -52,7 +53,7 @@ class FolderSink final : public TensorSink {
     for (const std::filesystem::path& file : side_files_) {
       copy_whole_file(file, folder_ / file.filename());
     }
-    write_text(folder_ / "config.json", config_.dump(2) + "\n");
+    write_text(folder_ / "config.json", config_.dump(2) + "\n", config_permissions_);
     for (const ExtraFile& file : extra_) {
       write_text(folder_ / file.name, std::string(file.text));
     }
@@ -62,6 +63,7 @@ class FolderSink final : public TensorSink {
   std::unique_ptr<CheckpointWriter> writer_;
   std::filesystem::path folder_;
   nlohmann::ordered_json config_;
+  FilePermissions config_permissions_;
   std::vector<std::filesystem::path> side_files_;
   std::vector<ExtraFile> extra_;
 };
@@ -80,9 +82,10 @@ ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, 
 }
 
 std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reopen) const {
+  const FilePermissions permissions = plan.source->weight_permissions();
   std::unique_ptr<CheckpointWriter> writer =
-      reopen ? CheckpointWriter::reopen(plan.path, plan.tensors, plan.max_shard_bytes)
-             : std::make_unique<CheckpointWriter>(plan.path, plan.tensors, plan.max_shard_bytes);
+      reopen ? CheckpointWriter::reopen(plan.path, plan.tensors, plan.max_shard_bytes, permissions)
+             : std::make_unique<CheckpointWriter>(plan.path, plan.tensors, plan.max_shard_bytes, permissions);
   return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
 }
 

@@ -90,10 +90,11 @@ class GgufEngine final : public Engine {
                              plan.config.at("deepseek2.vocab_size").get<std::int64_t>());
     metadata.insert(metadata.end(), std::make_move_iterator(tokenizer.begin()),
                     std::make_move_iterator(tokenizer.end()));
+    const FilePermissions permissions = plan.source->weight_permissions();
     if (reopen) {
-      return GgufWriter::reopen(plan.path, metadata, plan.tensors);
+      return GgufWriter::reopen(plan.path, metadata, plan.tensors, permissions);
     }
-    return std::make_unique<GgufWriter>(plan.path, metadata, plan.tensors);
+    return std::make_unique<GgufWriter>(plan.path, metadata, plan.tensors, permissions);
   }
 
   void write_attention(const LatentAttention& a, const LatentShape& /*shape*/, DType /*dtype*/,

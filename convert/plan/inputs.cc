@@ -16,6 +16,23 @@ constexpr Index fewest_sequences = 8;
 constexpr Index one_of = 32;
 constexpr Index most_held_out = 4;
 
+// What is read of the file has the sizes of its header, whatever checkpoint the header names.
+void check_sizes(const CalibrationFile& calibration, const Model& source) {
+  const CalibrationHeader& header = calibration.header();
+  const ModelConfig& config = source.config();
+  const auto check = [&](const char* name, Index expected, Index found) {
+    if (found != expected) {
+      fail_input({calibration.path(), "",
+                  std::string("made from another checkpoint than ") + source.checkpoint().path().string() +
+                      ": attribute " + name,
+                  std::to_string(expected), std::to_string(found), "run `relatent calibrate` on it"});
+    }
+  };
+  check("num_hidden_layers", config.num_hidden_layers, header.num_hidden_layers);
+  check("hidden_size", config.hidden_size, header.hidden_size);
+  check("num_attention_heads", config.num_attention_heads, header.num_attention_heads);
+}
+
 }  // namespace
 
 ConvertInputs open_inputs(const ConvertOptions& options) {
@@ -33,6 +50,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
     const bool known = std::find(names.begin(), names.end(), options.engine) != names.end();
     fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
                      : "--engine " + options.engine + " is not one of: " + join_words(names, "or"));
+  }
+  if (!out.engine->traits().single_file) {
+    // Refuses links out of the checkpoint before anything is done.
+    static_cast<void>(out.source.folder("converted").side_files());
   }
   const std::optional<Partition> partition = out.form->partition(options.branches);
   if (!partition) {
@@ -52,6 +73,7 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
   }
   if (options.calibration) {
     out.calibration = CalibrationFile::open(*options.calibration);
+    check_sizes(*out.calibration, out.source);
   }
   return out;
 }

@@ -22,10 +22,11 @@ struct ConvertInputs {
 };
 
 // Throws Error: usage when engine, form, branches, the source's heads, method and calibration do not go
-// together, input when the source or the calibration is not readable.
+// together, input when the source or the calibration is not readable, when the calibration has other layers,
+// hidden size or heads than the source, or when a side file is a link to elsewhere.
 ConvertInputs open_inputs(const ConvertOptions& options);
 
-// Throws Error (input) when the calibration was made from another checkpoint.
+// Throws Error (input) when the calibration was made from another checkpoint of the same sizes.
 void check_calibration(const ConvertInputs& inputs);
 
 // What is known of a layer's input: from the calibration, or from the norm's gain alone. The calibration's

@@ -12,6 +12,7 @@
 #include "formats/files.h"
 #include "formats/hash.h"
 #include "formats/json_text.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 namespace {

@@ -162,7 +162,7 @@ class Merger {
     report.tp = manifest_.tp;
     Index done = 0;
     for (const Target& target : targets_) {
-      PendingFile out(folder.staging() / target.file->name);
+      PendingFile out(folder.staging() / target.file->name, rank_permissions());
       out.reserve(target.file->bytes);
       write_safetensors_header(out, target.file->header);
       for (const TensorInfo& tensor : target.tensors) {
@@ -173,7 +173,7 @@ class Merger {
       report.files.push_back({target.file->name, target.file->bytes});
     }
     if (manifest_.index) {
-      write_text(folder.staging() / kIndexName, *manifest_.index);
+      write_text(folder.staging() / kIndexName, *manifest_.index, permissions_of(path_));
     }
     for (const CopiedFile& file : manifest_.copied) {
       copy_whole_file(folder_ / file.name, folder.staging() / file.name);
@@ -195,6 +195,15 @@ class Merger {
       fail_input(
           {path, "", "was changed after the shards were written", "checksum " + file.checksum, found, ""});
     }
+  }
+
+  // What the files of all ranks allow.
+  FilePermissions rank_permissions() const {
+    std::filesystem::perms all = std::filesystem::perms::all;
+    for (const SafetensorsFile& file : ranks_) {
+      all &= *permissions_of(file.path());
+    }
+    return all;
   }
 
   const SafetensorsFile& rank(Index index) const { return ranks_[static_cast<std::size_t>(index)]; }

@@ -67,7 +67,7 @@ ShardManifest manifest_of(const Checkpoint& checkpoint, const ShardOptions& opti
 
 std::unique_ptr<SafetensorsWriter> make_writer(const std::filesystem::path& folder,
                                                const ShardManifest& manifest, const std::string& run,
-                                               Index rank) {
+                                               Index rank, FilePermissions permissions) {
   std::vector<TensorSpec> specs;
   for (const ShardedTensor& tensor : manifest.tensors) {
     if (tensor.part(rank)) {
@@ -75,7 +75,7 @@ std::unique_ptr<SafetensorsWriter> make_writer(const std::filesystem::path& fold
     }
   }
   return std::make_unique<SafetensorsWriter>(folder / rank_file_name(rank), std::move(specs),
-                                             rank_metadata(run, rank, manifest.tp));
+                                             rank_metadata(run, rank, manifest.tp), permissions);
 }
 
 }  // namespace
@@ -97,9 +97,10 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   ShardReport report;
   report.run = manifest.run();
   report.tp = options.tp;
+  const FilePermissions permissions = checkpoint.weight_permissions();
   std::vector<std::unique_ptr<SafetensorsWriter>> writers;
   for (Index rank = 0; rank < options.tp; ++rank) {
-    writers.push_back(make_writer(folder.staging(), manifest, report.run, rank));
+    writers.push_back(make_writer(folder.staging(), manifest, report.run, rank, permissions));
     report.files.push_back({rank_file_name(rank), writers.back()->file_bytes()});
   }
   // Tensor by tensor rather than rank by rank, so that the checkpoint is read from front to back.
@@ -120,7 +121,7 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   for (const std::filesystem::path& file : copied) {
     copy_whole_file(file, folder.staging() / file.filename());
   }
-  write_text(folder.staging() / kShardsName, text);
+  write_text(folder.staging() / kShardsName, text, permissions);
   folder.commit();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "formats/checkpoint.h"
-#include "formats/files.h"
+#include "formats/mapped_file.h"
 #include "formats/safetensors.h"
 #include "linalg/dtype.h"
 #include "linalg/layouts.h"

@@ -297,6 +297,66 @@ TEST(Checkpoint, SideFilesTravelAlong) {
                                    folder / "merges.txt", folder / "tokenizer.json"}));
 }
 
+TEST(Checkpoint, SideFilesMayNotBeLinksToElsewhere) {
+  const TempFolder folder;
+  const fs::path model = folder / "models--a--b";
+  const fs::path snapshot = model / "snapshots/1234";
+  fs::create_directories(snapshot);
+  fs::create_directories(model / "blobs");
+  fs::create_directories(folder / "models--a--c/blobs");
+  write_shard(snapshot / "model.safetensors", {"a"});
+  for (const char* name : {"secret", "models--a--b/refs", "models--a--b/blobs/5678",
+                           "models--a--c/blobs/5678", "models--a--b/snapshots/1234/config.json"}) {
+    folder.write(name, "{}");
+  }
+  const auto expect_refused = [&](const fs::path& from, const fs::path& target) {
+    fs::create_symlink(target, from / "notes.txt");
+    const Checkpoint checkpoint = Checkpoint::open(from);
+    expect_error(ErrorKind::input,
+                 {(from / "notes.txt").string(), fs::canonical(from / "notes.txt").string(), "outside"},
+                 [&] { static_cast<void>(checkpoint.side_files()); });
+    EXPECT_EQ(checkpoint.linked_side_files().back(), from / "notes.txt");
+    fs::remove(from / "notes.txt");
+  };
+  for (const char* target :
+       {"/etc/passwd", "../../../secret", "../../refs", "../../../models--a--c/blobs/5678"}) {
+    expect_refused(snapshot, target);
+  }
+  // A link to a link, of which only the last leaves the folder.
+  fs::create_symlink(folder / "secret", model / "blobs/link");
+  expect_refused(snapshot, "../../blobs/link");
+  fs::create_symlink("../../blobs/5678", snapshot / "tokenizer.json");
+  EXPECT_EQ(Checkpoint::open(snapshot).side_files(), std::vector<fs::path>{snapshot / "tokenizer.json"});
+  // However the folder is named.
+  fs::create_symlink("models--a--b/snapshots/1234", folder / "named");
+  EXPECT_EQ(Checkpoint::open(folder / "named").side_files(),
+            std::vector<fs::path>{folder / "named/tokenizer.json"});
+  // Elsewhere than in a cache, blobs are nothing special.
+  fs::create_directories(folder / "blobs");
+  folder.write("blobs/5678", "{}");
+  fs::create_directories(folder / "plain/1234");
+  fs::copy(snapshot / "config.json", folder / "plain/1234");
+  write_shard(folder / "plain/1234/model.safetensors", {"a"});
+  expect_refused(folder / "plain/1234", "../../blobs/5678");
+}
+
+TEST(CheckpointWriter, GivesPermissions) {
+  const TempFolder folder;
+  const Source source = random_source(3);
+  fs::create_directory(folder / "a");
+  CheckpointWriter writer(folder / "a", source.specs, 70, fs::perms::owner_read | fs::perms::owner_write);
+  for (std::size_t i = 0; i < source.specs.size(); ++i) {
+    writer.write_floats(source.specs[i].name, source.values[i]);
+  }
+  writer.finish();
+  for (const auto& entry : fs::directory_iterator(folder / "a")) {
+    EXPECT_EQ(entry.status().permissions(), fs::perms::owner_read | fs::perms::owner_write) << entry;
+  }
+  write_text(folder / "a/config.json", "{}");
+  fs::permissions(folder / "a/model-00002-of-00003.safetensors", fs::perms(0444));
+  EXPECT_EQ(Checkpoint::open(folder / "a").weight_permissions(), fs::perms::owner_read);
+}
+
 TEST(CheckpointWriter, NamesShardsAndWritesTheIndex) {
   const TempFolder folder;
   const Source source = random_source(3);

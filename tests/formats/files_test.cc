@@ -4,15 +4,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <filesystem>
 #include <limits>
 #include <optional>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "formats/mapped_file.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 
@@ -22,66 +21,13 @@ namespace {
 namespace fs = std::filesystem;
 using testing_support::bytes_of;
 using testing_support::expect_error;
+using testing_support::random_bytes;
 using testing_support::read_bytes;
 using testing_support::TempFolder;
 using testing_support::text_of;
 
-std::string random_bytes(std::size_t size, unsigned seed) {
-  std::mt19937 random(seed);
-  std::string bytes(size, '\0');
-  std::generate(bytes.begin(), bytes.end(), [&random] { return static_cast<char>(random()); });
-  return bytes;
-}
-
 std::size_t entries(const fs::path& folder) {
   return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
-}
-
-TEST(MappedFile, ShowsTheBytes) {
-  const TempFolder folder;
-  const std::string bytes = random_bytes(100'003, 1);
-  const fs::path path = folder.write("a", bytes);
-  MappedFile file = MappedFile::open(path);
-  EXPECT_EQ(text_of(file.bytes()), bytes);
-  EXPECT_EQ(file.path(), path);
-
-  // Releasing changes nothing that can be read, wherever the range lies.
-  for (const std::size_t offset : {0UL, 1UL, 4096UL, 5000UL, 100'000UL, 100'003UL, ~0UL}) {
-    for (const std::size_t size : {0UL, 1UL, 4096UL, 50'000UL, ~0UL}) {
-      file.release(offset, size);
-    }
-  }
-  EXPECT_EQ(text_of(file.bytes()), bytes);
-
-  MappedFile moved = std::move(file);
-  EXPECT_EQ(text_of(moved.bytes()), bytes);
-  MappedFile assigned;
-  assigned = std::move(moved);
-  EXPECT_EQ(text_of(assigned.bytes()), bytes);
-  EXPECT_TRUE(MappedFile().bytes().empty());
-}
-
-TEST(MappedFile, TakesAnEmptyFile) {
-  const TempFolder folder;
-  EXPECT_TRUE(MappedFile::open(folder.write("empty", "")).bytes().empty());
-}
-
-TEST(MappedFile, RefusesWhatIsNoRegularFile) {
-  const TempFolder folder;
-  expect_error(ErrorKind::input, {"missing", "cannot open", "No such file"},
-               [&] { MappedFile::open(folder / "missing"); });
-  expect_error(ErrorKind::input, {folder.path().string(), "expected a regular file", "found a folder"},
-               [&] { MappedFile::open(folder.path()); });
-  ASSERT_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
-  expect_error(ErrorKind::input, {"pipe", "expected a regular file", "found a pipe"},
-               [&] { MappedFile::open(folder / "pipe"); });
-  expect_error(ErrorKind::input, {"/dev/null", "found a device"}, [&] { MappedFile::open("/dev/null"); });
-  if (::geteuid() != 0) {
-    const fs::path locked = folder.write("locked", "x");
-    ::chmod(locked.c_str(), 0);
-    expect_error(ErrorKind::machine, {"locked", "cannot open", "Permission denied"},
-                 [&] { MappedFile::open(locked); });
-  }
 }
 
 TEST(ReadText, ReadsUpToItsLimit) {
@@ -174,6 +120,53 @@ TEST(PendingFile, CannotBeCreated) {
   EXPECT_FALSE(fs::exists(folder / "elsewhere"));
 }
 
+TEST(PendingFile, IsWrittenByOneAtATime) {
+  const TempFolder folder;
+  const fs::path path = folder / "out";
+  PendingFile first(path);
+  first.write_at(0, bytes_of("first"));
+  for (const auto& second : {+[](const fs::path& where) { const PendingFile file(where); },
+                             +[](const fs::path& where) { PendingFile::reopen(where); }}) {
+    expect_error(ErrorKind::usage, {"out.partial", "another run is writing there"}, [&] { second(path); });
+  }
+  first.commit();
+  EXPECT_EQ(read_bytes(path), "first");
+  PendingFile next(path);
+  next.commit();
+  EXPECT_EQ(read_bytes(path), "");
+}
+
+TEST(PendingFile, ThePartialNameMustBeAFile) {
+  const TempFolder folder;
+  ASSERT_EQ(::mkfifo((folder / "out.partial").c_str(), 0600), 0);
+  expect_error(ErrorKind::usage, {"out.partial", "a pipe"}, [&] { const PendingFile file(folder / "out"); });
+  EXPECT_TRUE(fs::is_fifo(folder / "out.partial"));
+}
+
+TEST(PendingFile, ReplacesNothingButRegularFiles) {
+  const TempFolder folder;
+  folder.write("file", "old");
+  fs::create_symlink("file", folder / "link");
+  fs::create_symlink("nowhere", folder / "broken");
+  fs::create_directory(folder / "folder");
+  ASSERT_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
+  for (const auto& [name, kind] : {std::pair{"link", "a symbolic link"},
+                                   {"broken", "a symbolic link"},
+                                   {"folder", "a folder"},
+                                   {"pipe", "a pipe"}}) {
+    expect_error(ErrorKind::usage, {(folder / name).string(), kind, "choose another name"},
+                 [&, where = folder / name] { const PendingFile file(where); });
+    EXPECT_FALSE(fs::exists(folder / (std::string(name) + ".partial")));
+    // It appears while the file is being written.
+    PendingFile late(folder / "late");
+    fs::rename(folder / name, folder / "late");
+    expect_error(ErrorKind::usage, {"late", kind}, [&] { late.commit(); });
+    fs::remove(folder / "late");
+  }
+  expect_error(ErrorKind::usage, {"/dev/null", "a device"}, [] { const PendingFile file("/dev/null"); });
+  EXPECT_EQ(read_bytes(folder / "file"), "old");
+}
+
 void check_copies(const fs::path& source, const std::string& bytes, const fs::path& target) {
   PendingFile file(target);
   file.reserve(bytes.size() + 7);
@@ -203,6 +196,15 @@ TEST(PendingFile, CopiesAcrossFilesystems) {
   const std::string bytes = random_bytes(9'000'001, 3);
   check_copies(folder.write("source", bytes), bytes, other / "target");
   fs::remove_all(other);
+}
+
+TEST(PendingFile, ACutSourceIsNamed) {
+  const TempFolder folder;
+  const MappedFile source = MappedFile::open(folder.write("source", random_bytes(50'000, 5)));
+  ASSERT_EQ(::truncate(source.path().c_str(), 100), 0);
+  PendingFile file(folder / "target");
+  expect_error(ErrorKind::machine, {(folder / "source").string() + ": changed or was cut while it was read"},
+               [&] { file.write_at(0, source.bytes()); });
 }
 
 TEST(PendingFile, CopyRefusesAShortSource) {
@@ -273,6 +275,75 @@ TEST(CopyWholeFile, CopiesAndReplaces) {
   EXPECT_EQ(read_bytes(folder / "b"), "");
   expect_error(ErrorKind::input, {"missing"}, [&] { copy_whole_file(folder / "missing", folder / "c"); });
   EXPECT_EQ(entries(folder.path()), 3U);
+}
+
+// Sets the umask for as long as it lives.
+class Umask {
+ public:
+  explicit Umask(mode_t mask) : before_(::umask(mask)) {}
+  Umask(const Umask&) = delete;
+  Umask& operator=(const Umask&) = delete;
+  ~Umask() { ::umask(before_); }
+
+ private:
+  mode_t before_;
+};
+
+mode_t mode_of(const fs::path& path) {
+  struct stat status {};
+  EXPECT_EQ(::stat(path.c_str(), &status), 0) << path;
+  return status.st_mode & 07777U;
+}
+
+TEST(Permissions, AreWhatTheUmaskLeaves) {
+  const TempFolder folder;
+  for (const mode_t mask : {0022U, 0077U, 0000U}) {
+    const Umask set(mask);
+    write_text(folder / "a", "text");
+    EXPECT_EQ(mode_of(folder / "a"), 0666U & ~mask);
+    fs::remove(folder / "a");
+  }
+}
+
+TEST(Permissions, AreThoseOfTheSource) {
+  const TempFolder folder;
+  const Umask set(0022);
+  for (const mode_t mode : {0600U, 0640U, 0444U, 0755U, 0666U, 04755U}) {
+    const fs::path source = folder.write("source", "text");
+    ASSERT_EQ(::chmod(source.c_str(), mode), 0);
+    copy_whole_file(source, folder / "copy");
+    EXPECT_EQ(mode_of(folder / "copy"), mode & 0777U);
+    write_text(folder / "made", "text", permissions_of(source));
+    EXPECT_EQ(mode_of(folder / "made"), mode & 0777U);
+    fs::remove(source);
+  }
+  expect_error(ErrorKind::input, {"missing"}, [&] { permissions_of(folder / "missing"); });
+}
+
+TEST(Permissions, UnfinishedFilesAreTheirOwnersAlone) {
+  const TempFolder folder;
+  const FilePermissions all = fs::perms::all;
+  folder.write("out.partial", "left over, and open to everybody");
+  PendingFile file(folder / "out", all);
+  EXPECT_EQ(mode_of(file.partial_path()), 0600U);
+  file.commit();
+  EXPECT_EQ(mode_of(folder / "out"), 0777U);
+}
+
+TEST(Permissions, OfAWriteProtectedSourceAreNoHindranceToGoingOn) {
+  const TempFolder folder;
+  const FilePermissions read_only = fs::perms::owner_read;
+  write_text(folder / "out", "text", read_only);
+  fs::rename(folder / "out", folder / "out.partial");
+  {
+    PendingFile file = PendingFile::reopen(folder / "out", read_only);
+    EXPECT_EQ(mode_of(file.partial_path()), 0600U);
+    file.commit();
+  }
+  EXPECT_EQ(mode_of(folder / "out"), 0400U);
+  fs::rename(folder / "out", folder / "out.partial");
+  PendingFile::reopen(folder / "out").commit();
+  EXPECT_EQ(mode_of(folder / "out"), 0600U);
 }
 
 TEST(PendingFolder, AppearsOnlyAtCommit) {

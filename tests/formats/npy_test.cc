@@ -15,6 +15,7 @@ namespace relatent {
 namespace {
 
 using testing_support::expect_error;
+using testing_support::read_bytes;
 using testing_support::TempFolder;
 
 std::string npy(const std::string& dictionary, const std::string& data, char major = 1) {
@@ -170,6 +171,20 @@ TEST(ReadTokens, RefusesEveryCutAndSurvivesEveryFlippedByte) {
       }
     }
   }
+}
+
+TEST(WriteFloatArray, WritesWhatNumpyReads) {
+  const TempFolder folder;
+  PendingFile file(folder / "a.npy");
+  write_float_array(file, {2, 3}, [](std::int64_t i) {
+    const auto first = static_cast<float>(10 * i);
+    return std::vector<float>{first, first + 1, first + 2};
+  });
+  const std::string bytes = read_bytes(folder / "a.npy");
+  ASSERT_EQ(bytes.size(), 128U + 24U);
+  EXPECT_TRUE(bytes.starts_with("\x93NUMPY"));
+  EXPECT_NE(bytes.find("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3, ), }"), std::string::npos);
+  EXPECT_EQ(bytes.substr(128), data_of(std::vector<float>{0, 1, 2, 10, 11, 12}));
 }
 
 TEST(ReadSequences, CutsFromTheStart) {

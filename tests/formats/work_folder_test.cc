@@ -181,6 +181,25 @@ TEST_F(Work, TakenNamesAreRefused) {
   EXPECT_TRUE(fs::exists(out()));
 }
 
+TEST_F(Work, AFileReplacesNothingButAFile) {
+  write_text(folder_ / "precious", "data");
+  fs::create_symlink("precious", out());
+  for (const bool resume : {false, true}) {
+    expect_error(ErrorKind::usage, {out().string(), "is a symbolic link"},
+                 [&] { open(resume, OutputKind::file); });
+  }
+  EXPECT_EQ(entries(), 2);
+  fs::remove(out());
+  {
+    const auto work = open(false, OutputKind::file);
+    write_text(work->output(), "new");
+    fs::create_symlink("precious", out());
+    expect_error(ErrorKind::usage, {out().string(), "is a symbolic link"}, [&] { work->commit(); });
+  }
+  EXPECT_TRUE(fs::is_symlink(out()));
+  EXPECT_EQ(read_bytes(folder_ / "precious"), "data");
+}
+
 TEST_F(Work, EndsBetweenTheLastStepsAreTidiedUp) {
   for (const OutputKind kind : {OutputKind::new_folder, OutputKind::file}) {
     for (const bool renamed : {false, true}) {

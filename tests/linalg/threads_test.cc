@@ -1,10 +1,15 @@
 #include "linalg/threads.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
 #include <mutex>
 #include <set>
 #include <stdexcept>
@@ -162,6 +167,54 @@ TEST(Threads, ResultsDoNotDependOnTheCount) {
   for (const int threads : {2, 5}) {
     EXPECT_TRUE(compute(threads) == one) << threads;
   }
+}
+
+// Leaves so many bytes of address space beyond what the process has.
+void leave_address_space(std::size_t bytes) {
+  std::size_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  const std::size_t limit = pages * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE)) + bytes;
+  const rlimit both{limit, limit};
+  ASSERT_EQ(::setrlimit(RLIMIT_AS, &both), 0);
+}
+
+TEST(BlasMemory, IsEnoughWithoutALimit) {
+  rlimit limit{};
+  ASSERT_EQ(::getrlimit(RLIMIT_AS, &limit), 0);
+  if (limit.rlim_cur == RLIM_INFINITY) {
+    EXPECT_EQ(why_blas_would_hang(100'000), "");
+  }
+}
+
+TEST(BlasMemoryDeathTest, TooLittleIsNoticedBeforeItIsNeeded) {
+  const auto say = [] {
+    leave_address_space(std::size_t{300} << 20U);
+    std::fputs(why_blas_would_hang(3).c_str(), stderr);
+    std::_Exit(why_blas_would_hang(2).empty() ? 0 : 1);
+  };
+  EXPECT_EXIT(say(), testing::ExitedWithCode(0), "ulimit -v.*128 MiB for each of 3 threads");
+}
+
+TEST(BlasMemoryDeathTest, EnoughIsKeptForTheThreads) {
+  const auto multiply = [] {
+    ::alarm(60);
+    leave_address_space(std::size_t{600} << 20U);
+    if (!why_blas_would_hang(2).empty()) {
+      std::_Exit(1);
+    }
+    // Nothing is left but what small matrices and a thread take.
+    leave_address_space(std::size_t{100} << 20U);
+    const ThreadCount threads(2);
+    parallel_for(2, [](std::size_t) {
+      const MatrixF a = MatrixF::Ones(300, 300);
+      const MatrixF b = a * a;
+      if (b(0, 0) != 300) {
+        std::_Exit(2);
+      }
+    });
+    std::_Exit(0);
+  };
+  EXPECT_EXIT(multiply(), testing::ExitedWithCode(0), "");
 }
 
 }  // namespace

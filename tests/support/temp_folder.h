@@ -4,11 +4,13 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <random>
 #include <span>
 #include <string>
 #include <string_view>
@@ -65,6 +67,13 @@ inline std::string text_of(std::span<const std::byte> bytes) {
 
 inline std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span<const char>(text));
+}
+
+inline std::string random_bytes(std::size_t size, unsigned seed) {
+  std::mt19937 random(seed);
+  std::string bytes(size, '\0');
+  std::generate(bytes.begin(), bytes.end(), [&random] { return static_cast<char>(random()); });
+  return bytes;
 }
 
 }  // namespace relatent::testing_support

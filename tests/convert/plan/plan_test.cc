@@ -315,5 +315,21 @@ TEST_F(Plan, CalibrationOfAnotherModelIsRefused) {
   expect_nothing_left();
 }
 
+TEST_F(Plan, CalibrationOfOtherSizesIsRefusedBeforeItIsRead) {
+  write({.hidden = 24, .layers = 2, .heads = 6});
+  const fs::path moments = calibrated();
+  const auto expect_refused = [&](const TinyOptions& other, const std::string& attribute,
+                                  const char* expected, const char* found) {
+    ConvertOptions options = small(write(other), Method::transmla);
+    options.calibration = moments;
+    expect_error(ErrorKind::input, {"moments.h5", attribute, expected, found, "relatent calibrate"},
+                 [&] { Conversion{options}; });
+    expect_nothing_left();
+  };
+  expect_refused({.hidden = 24, .layers = 3, .heads = 6}, "num_hidden_layers", "expected 3", "found 2");
+  expect_refused({.hidden = 32, .layers = 2, .heads = 6}, "hidden_size", "expected 32", "found 24");
+  expect_refused({.hidden = 24, .layers = 2, .heads = 4}, "num_attention_heads", "expected 4", "found 6");
+}
+
 }  // namespace
 }  // namespace relatent
