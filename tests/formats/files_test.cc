@@ -24,7 +24,6 @@ using testing_support::expect_error;
 using testing_support::random_bytes;
 using testing_support::read_bytes;
 using testing_support::TempFolder;
-using testing_support::text_of;
 
 std::size_t entries(const fs::path& folder) {
   return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
