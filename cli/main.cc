@@ -84,6 +84,7 @@ int run(int argc, char** argv) {
   }
   relatent::set_num_threads(threads);
   require_blas_memory(relatent::num_threads());
+  relatent::take_blas_buffers(relatent::num_threads());
   return chosen();
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <exception>
 #include <mutex>
 #include <optional>
@@ -44,6 +45,14 @@ class InsidePiece {
   bool before_;
 };
 
+// Nothing where no limit stands between OpenBLAS and its buffers.
+std::optional<std::uint64_t> blas_address_limit() {
+  rlimit limit{};
+  const bool limited = openblas_set_num_threads != nullptr && ::getrlimit(RLIMIT_AS, &limit) == 0 &&
+                       limit.rlim_cur != RLIM_INFINITY;
+  return limited ? std::optional<std::uint64_t>(limit.rlim_cur) : std::nullopt;
+}
+
 void make_blas_serial() {
   static const bool done = [] {
     if (openblas_set_num_threads != nullptr) {
@@ -65,9 +74,8 @@ void set_num_threads(int threads) {
 }
 
 std::string why_blas_would_hang(int threads) {
-  rlimit limit{};
-  if (openblas_set_num_threads == nullptr || ::getrlimit(RLIMIT_AS, &limit) != 0 ||
-      limit.rlim_cur == RLIM_INFINITY) {
+  const std::optional<std::uint64_t> limit = blas_address_limit();
+  if (!limit) {
     return "";
   }
   // One by one, as OpenBLAS takes them, without touching any.
@@ -79,26 +87,30 @@ std::string why_blas_would_hang(int threads) {
     }
     probes.push_back(probe);
   }
+  const bool enough = probes.size() == static_cast<std::size_t>(std::max(threads, 0));
   for (void* probe : probes) {
     ::munmap(probe, kBlasBuffer);
   }
-  if (probes.size() < static_cast<std::size_t>(std::max(threads, 0))) {
-    return "the limit on address space (ulimit -v) of " + std::to_string(limit.rlim_cur >> 20U) +
-           " MiB is too small: besides all else OpenBLAS needs " + std::to_string(kBlasBuffer >> 20U) +
-           " MiB for each of " + std::to_string(threads) +
-           (threads == 1 ? " thread (raise the limit)"
-                         : " threads (raise the limit, or give fewer --threads)");
+  if (enough) {
+    return "";
   }
-  if (blas_memory_alloc != nullptr && blas_memory_free != nullptr) {
-    std::vector<void*> buffers;
-    for (int i = 0; i < threads; ++i) {
-      buffers.push_back(blas_memory_alloc(1));
-    }
-    for (void* buffer : buffers) {
-      blas_memory_free(buffer);  // OpenBLAS keeps them for later calls
-    }
+  return "the limit on address space (ulimit -v) of " + std::to_string(*limit >> 20U) +
+         " MiB is too small: besides all else OpenBLAS needs " + std::to_string(kBlasBuffer >> 20U) +
+         " MiB for each of " + std::to_string(threads) +
+         (threads == 1 ? " thread (raise the limit)" : " threads (raise the limit, or give fewer --threads)");
+}
+
+void take_blas_buffers(int threads) {
+  if (!blas_address_limit() || blas_memory_alloc == nullptr || blas_memory_free == nullptr) {
+    return;
   }
-  return "";
+  std::vector<void*> buffers(static_cast<std::size_t>(std::max(threads, 0)));
+  for (void*& buffer : buffers) {
+    buffer = blas_memory_alloc(1);
+  }
+  for (void* buffer : buffers) {
+    blas_memory_free(buffer);  // OpenBLAS keeps them for later calls
+  }
 }
 
 int num_threads() {

@@ -20,10 +20,12 @@ int num_threads();
 
 // Why OpenBLAS would wait for ever: it takes a large buffer for every thread that calls it, and tries again
 // and again where the limit on address space (ulimit -v) denies it. A sentence, empty when there is no such
-// limit or room enough. Then the buffers for `threads` threads are taken, so that what else the program asks
-// for cannot make them want. When there is a sentence the program should end without running the libraries'
-// own ends (std::_Exit): a thread of OpenBLAS may be waiting already.
+// limit or room for `threads` buffers more. When there is one the program should end without running the
+// libraries' own ends (std::_Exit): a thread of OpenBLAS may be waiting already.
 std::string why_blas_would_hang(int threads);
+// Has OpenBLAS take so many buffers now, where there is such a limit, so that what else the program asks for
+// cannot make them want. Only when there is room for them.
+void take_blas_buffers(int threads);
 
 // Calls body(i) for every i in [0, pieces), in any order, from up to num_threads() threads, and returns when
 // all are done. The first exception thrown by a piece is rethrown; pieces not yet begun are then skipped.
