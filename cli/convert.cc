@@ -147,8 +147,8 @@ ConvertOptions resolve(const Options& options) {
 }
 
 void say_trial(const SizeTrial& trial) {
-  std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n",
-               sizes_text({trial.rope_dim, trial.rank, trial.key_rank}).c_str(), trial.nats);
+  std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n", sizes_text(trial).c_str(),
+               trial.nats);
 }
 
 int run(const Options& options) {

@@ -1,5 +1,10 @@
 #include "formats/gguf_layout.h"
 
+#include <algorithm>
+#include <limits>
+
+#include "formats/tensor_file.h"
+
 namespace relatent::gguf {
 
 std::optional<std::uint64_t> padded(std::uint64_t size, std::uint64_t alignment) {
@@ -10,13 +15,13 @@ std::optional<std::uint64_t> padded(std::uint64_t size, std::uint64_t alignment)
 }
 
 std::optional<std::uint64_t> tensor_bytes(DType dtype, const std::vector<std::int64_t>& dims) {
-  auto product = static_cast<std::int64_t>(size_of(dtype));
-  for (const std::int64_t dimension : dims) {
-    if (dimension <= 0 || __builtin_mul_overflow(product, dimension, &product)) {
-      return std::nullopt;
-    }
+  if (std::any_of(dims.begin(), dims.end(), [](std::int64_t dimension) { return dimension <= 0; })) {
+    return std::nullopt;
   }
-  return static_cast<std::uint64_t>(product);
+  const std::optional<std::uint64_t> bytes = dense_bytes(dtype, dims);
+  return bytes && *bytes <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())
+             ? bytes
+             : std::nullopt;
 }
 
 std::string name_problem(std::string_view name) {

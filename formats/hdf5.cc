@@ -5,7 +5,6 @@
 #include <functional>
 #include <limits>
 #include <optional>
-#include <span>
 
 #include "formats/error.h"
 #include "formats/state_file.h"
@@ -19,17 +18,6 @@ constexpr std::size_t kLongestText = std::size_t{64} << 20U;
 std::recursive_mutex& library_mutex() {
   static std::recursive_mutex mutex;
   return mutex;
-}
-
-// Bytes of a dense array, or nothing when the product does not fit.
-std::optional<std::uint64_t> dense_bytes(std::span<const std::int64_t> shape, std::uint64_t item_bytes) {
-  std::uint64_t product = item_bytes;
-  for (const std::int64_t dimension : shape) {
-    if (dimension < 0 || __builtin_mul_overflow(product, static_cast<std::uint64_t>(dimension), &product)) {
-      return std::nullopt;
-    }
-  }
-  return product;
 }
 
 Handle text_type(std::size_t size) {
@@ -209,7 +197,7 @@ Handle Reading::dataset(hid_t parent, const std::string& name, const std::string
       H5Pget_external_count(properties.get()) != 0) {
     fail(what, "contiguous storage inside the file", "another layout");
   }
-  const std::optional<std::uint64_t> bytes = dense_bytes(found, H5Tget_size(type.get()));
+  const std::optional<std::uint64_t> bytes = dense_bytes(H5Tget_size(type.get()), found);
   const std::uint64_t stored = H5Dget_storage_size(opened.get());
   if (!bytes || *bytes > file_bytes_ || stored != *bytes) {
     fail(what, "as many stored bytes as its shape needs", std::to_string(stored));

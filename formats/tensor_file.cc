@@ -47,17 +47,21 @@ SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::
   return out;
 }
 
-std::optional<std::uint64_t> dense_bytes(DType dtype, const std::vector<std::int64_t>& shape) {
+std::optional<std::uint64_t> dense_bytes(std::uint64_t item_bytes, const std::vector<std::int64_t>& shape) {
   std::uint64_t product = 1;
   for (const std::int64_t dimension : shape) {
     if (dimension < 0 || __builtin_mul_overflow(product, static_cast<std::uint64_t>(dimension), &product)) {
       return std::nullopt;
     }
   }
-  if (__builtin_mul_overflow(product, size_of(dtype), &product)) {
+  if (__builtin_mul_overflow(product, item_bytes, &product)) {
     return std::nullopt;
   }
   return product;
+}
+
+std::optional<std::uint64_t> dense_bytes(DType dtype, const std::vector<std::int64_t>& shape) {
+  return dense_bytes(size_of(dtype), shape);
 }
 
 std::uint64_t TensorSpec::bytes() const {

@@ -55,7 +55,8 @@ struct SliceRuns {
 // Throws std::invalid_argument as shape_of does.
 SliceRuns runs_of(const TensorSlice& slice, DType dtype, const std::vector<std::int64_t>& shape);
 
-// Bytes of a dense tensor, or nothing when the shape is negative or the product does not fit.
+// Bytes of a dense array or tensor, or nothing when the shape is negative or the product does not fit.
+std::optional<std::uint64_t> dense_bytes(std::uint64_t item_bytes, const std::vector<std::int64_t>& shape);
 std::optional<std::uint64_t> dense_bytes(DType dtype, const std::vector<std::int64_t>& shape);
 
 // A tensor to be written.

@@ -93,7 +93,6 @@ class Backend {
   virtual Eigenpairs<MatrixC> hermitian_eigenpairs(const MatrixC& a, std::optional<Index> k = {}) const = 0;
   virtual SymmetricRoot symmetric_root(const MatrixD& a, double floor) const = 0;
   virtual MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) const = 0;
-  virtual MatrixD positive_inverse(MatrixD a) const = 0;
 };
 
 // The backend of this process: the CPU until another is set, which is done before anything else.

@@ -1,6 +1,5 @@
 #include "convert/methods/relatent.h"
 
-#include <Eigen/Dense>
 #include <algorithm>
 #include <stdexcept>
 

@@ -28,7 +28,7 @@ SizeSearch::SizeSearch(const Model& source, std::function<Moments(Index)> moment
 SizeTrial SizeSearch::trial(const CacheSizes& sizes, const Sequences& fit, const Sequences& held_out,
                             const RelatentOptions& options) {
   for (const SizeTrial& made : earlier_trials_) {
-    if (made.rope_dim == sizes.rope_dim && made.rank == sizes.rank && made.key_rank == sizes.key_rank) {
+    if (made == sizes) {
       trials_.push_back(made);
       return made;
     }
@@ -48,7 +48,7 @@ SizeTrial SizeSearch::trial(const CacheSizes& sizes, const Sequences& fit, const
   }
   const LogitComparison logits =
       backend().compare_logits(source_, source_stream, source_, converted_stream, held_out);
-  trials_.push_back({sizes.rope_dim, sizes.rank, logits.converted_nll - logits.source_nll, sizes.key_rank});
+  trials_.push_back({sizes, logits.converted_nll - logits.source_nll});
   if (watch_) {
     watch_(trials_.back());
   }
@@ -68,8 +68,7 @@ SizeTrial SizeSearch::rotary_for(Index total) {
   const std::vector<CacheSizes> candidates =
       rotary_candidates(*source_.config().gqa, options_.plain_list, total);
   if (candidates.size() == 1) {
-    const CacheSizes& only = candidates.front();
-    return {only.rope_dim, only.rank, std::numeric_limits<double>::quiet_NaN()};
+    return {candidates.front(), std::numeric_limits<double>::quiet_NaN()};
   }
   SizeTrial best;
   for (const CacheSizes& sizes : candidates) {

@@ -8,6 +8,7 @@
 #include "linalg/stages.h"
 
 namespace relatent {
+
 TwinStreams::TwinStreams(const Model& source, const Sequences& sequences, DType compute)
     : source_(source, sequences), converted_(source_), compute_(compute) {}
 

@@ -14,11 +14,8 @@
 namespace relatent {
 
 // Sizes that were tried and the nats they lost on held-out sequences.
-struct SizeTrial {
-  Index rope_dim = 0;
-  Index rank = 0;
+struct SizeTrial : CacheSizes {
   double nats = 0;
-  Index key_rank = 0;  // of partitioned forms: coordinates that the parts share
 };
 
 // Sizes that are left to trials.

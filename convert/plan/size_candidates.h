@@ -19,6 +19,8 @@ struct CacheSizes {
   Index rope_dim = 0;
   Index rank = 0;      // of all latents together
   Index key_rank = 0;  // of them, those that the parts of a group share
+
+  bool operator==(const CacheSizes&) const = default;
 };
 
 // Throws Error (usage) when no sequence can be kept from the fits of a trial.

@@ -122,7 +122,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
       }
       break;
   }
-  out.options = with_sizes(options, inputs, {chosen.rope_dim, chosen.rank, chosen.key_rank});
+  out.options = with_sizes(options, inputs, chosen);
   out.trials = search.trials();
   return out;
 }

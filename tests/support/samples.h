@@ -28,7 +28,7 @@ double relative_error(const Found& found, const Expected& expected) {
   if (found.rows() != expected.rows() || found.cols() != expected.cols()) {
     return INFINITY;
   }
-  const MatrixD wanted = expected.template cast<double>();
+  const MatrixD& wanted = expected.template cast<double>();  // of doubles it is the matrix itself
   const double difference = (found.template cast<double>() - wanted).norm();
   const double size = wanted.norm();
   const double error = size > 0 ? difference / size : difference;

@@ -1,7 +1,5 @@
 #include "convert/compute/cpu/cpu_backend.h"
 
-#include <utility>
-
 #include "convert/compute/cpu/forward.h"
 #include "convert/compute/cpu/key_problem.h"
 #include "convert/compute/cpu/latent_norm.h"
@@ -94,7 +92,6 @@ class CpuBackend final : public Backend {
   MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) const override {
     return relatent::ridge_solve(a, b, ridge);
   }
-  MatrixD positive_inverse(MatrixD a) const override { return relatent::positive_inverse(std::move(a)); }
 };
 
 }  // namespace

@@ -14,8 +14,6 @@ namespace {
 // Queries of one head in a block: with the heads of a chunk enough for the BLAS, and few enough that little
 // of a block lies after its queries.
 constexpr Index block_rows = 32;
-// Tokens of the sequences that are worked on at once.
-constexpr Index batch_tokens = 8192;
 // Ridge of the preconditioners on the side of the scores.
 constexpr double score_side_ridge = 1e-4;
 
@@ -181,10 +179,6 @@ double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scor
     s *= w;
   }
   return variance;
-}
-
-Index sequences_at_once(Index length) {
-  return std::max<Index>(1, batch_tokens / length);
 }
 
 ScoreSide score_side(MatrixD moment) {

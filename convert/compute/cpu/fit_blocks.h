@@ -7,6 +7,7 @@
 
 #include "convert/compute/absorbed_attention.h"
 #include "convert/compute/attention_sample.h"
+#include "convert/compute/cpu/sequences.h"
 #include "convert/compute/fit_problem.h"
 #include "convert/model/rotary.h"
 #include "linalg/matrix.h"
@@ -91,10 +92,6 @@ double centre(const Eigen::Ref<const MatrixF>& weights, Eigen::Ref<MatrixF> scor
 inline Index every(Index count, Index step) {
   return (count + step - 1) / step;
 }
-
-// Sequences whose contributions are held before they are added up, one after the other; fixed by their
-// length.
-Index sequences_at_once(Index length);
 
 // Calls piece(i, part, slot) in parallel for all parts of `batch` items at a time, and then
 // add(first item, slots of those items, part after part) by one thread.

@@ -6,24 +6,15 @@
 
 #include "convert/compute/cpu/attention.h"
 #include "convert/compute/cpu/mlp.h"
+#include "convert/compute/cpu/sequences.h"
 #include "linalg/moments.h"
 #include "linalg/stages.h"
-#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
 // Positions that go through an MLP at once.
 constexpr Index mlp_rows = 256;
-// Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums
-// are formed in the same order for any thread count.
-constexpr Index batch_tokens = 8192;
-
-// Calls body(sequence) in parallel.
-template <typename Body>
-void for_sequences(Index count, const Body& body) {
-  parallel_for(static_cast<std::size_t>(count), [&](std::size_t s) { body(static_cast<Index>(s)); });
-}
 
 // What the attention of a layer adds to the rows of one sequence: o(heads(x)) for x = norm h.
 template <typename Kind>
@@ -84,7 +75,7 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
   const Index heads = heads_of(layer.attention);
   const Index hidden = stream.hidden().cols();
   const Index length = stream.length();
-  const Index batch = std::max<Index>(1, batch_tokens / length);
+  const Index batch = sequences_at_once(length);
   LayerMoments out;
   out.tokens = stream.count() * length;
   out.second_moment = MatrixD::Zero(hidden, hidden);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "convert/compute/cpu/products.h"
+#include "convert/compute/cpu/sequences.h"
 #include "linalg/stages.h"
 #include "linalg/threads.h"
 
@@ -58,8 +59,8 @@ double fold(const Eigen::Ref<const RowVectorF>& logits, Index first, float& peak
 MatrixF final_states(const Model& model, const Stream& stream) {
   const RmsNorm norm = model.final_norm();
   MatrixF out = stream.hidden();
-  parallel_for(static_cast<std::size_t>(stream.count()), [&](std::size_t s) {
-    auto rows = out.middleRows(static_cast<Index>(s) * stream.length(), stream.length());
+  for_sequences(stream.count(), [&](Index s) {
+    auto rows = out.middleRows(s * stream.length(), stream.length());
     rows = normed(norm, rows);
   });
   return out;

@@ -144,7 +144,7 @@ class QueryProblem final : public FitProblem {
     return sum;
   }
 
-  // The gradient on the heads of a chunk: [per_sequence, heads * width].
+  // The gradient by the queries of a chunk: [per_sequence, heads * width].
   MatrixF run(Index s, Heads chunk, const ProductMap& map, bool against_source, Slot& slot) const {
     const MatrixF u = queries_of(sample_, s, map, width_, shared_.rotations);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
@@ -211,7 +211,7 @@ class QueryProblem final : public FitProblem {
     return out;
   }
 
-  // Adds pullᵀ x̃ of every head, over a batch of sequences.
+  // Adds gradientᵀ x̃ of every head, over a batch of sequences.
   void add(Index first_sequence, const MatrixF& gradient, Systems& sum) const {
     const auto inputs = sample_.asked().middleRows(first_sequence * sample_.per_sequence(), gradient.rows());
     const auto batch = static_cast<std::size_t>(first_sequence / sequences_at_once(sample_.length));
@@ -286,8 +286,8 @@ std::uint64_t query_fit_bytes(Index heads, Index width, Index inputs, const Samp
   const Index at_once = std::min(size.count, sequences_at_once(size.length)) * size.per_sequence();
   const Index for_thread = 3 * size.per_sequence() * std::min(run, chunk_heads) * width;
   const bool packs = size.compute == DType::bf16;
-  // The inverse; queries, residual, direction, image and solution of a run, and their maps; what pulls on
-  // them.
+  // The inverse; queries, residual, direction, image and solution of a run, and their maps; their
+  // gradients.
   Index bytes = (packs ? 2 : 4) * inputs * inputs + (5 * 8 + (packs ? 2 : 4)) * run * width * inputs;
   bytes += 4 * (at_once * run * width + num_threads() * for_thread) + (packs ? 2 * queries * inputs : 0);
   return static_cast<std::uint64_t>(bytes);

@@ -16,9 +16,6 @@
 namespace relatent {
 namespace {
 
-// Tokens whose features are held before they are folded into the sums; fixed, so that sums are formed in one
-// order.
-constexpr Index batch_tokens = 8192;
 // Tokens wanted for each feature of a refit before some are left out.
 constexpr Index tokens_per_feature = 32;
 
@@ -142,9 +139,8 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
   out.target.resize(queries, hidden);
   MatrixF values(out.count * length, keys * shape.value_dim);
   const RotaryTable table(rotary_of(source.attention), length);
-  parallel_for(static_cast<std::size_t>(out.count), [&](std::size_t i) {
-    sample_sequence(source, options, shape.scale, static_cast<Index>(i), table, converted_stream,
-                    source_stream, out, values);
+  for_sequences(out.count, [&](Index s) {
+    sample_sequence(source, options, shape.scale, s, table, converted_stream, source_stream, out, values);
   });
   out.input_moment = second_moment_of(out.sampled_inputs);
   if (mla != nullptr) {
@@ -176,24 +172,24 @@ HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& atten
   out.values.resize(tokens, features);
   out.sums = {MatrixD::Zero(features + 1, features + 1), MatrixD::Zero(hidden, features + 1),
               tokens / thinning};
-  const Index batch = std::max<Index>(1, batch_tokens / length);
+  const Index batch = sequences_at_once(length);
   for (Index first = 0; first < source_stream.count(); first += batch) {
     const Index count = std::min(batch, source_stream.count() - first);
     MatrixF sampled(count * kept, features + 1);
     sampled.col(features).setConstant(affine ? 1.0F : 0.0F);
     MatrixF errors(count * kept, hidden);
-    parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
-      const Index s = first + static_cast<Index>(i);
+    for_sequences(count, [&](Index i) {
+      const Index s = first + i;
       MatrixF a = attention_forward(attention, normed(input_norm, converted_stream.sequence(s)), table);
       out.values.middleRows(s * length, length) = a;
-      auto here = errors.middleRows(static_cast<Index>(i) * kept, kept);
+      auto here = errors.middleRows(i * kept, kept);
       for (Index j = 0; j < kept; ++j) {
         const Index at = (s % thinning) + j * thinning;
         here.row(j) = source_stream.sequence(s).row(at) - converted_stream.sequence(s).row(at);
         a.row(j) = a.row(at).eval();
       }
       a.conservativeResize(kept, features);
-      sampled.block(static_cast<Index>(i) * kept, 0, kept, features) = a;
+      sampled.block(i * kept, 0, kept, features) = a;
       here -= product(attention.o, a);
     });
     add_second_moment(sampled, out.sums.feature_moment);
@@ -203,8 +199,7 @@ HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& atten
 }
 
 void add_outputs(const Linear& o, const MatrixF& head_outputs, Stream& stream) {
-  parallel_for(static_cast<std::size_t>(stream.count()), [&](std::size_t i) {
-    const auto s = static_cast<Index>(i);
+  for_sequences(stream.count(), [&](Index s) {
     stream.sequence(s) += product(o, head_outputs.middleRows(s * stream.length(), stream.length()));
   });
 }

@@ -105,9 +105,6 @@ class Recording final : public Backend {
   MatrixD ridge_solve(const MatrixD& a, const MatrixD& b, double ridge) const override {
     return cpu("ridge_solve").ridge_solve(a, b, ridge);
   }
-  MatrixD positive_inverse(MatrixD a) const override {
-    return cpu("positive_inverse").positive_inverse(std::move(a));
-  }
 
  private:
   const Backend& cpu(const char* operation) const {

@@ -1,5 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "convert/engines/engine.h"
 #include "convert/model/families/family.h"
 
@@ -18,12 +22,9 @@ ModelConfig latent_model(const std::string& family, Index rank, Index rotary, bo
 }
 
 bool says(const ModelConfig& config, const std::string& part) {
-  for (const std::string& line : readers_of(config)) {
-    if (line.find(part) != std::string::npos) {
-      return true;
-    }
-  }
-  return false;
+  const std::vector<std::string> lines = readers_of(config);
+  return std::any_of(lines.begin(), lines.end(),
+                     [&](const std::string& line) { return line.find(part) != std::string::npos; });
 }
 
 TEST(Readers, OfAShapeThatKernelsHave) {

@@ -11,6 +11,7 @@
 #include "convert/model/families/family.h"
 #include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
+#include "tests/support/parsed_config.h"
 #include "tests/support/tiny_model.h"
 
 namespace relatent {
@@ -18,18 +19,9 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 using testing_support::expect_error;
+using testing_support::parse;
+using testing_support::score_factor;
 using testing_support::TinyLatentOptions;
-
-ModelConfig parse(const Json& config) {
-  return parse_config(config, "folder/config.json");
-}
-
-// What the scores are multiplied by beyond (n + p)^-1/2.
-float score_factor(const ModelConfig& config) {
-  const LatentGeometry& latent = *config.latent;
-  return config.attention.front().scale *
-         std::sqrt(static_cast<float>(latent.qk_nope_head_dim + latent.qk_rope_head_dim));
-}
 
 Json gqa_config() {
   return testing_support::tiny_config({.tied = true, .dtype = DType::bf16});

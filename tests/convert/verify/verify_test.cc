@@ -11,15 +11,15 @@
 #include <vector>
 
 #include "tests/support/expect_error.h"
-#include "tests/support/temp_folder.h"
+#include "tests/support/opened_model.h"
 #include "tests/support/thread_count.h"
-#include "tests/support/tiny_model.h"
 
 namespace relatent {
 namespace {
 
 using testing_support::expect_error;
 using testing_support::kFloatNoise;
+using testing_support::open;
 using testing_support::random_sequences;
 using testing_support::TempFolder;
 using testing_support::ThreadCount;
@@ -28,11 +28,6 @@ using testing_support::tiny_model;
 using testing_support::TinyModel;
 
 void ignore(Index /*done*/, Index /*all*/) {}
-
-Model open(const TinyModel& tiny, const TempFolder& folder, const std::string& name) {
-  tiny.write(folder / name);
-  return Model::open(folder / name);
-}
 
 TEST(Verify, AgainstItselfNothingDiffers) {
   const TempFolder folder;

@@ -10,34 +10,24 @@
 #include "convert/compute/backend.h"
 #include "convert/compute/cpu/mlp.h"
 #include "convert/compute/cpu/products.h"
+#include "tests/support/opened_model.h"
 #include "tests/support/reference.h"
-#include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"
-#include "tests/support/tiny_model.h"
 
 namespace relatent {
 namespace {
 
 using testing_support::apply;
 using testing_support::kFloatNoise;
+using testing_support::open;
 using testing_support::position_of;
 using testing_support::random_sequences;
 using testing_support::relative_error;
+using testing_support::run;
 using testing_support::TempFolder;
 using testing_support::ThreadCount;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
-
-Model open(const TinyModel& tiny, const TempFolder& folder, const std::string& name = "model") {
-  tiny.write(folder / name);
-  return Model::open(folder / name);
-}
-
-void run(const Model& model, Stream& stream) {
-  for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
-    run_layer(model.layer(i), stream);
-  }
-}
 
 // down(silu(gate x) * up x) of the normed state, in double precision.
 VectorD mlp_by_the_book(const Layer& layer, const VectorD& hidden) {

@@ -9,35 +9,25 @@
 #include <vector>
 
 #include "convert/compute/backend.h"
+#include "tests/support/opened_model.h"
 #include "tests/support/reference.h"
-#include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"
-#include "tests/support/tiny_model.h"
 
 namespace relatent {
 namespace {
 
 using testing_support::apply;
 using testing_support::kFloatNoise;
+using testing_support::open;
 using testing_support::position_of;
 using testing_support::Random;
 using testing_support::random_sequences;
 using testing_support::relative_error;
+using testing_support::run;
 using testing_support::TempFolder;
 using testing_support::ThreadCount;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
-
-Model open(const TinyModel& tiny, const TempFolder& folder, const std::string& name = "model") {
-  tiny.write(folder / name);
-  return Model::open(folder / name);
-}
-
-void run(const Model& model, Stream& stream) {
-  for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
-    run_layer(model.layer(i), stream);
-  }
-}
 
 // Everything that compare_logits reports, from whole rows of logits in double precision.
 LogitComparison compare_by_the_book(const Model& source, const Stream& source_stream, const Model& converted,
