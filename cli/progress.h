@@ -16,8 +16,8 @@ namespace relatent {
 
 // What a whole piece of work goes through, for rates, as far as it is known.
 struct WorkAmount {
-  std::optional<double> tokens;
-  std::optional<double> bytes;
+  std::optional<double> tokens{};
+  std::optional<double> bytes{};
 };
 
 // One line on a terminal that is brought up to date every second, a line every few seconds in a log, however

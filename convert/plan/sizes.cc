@@ -412,7 +412,6 @@ Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& 
 
 LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs) {
   const Model& source = inputs.source;
-  const Partition& partition = inputs.partition;
   const ModelConfig& config = source.config();
   LatentShape shape;
   shape.heads = config.num_attention_heads;

@@ -18,7 +18,6 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 using testing_support::expect_error;
-using testing_support::TinyLatentOptions;
 
 ModelConfig parse(const Json& config) {
   return parse_config(config, "folder/config.json");
