@@ -8,9 +8,9 @@
 
 #include "cli/commands.h"
 #include "cli/progress.h"
+#include "convert/compute/backend.h"
 #include "formats/error.h"
 #include "formats/npy.h"
-#include "linalg/packed.h"
 
 namespace relatent {
 namespace {
@@ -32,9 +32,9 @@ struct Options {
 DType compute_of(const std::string& wanted, const Model& model) {
   if (wanted == "auto") {
     const DType stored = model.checkpoint().info(model.name_of(Role::o_weight, 0)).dtype;
-    return stored == DType::bf16 && has_bf16_products() ? DType::bf16 : DType::f32;
+    return stored == DType::bf16 && backend().has_bf16() ? DType::bf16 : DType::f32;
   }
-  if (wanted == "bfloat16" && !has_bf16_products()) {
+  if (wanted == "bfloat16" && !backend().has_bf16()) {
     fail_usage("--compute bfloat16: this processor has no bfloat16 products");
   }
   return *dtype_from_torch(wanted);

@@ -209,11 +209,11 @@ int run(const Options& options) {
   if (!options.quiet) {
     std::fprintf(
         stderr,
-        "converted by %s: rotary %td + latent %td%s, cache %td of %td numbers per token and layer, %.1f s, "
+        "converted by %s: rotary %td + latent %td%s, cache %td of %td elements per token and layer, %.1f s, "
         "peak memory %s: %s\n",
         std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
-        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_numbers,
-        plan.source_cache_numbers, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
+        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_elements,
+        plan.source_cache_elements, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
         plan.options.output.c_str());
     std::fprintf(stderr, "%s\n",
                  report.measured ? in_words(*report.measured).c_str()
@@ -225,108 +225,109 @@ int run(const Options& options) {
   return 0;
 }
 
-}  // namespace
+// An option of some methods only, which the others refuse.
+void belongs_to(const std::vector<Method>& methods, CLI::Option* option, Options& options) {
+  options.owned.push_back({option, methods});
+}
 
-void add_convert(CLI::App& app, Command& chosen) {
-  auto options = std::make_shared<Options>();
-  ConvertOptions& convert = options->convert;
-  CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
-  command->add_option("model", convert.source, "Source checkpoint folder")->required();
-  command->add_option("-o,--output", convert.output, "Folder (gguf: file) to make; must not exist")
-      ->required();
+void add_size_options(CLI::App& command, Options& options) {
   command
-      ->add_option(
-          "--to", convert.form,
+      .add_option(
+          "--to", options.convert.form,
           "mla: one latent, whole on every device; gla: a latent for each group of heads; tpla, mlra: "
           "latents that all heads read and devices split")
       ->check(CLI::IsMember(form_names()))
       ->capture_default_str();
   command
-      ->add_option("--branches", convert.branches,
-                   "gla, tpla: number of latents; mlra: 2 or 4, each of four latents")
+      .add_option("--branches", options.convert.branches,
+                  "gla, tpla: number of latents; mlra: 2 or 4, each of four latents")
       ->check(CLI::Range(2, 1024));
-  command->add_option(
-      "--per-device", convert.per_device,
-      "gla, tpla, mlra: numbers per token and layer in the cache of each device, one device for "
+  command.add_option(
+      "--per-device", options.convert.per_device,
+      "gla, tpla, mlra: elements per token and layer in the cache of each device, one device for "
       "each latent");
-  command->add_option("--key-rank", convert.key_rank,
-                      "tpla, mlra: latent coordinates that all parts share and scores read");
+  command.add_option("--key-rank", options.convert.key_rank,
+                     "tpla, mlra: latent coordinates that all parts share and scores read");
   command
-      ->add_option("--method", options->method,
-                   "lossless: same cache, same output; relatent (default): the closest; transmla: the "
-                   "published conversion; weights-only (default without calibration)")
+      .add_option("--method", options.method,
+                  "lossless: same cache, same output; relatent (default): the closest; transmla: the "
+                  "published conversion; weights-only (default without calibration)")
       ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}));
-  command->add_option("--calibration", options->calibration, "File made by `relatent calibrate`");
-  command->add_option("--rank", convert.rank, "Size of the latent, of all latents together");
-  command->add_option("--rope-dim", convert.rope_dim,
-                      "Size of the rotary key (default: the head size; with relatent and a budget, the best "
-                      "of a few that are tried)");
-  command->add_option(
-      "--shape", options->shape,
+  command.add_option("--calibration", options.calibration, "File made by `relatent calibrate`");
+  command.add_option("--rank", options.convert.rank, "Size of the latent, of all latents together");
+  command.add_option("--rope-dim", options.convert.rope_dim,
+                     "Size of the rotary key (default: the head size; with relatent and a budget, the best "
+                     "of a few that are tried)");
+  command.add_option(
+      "--shape", options.shape,
       "mla: latent + rotary key as the kernels of an engine want them, e.g. 512+64 or 256+64; "
       "what --rank or --kv-budget leaves of it stays empty (default where the budget comes near "
       "one of these, or nothing is said)");
-  command->add_option("--kv-budget", options->kv_budget,
-                      "(rank + rotary) as a part of the source's cache, e.g. 0.25; auto: the smallest that "
-                      "stays within --max-nats");
+  command.add_option("--kv-budget", options.kv_budget,
+                     "(rank + rotary) as a part of the source's cache, e.g. 0.25; auto: the smallest that "
+                     "stays within --max-nats");
   command
-      ->add_option("--max-nats", options->max_nats,
-                   "With --kv-budget auto: most nats to lose on calibration tokens held out for it")
+      .add_option("--max-nats", options.max_nats,
+                  "With --kv-budget auto: most nats to lose on calibration tokens held out for it")
       ->check(CLI::PositiveNumber);
-  const auto owned = [&options = *options](CLI::Option* option, std::vector<Method> methods) {
-    options.owned.push_back({option, std::move(methods)});
+}
+
+void add_transmla_options(CLI::App& command, Options& options) {
+  const auto owned = [&](CLI::Option* option) { belongs_to({Method::transmla}, option, options); };
+  owned(command.add_option("--fold", options.fold, "transmla: frequencies that share one PCA, or auto")
+            ->capture_default_str());
+  owned(command
+            .add_option("--balance", options.convert.balance,
+                        "transmla: key norm over value norm after balancing; 0 = off")
+            ->check(CLI::NonNegativeNumber)
+            ->capture_default_str());
+  owned(command
+            .add_option("--balance-columns", options.balance_columns,
+                        "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
+                        "authors' code does")
+            ->check(CLI::IsMember({"head", "pca"}))
+            ->capture_default_str());
+  owned(command.add_option("--q-rank", options.convert.q_rank, "transmla: compress the query too"));
+}
+
+void add_relatent_options(CLI::App& command, Options& options) {
+  const auto owned = [&](CLI::Option* option, const std::vector<Method>& methods) {
+    belongs_to(methods, option, options);
   };
-  const std::vector<Method> published = {Method::transmla};
   const std::vector<Method> closed = {Method::relatent, Method::weights_only};
   const std::vector<Method> fitted = {Method::relatent};
-  owned(command->add_option("--fold", options->fold, "transmla: frequencies that share one PCA, or auto")
-            ->capture_default_str(),
-        published);
-  owned(command
-            ->add_option("--balance", convert.balance,
-                         "transmla: key norm over value norm after balancing; 0 = off")
-            ->check(CLI::NonNegativeNumber)
-            ->capture_default_str(),
-        published);
-  owned(command
-            ->add_option("--balance-columns", options->balance_columns,
-                         "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
-                         "authors' code does")
-            ->check(CLI::IsMember({"head", "pca"}))
-            ->capture_default_str(),
-        published);
-  RelatentOptions& own = convert.relatent;
-  owned(command->add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
+  RelatentOptions& own = options.convert.relatent;
+  owned(command.add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
             ->check(CLI::PositiveNumber)
             ->capture_default_str(),
         closed);
   owned(command
-            ->add_option("--fit-rounds", own.fit.rounds,
-                         "relatent: how often queries and keys are fitted in turn")
+            .add_option("--fit-rounds", own.fit.rounds,
+                        "relatent: how often queries and keys are fitted in turn")
             ->check(CLI::Range(1, 100))
             ->capture_default_str(),
         fitted);
   owned(command
-            ->add_option("--fit-tokens", own.fit.tokens,
-                         "relatent: fit on so many tokens of the calibration; 0 = all, slower and closer")
+            .add_option("--fit-tokens", own.fit.tokens,
+                        "relatent: fit on so many tokens of the calibration; 0 = all, slower and closer")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str(),
         fitted);
   owned(command
-            ->add_option("--fit-stride", own.fit.stride,
-                         "relatent: fit on the queries of every n-th position; 1 is slower and closer")
+            .add_option("--fit-stride", own.fit.stride,
+                        "relatent: fit on the queries of every n-th position; 1 is slower and closer")
             ->check(CLI::PositiveNumber)
             ->capture_default_str(),
         fitted);
   owned(command
-            ->add_option("--compute", options->compute,
-                         "relatent: large products of the fits in float32 or bfloat16; auto: as the "
-                         "calibration was made, where the processor can")
+            .add_option("--compute", options.compute,
+                        "relatent: large products of the fits in float32 or bfloat16; auto: as the "
+                        "calibration was made, where the processor can")
             ->check(CLI::IsMember({"auto", "float32", "bfloat16"}))
             ->capture_default_str(),
         fitted);
   command
-      ->add_option_function<std::string>(
+      .add_option_function<std::string>(
           "--order",
           [&own](const std::string& name) {
             own.order = name == "pca"        ? LatentOrder::pca
@@ -338,7 +339,7 @@ void add_convert(CLI::App& app, Command& chosen) {
           "hadamard)")
       ->check(CLI::IsMember({"shared", "pca", "hadamard"}));
   const auto stage = [&](const char* flag, bool& on, const std::vector<Method>& methods, const char* what) {
-    owned(command->add_flag_callback(
+    owned(command.add_flag_callback(
               flag, [&on] { on = false; }, what),
           methods);
   };
@@ -349,50 +350,70 @@ void add_convert(CLI::App& app, Command& chosen) {
         "relatent: leave the queries as the closed forms give them");
   stage("--no-key-fit", own.fit.keys, fitted, "relatent: likewise rotary key and latent");
   stage("--no-refit", own.fit.refit, fitted, "relatent: leave o_proj alone");
-  owned(command->add_flag_callback(
+  owned(command.add_flag_callback(
             "--plain-list", [&own] { own.plain_list = true; },
             "relatent: a geometric list of rotary frequencies, each once"),
         closed);
-  owned(command->add_option("--q-rank", convert.q_rank, "transmla: compress the query too"), published);
+}
+
+void add_engine_options(CLI::App& command, Options& options) {
   command
-      ->add_option(
-          "--engine", convert.engine,
+      .add_option(
+          "--engine", options.convert.engine,
           "Who is to load the result: transformers (stock, and vLLM through its transformers backend); "
           "relatent (the own layout: vLLM with the plug-in, transformers with the code beside it); "
           "deepseek (no biases: vLLM, SGLang); gguf (likewise, a file for llama.cpp); mlra, gla (the "
           "authors' code)")
       ->check(CLI::IsMember(engine_names()))
       ->capture_default_str();
-  command->add_option(
-      "--pre-tokenizer", convert.pre_tokenizer,
+  command.add_option(
+      "--pre-tokenizer", options.convert.pre_tokenizer,
       "gguf: llama.cpp's name for how the tokenizer cuts text, e.g. llama-bpe or qwen2; no_vocab "
       "leaves the tokenizer out (default: found from tokenizer.json)");
   command
-      ->add_option("--norm-coordinates", convert.norm_coordinates,
-                   "deepseek, gguf, mlra: coordinates added to each latent to steady its norm (default 16)")
+      .add_option("--norm-coordinates", options.convert.norm_coordinates,
+                  "deepseek, gguf, mlra: coordinates added to each latent to steady its norm (default 16)")
       ->check(CLI::NonNegativeNumber);
-  command->add_option("--pad-rank", convert.pad_rank,
-                      "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");
+  command.add_option("--pad-rank", options.convert.pad_rank,
+                     "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");
+}
+
+void add_output_options(CLI::App& command, Options& options) {
   command
-      ->add_option("--dtype", options->dtype,
-                   "Weights as bfloat16, float16 or float32 (default: as the source)")
+      .add_option("--dtype", options.dtype,
+                  "Weights as bfloat16, float16 or float32 (default: as the source)")
       ->check(CLI::IsMember({"bfloat16", "float16", "float32"}));
-  command->add_option("--max-shard-size", convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
+  command.add_option("--max-shard-size", options.convert.max_shard_bytes, "Largest weight file, e.g. 5GB")
       ->transform(CLI::AsSizeValue(true))
       ->default_str("5GB");
   command
-      ->add_option(
-          "--held-out", convert.held_out,
+      .add_option(
+          "--held-out", options.convert.held_out,
           "Calibration sequences that the fits leave alone and the result is measured on (default: one "
           "of 32, at most 4; 0: all are fitted on and nothing is measured)")
       ->check(CLI::NonNegativeNumber);
-  add_save_options(*command, convert.save);
-  command->add_flag(
-      "--dry-run", options->dry_run,
+  add_save_options(command, options.convert.save);
+  command.add_flag(
+      "--dry-run", options.dry_run,
       "Print what would be written and what it takes, from headers alone; write nothing, and try no "
       "sizes");
-  command->add_flag("--json", options->json, "One JSON object on stdout");
-  command->add_flag("--quiet", options->quiet, "No progress");
+  command.add_flag("--json", options.json, "One JSON object on stdout");
+  command.add_flag("--quiet", options.quiet, "No progress");
+}
+
+}  // namespace
+
+void add_convert(CLI::App& app, Command& chosen) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("convert", "Rewrite a GQA checkpoint into latent attention");
+  command->add_option("model", options->convert.source, "Source checkpoint folder")->required();
+  command->add_option("-o,--output", options->convert.output, "Folder (gguf: file) to make; must not exist")
+      ->required();
+  add_size_options(*command, *options);
+  add_transmla_options(*command, *options);
+  add_relatent_options(*command, *options);
+  add_engine_options(*command, *options);
+  add_output_options(*command, *options);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

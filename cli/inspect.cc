@@ -33,13 +33,13 @@ struct Target {
   Index branches = 1;
   // Per token and layer on each device, when there is a device for each latent.
   Index rotary = 0;
-  Index numbers = 0;
+  Index elements = 0;
 };
 
-std::string name_with_part(const std::string& name, Index numbers, const ModelConfig& config) {
+std::string name_with_part(const std::string& name, Index elements, const ModelConfig& config) {
   std::array<char, 64> text{};
   std::snprintf(text.data(), text.size(), "%s %.4g %%", name.c_str(),
-                100 * static_cast<double>(numbers) / static_cast<double>(config.cache_numbers()));
+                100 * static_cast<double>(elements) / static_cast<double>(config.cache_elements()));
   return text.data();
 }
 
@@ -47,13 +47,13 @@ std::string name_with_part(const std::string& name, Index numbers, const ModelCo
 Target target_of(const Form& form, const FormExample& example, const ModelConfig& config) {
   Target out{"", &form, example.branches};
   if (config.gqa) {
-    out.numbers = static_cast<Index>(example.part * static_cast<double>(config.cache_numbers()));
-    out.rotary = std::max<Index>(2, out.numbers / 6 * 2);
+    out.elements = static_cast<Index>(example.part * static_cast<double>(config.cache_elements()));
+    out.rotary = std::max<Index>(2, out.elements / 6 * 2);
   } else {
     out.rotary = config.latent->qk_rope_head_dim;
-    out.numbers = out.rotary + config.latent->kv_lora_rank / example.branches;
+    out.elements = out.rotary + config.latent->kv_lora_rank / example.branches;
   }
-  out.name = name_with_part(std::string(example.name), out.numbers, config);
+  out.name = name_with_part(std::string(example.name), out.elements, config);
   return out;
 }
 
@@ -64,11 +64,11 @@ std::vector<Target> targets_of(const ModelConfig& config) {
     return out;
   }
   for (const CacheShape& shape : served_shapes) {
-    if (config.gqa && shape.numbers() < config.cache_numbers() &&
+    if (config.gqa && shape.cache_elements() < config.cache_elements() &&
         shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
       const std::string name = "MLA " + std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
-      out.push_back(
-          {name_with_part(name, shape.numbers(), config), &mla_form(), 1, shape.rotary, shape.numbers()});
+      out.push_back({name_with_part(name, shape.cache_elements(), config), &mla_form(), 1, shape.rotary,
+                     shape.cache_elements()});
     }
   }
   for (const Form* form : forms()) {
@@ -86,8 +86,8 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
   const Partition partition = *target.form->partition(target.branches);
   LatentShape shape;
   shape.heads = config.num_attention_heads;
-  shape.rope_dim = target.rotary;
-  const Index latent = target.numbers - target.rotary;
+  shape.qk_rope_head_dim = target.rotary;
+  const Index latent = target.elements - target.rotary;
   if (latent < 2 || partition.groups > shape.heads) {
     return std::nullopt;
   }
@@ -98,7 +98,7 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
           shape);
   ModelConfig converted = config;
   converted.gqa.reset();
-  converted.latent = shape.geometry();
+  static_cast<LatentSizes&>(converted.latent.emplace()) = shape;
   return converted.cache_bytes_per_token_on_device(tp);
 }
 
@@ -164,7 +164,7 @@ void print_table(const Options& options, const Model& model) {
                    [](unsigned char letter) { return std::toupper(letter); });
     const std::size_t latents = c.latent->branches.size();
     std::printf(
-        "attention: %s, %td heads, %zu latent%s of %td numbers in all + rotary key %td, nope %td, v %td\n",
+        "attention: %s, %td heads, %zu latent%s of %td elements in all + rotary key %td, nope %td, v %td\n",
         form.c_str(), c.num_attention_heads, latents, latents == 1 ? "" : "s", c.latent->kv_lora_rank,
         c.latent->qk_rope_head_dim, c.latent->qk_nope_head_dim, c.latent->v_head_dim);
   }

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cli/commands.h"
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
 #include "formats/npy.h"
 
 namespace relatent {
@@ -24,11 +24,11 @@ int run(const Options& options) {
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   Stream stream(model, sequences);
   for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
-    run_layer(model.layer(i), stream);
+    run_layer(backend().load_layer(model, i, DType::f32), stream);
   }
   write_float_array(options.output, {sequences.count, sequences.length, model.config().vocab_size},
                     [&](std::int64_t sequence) {
-                      const MatrixF logits = logits_of(model, stream, sequence);
+                      const MatrixF logits = backend().logits(model, stream, sequence);
                       return std::vector<float>(logits.data(), logits.data() + logits.size());
                     });
   return 0;

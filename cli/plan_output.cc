@@ -45,7 +45,7 @@ std::string text(const Bounds& bounds) {
 
 CacheSizes planned_sizes(const ConvertPlan& plan) {
   const std::vector<Index>& shared = plan.shape.shared_ranks;
-  return {plan.shape.rope_dim, plan.shape.rank, shared.empty() ? 0 : shared.front()};
+  return {plan.shape.qk_rope_head_dim, plan.shape.kv_lora_rank, shared.empty() ? 0 : shared.front()};
 }
 
 // What is said of sizes that trials choose.
@@ -61,7 +61,7 @@ void tell_candidates(const ConvertPlan& plan, OpenText& out) {
   const CacheSizes planned = planned_sizes(plan);
   out.open = "rotary key and rank";
   out.settled =
-      std::to_string(planned.rope_dim + planned.rank) + " numbers per token and layer for both together";
+      std::to_string(planned.rope_dim + planned.rank) + " elements per token and layer for both together";
   for (const CacheSizes& sizes : plan.open->candidates) {
     out.tried += (out.tried.empty() ? "" : ", ") + sizes_text(sizes);
   }
@@ -73,14 +73,14 @@ void tell_candidates(const ConvertPlan& plan, OpenText& out) {
 
 // The smallest cache that loses little enough.
 void tell_range(const ConvertPlan& plan, OpenText& out) {
-  Bounds total{plan.source_cache_numbers, plan.source_cache_numbers};
+  Bounds total{plan.source_cache_elements, plan.source_cache_elements};
   for (const CacheSizes& sizes : plan.open->candidates) {
     total.least = std::min(total.least, sizes.rope_dim + sizes.rank);
   }
   const std::string limit = "at most " + number_text("%g", *plan.options.max_nats) + " nats";
   out.open = "rotary key and rank";
   out.settled = "the loss, " + limit;
-  out.tried = "caches of " + text(total) + " numbers per token and layer in steps of " +
+  out.tried = "caches of " + text(total) + " elements per token and layer in steps of " +
               std::to_string(plan.open->step) + ", by halving that range; the smallest that loses " + limit +
               " is taken";
   out.planned = sizes_text(planned_sizes(plan)) + ", the one that is tried first";
@@ -91,7 +91,7 @@ void tell_split(const ConvertPlan& plan, OpenText& out) {
   const CacheSizes planned = planned_sizes(plan);
   const Bounds rotary = bounds_of(*plan.open, &CacheSizes::rope_dim);
   const Bounds keys = bounds_of(*plan.open, &CacheSizes::key_rank);
-  out.settled = std::to_string(*plan.options.per_device) + " numbers per token and layer on each device";
+  out.settled = std::to_string(*plan.options.per_device) + " elements per token and layer on each device";
   if (rotary.open()) {
     out.open = "rotary key";
     out.tried = "rotary keys of " + text(rotary);
@@ -158,10 +158,10 @@ void print_sizes(const ConvertPlan& plan) {
     std::printf("  to be tried: %s\n", words.tried.c_str());
     std::printf("  planned here: %s\n", words.planned.c_str());
   }
-  std::printf("cache per token and layer: %td numbers, source %td (%.1f %%)\n", plan.converted_cache_numbers,
-              plan.source_cache_numbers,
-              100.0 * static_cast<double>(plan.converted_cache_numbers) /
-                  static_cast<double>(plan.source_cache_numbers));
+  std::printf("cache per token and layer: %td elements, source %td (%.1f %%)\n",
+              plan.converted_cache_elements, plan.source_cache_elements,
+              100.0 * static_cast<double>(plan.converted_cache_elements) /
+                  static_cast<double>(plan.source_cache_elements));
   std::printf("cache per token: %llu bytes, source %llu\n",
               static_cast<unsigned long long>(plan.converted_cache_bytes),
               static_cast<unsigned long long>(plan.source_cache_bytes));
@@ -202,10 +202,10 @@ void print_plan(const ConvertPlan& plan) {
 nlohmann::ordered_json plan_json(const ConvertPlan& plan) {
   Json out;
   out["method"] = method_name(plan.options.method);
-  out["kv_rank"] = plan.shape.rank;
-  out["rope_dim"] = plan.shape.rope_dim;
-  out["cache_numbers_per_token_and_layer"] = {{"source", plan.source_cache_numbers},
-                                              {"converted", plan.converted_cache_numbers}};
+  out["kv_rank"] = plan.shape.kv_lora_rank;
+  out["rope_dim"] = plan.shape.qk_rope_head_dim;
+  out["cache_elements_per_token_and_layer"] = {{"source", plan.source_cache_elements},
+                                               {"converted", plan.converted_cache_elements}};
   out["cache_bytes_per_token"] = {{"source", plan.source_cache_bytes},
                                   {"converted", plan.converted_cache_bytes}};
   out["open_sizes"] = plan.open ? open_json(plan) : Json(nullptr);

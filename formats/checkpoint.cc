@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <stdexcept>
 #include <system_error>
 #include <utility>
@@ -62,6 +61,22 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
   return shard_of;
 }
 
+// The shards that an index names. Throws Error (input) for one that the folder lacks.
+std::set<std::string> shards_of(const std::filesystem::path& folder,
+                                const std::map<std::string, std::string>& weight_map) {
+  std::set<std::string> shards;
+  for (const auto& [tensor, shard] : weight_map) {
+    if (shards.insert(shard).second && !is_there(folder / shard)) {
+      fail_input({.file = folder / kIndexName,
+                  .tensor = tensor,
+                  .problem = "a shard is missing",
+                  .expected = shard,
+                  .found = "no such file"});
+    }
+  }
+  return shards;
+}
+
 bool ends_with_any(const std::string& name, std::initializer_list<std::string_view> endings) {
   return std::any_of(endings.begin(), endings.end(),
                      [&name](std::string_view ending) { return name.ends_with(ending); });
@@ -99,72 +114,61 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
   checkpoint.config_ =
       std::make_unique<nlohmann::ordered_json>(read_json_object(checkpoint.config_path(), kLargestConfig));
 
-  const std::filesystem::path index_path = folder / kIndexName;
-  const bool has_index = is_there(index_path);
-  checkpoint.has_index_ = has_index;
+  checkpoint.has_index_ = is_there(folder / kIndexName);
   const bool has_single = is_there(folder / kSingleName);
-  if (has_index == has_single) {
+  if (checkpoint.has_index_ == has_single) {
     fail_input({.file = folder,
                 .problem = "weights",
                 .expected = std::string("either ") + kSingleName + " or " + kIndexName,
-                .found = has_index ? "both" : "neither"});
+                .found = has_single ? "both" : "neither"});
   }
+  if (has_single) {
+    checkpoint.open_files({kSingleName});
+    return checkpoint;
+  }
+  const std::map<std::string, std::string> weight_map = read_weight_map(folder / kIndexName);
+  checkpoint.open_files(shards_of(folder, weight_map));
+  checkpoint.require_index(weight_map);
+  return checkpoint;
+}
 
-  std::map<std::string, std::string> weight_map;
-  std::set<std::string> shards;
-  if (has_index) {
-    weight_map = read_weight_map(index_path);
-    for (const auto& [tensor, shard] : weight_map) {
-      if (shards.insert(shard).second && !is_there(folder / shard)) {
-        fail_input({.file = index_path,
-                    .tensor = tensor,
-                    .problem = "a shard is missing",
-                    .expected = shard,
-                    .found = "no such file"});
-      }
-    }
-  } else {
-    shards.insert(kSingleName);
+void Checkpoint::open_files(const std::set<std::string>& names) {
+  for (const std::string& name : names) {
+    files_.push_back(SafetensorsFile::open(folder_ / name));
   }
-
-  for (const std::string& shard : shards) {
-    checkpoint.files_.push_back(SafetensorsFile::open(folder / shard));
-  }
-  for (std::size_t i = 0; i < checkpoint.files_.size(); ++i) {
-    const SafetensorsFile& file = checkpoint.files_[i];
+  for (std::size_t i = 0; i < files_.size(); ++i) {
+    const SafetensorsFile& file = files_[i];
     for (const TensorInfo& tensor : file.tensors()) {
-      const auto [place, is_new] = checkpoint.where_.try_emplace(tensor.name, i, &tensor);
+      const auto [place, is_new] = where_.try_emplace(tensor.name, i, &tensor);
       if (!is_new) {
         fail_input({.file = file.path(),
                     .tensor = tensor.name,
                     .problem = "is in two shards, also in " +
-                               checkpoint.files_[place->second.first].path().filename().string()});
+                               files_[place->second.first].path().filename().string()});
       }
     }
   }
-  if (has_index) {
-    for (const auto& [tensor, shard] : weight_map) {
-      const auto place = checkpoint.where_.find(tensor);
-      if (place == checkpoint.where_.end() ||
-          checkpoint.files_[place->second.first].path().filename() != shard) {
-        fail_input({.file = index_path,
-                    .tensor = tensor,
-                    .problem = "is not where the index says",
-                    .expected = shard,
-                    .found = place == checkpoint.where_.end()
-                                 ? "it in no shard"
-                                 : checkpoint.files_[place->second.first].path().filename().string()});
-      }
-    }
-    for (const auto& [tensor, place] : checkpoint.where_) {
-      if (!weight_map.contains(tensor)) {
-        fail_input({.file = checkpoint.files_[place.first].path(),
-                    .tensor = tensor,
-                    .problem = std::string("is not listed in ") + kIndexName});
-      }
+}
+
+void Checkpoint::require_index(const std::map<std::string, std::string>& weight_map) const {
+  for (const auto& [tensor, shard] : weight_map) {
+    const auto place = where_.find(tensor);
+    if (place == where_.end() || files_[place->second.first].path().filename() != shard) {
+      fail_input({.file = folder_ / kIndexName,
+                  .tensor = tensor,
+                  .problem = "is not where the index says",
+                  .expected = shard,
+                  .found = place == where_.end() ? "it in no shard"
+                                                 : files_[place->second.first].path().filename().string()});
     }
   }
-  return checkpoint;
+  for (const auto& [tensor, place] : where_) {
+    if (!weight_map.contains(tensor)) {
+      fail_input({.file = files_[place.first].path(),
+                  .tensor = tensor,
+                  .problem = std::string("is not listed in ") + kIndexName});
+    }
+  }
 }
 
 std::optional<std::filesystem::path> Checkpoint::index_path() const {

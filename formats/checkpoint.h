@@ -8,6 +8,7 @@
 #include <memory>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -61,6 +62,11 @@ class Checkpoint final : public TensorSource {
 
  private:
   Checkpoint();
+  // Opens the weight files and notes where every tensor lies. Throws Error (input) when two hold the same.
+  void open_files(const std::set<std::string>& names);
+  // Throws Error (input) unless the index, the shard of every tensor, says what the open files hold.
+  void require_index(const std::map<std::string, std::string>& weight_map) const;
+
   std::filesystem::path folder_;
   std::unique_ptr<nlohmann::ordered_json> config_;
   std::vector<SafetensorsFile> files_;

@@ -1,5 +1,5 @@
-// One GGUF file, version 3, little-endian: validated whole before any tensor is touched, read by mapping,
-// written as a stream.
+// One GGUF file, version 3, little-endian: validated whole before any tensor is touched, read by mapping.
+// gguf_writer.h writes it.
 //
 // Layout: "GGUF", u32 version, i64 tensor count, i64 key count, keys with their values, tensor infos, zeros
 // up to the alignment, data. https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -8,7 +8,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -43,10 +42,6 @@ inline constexpr std::string_view kGgufAlignmentKey = "general.alignment";
 inline constexpr std::uint32_t kGgufDefaultAlignment = 32;
 // Of a tensor's name, in bytes; ggml keeps names in 64 with a NUL.
 inline constexpr std::size_t kGgufLongestName = 63;
-
-// The number of a tensor type in a file: F32 0, F16 1, BF16 30. Throws std::invalid_argument for other
-// dtypes.
-std::uint32_t gguf_type_of(DType dtype);
 
 // `shape` is row-major like everywhere else; `dims` is the same list reversed, fastest first, as the file has
 // it. `offset` counts from the start of the file.
@@ -109,28 +104,6 @@ class GgufFile {
   std::vector<GgufTensor> tensors_;
   std::unordered_map<std::string, std::size_t> keys_;
   std::unordered_map<std::string, std::size_t> names_;
-};
-
-// Writes one GGUF file.
-class GgufWriter final : public TensorFileWriter {
- public:
-  // Data is laid out in the order of specs, whose shapes are row-major. The metadata is written as it is; a
-  // general.alignment in it is kept to. Throws std::invalid_argument for what GgufFile::open would refuse,
-  // Error (machine) when the disk is full or not writable.
-  GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<TensorSpec> specs);
-
-  // Goes on with the file that an earlier process kept at this path, partial or finished, whose metadata and
-  // specs were the same; no tensor counts as written yet. nullptr when there is no such file or its size or
-  // header differ.
-  static std::unique_ptr<GgufWriter> reopen(const std::filesystem::path& path, const GgufMetadata& metadata,
-                                            std::vector<TensorSpec> specs);
-
-  void flush() override;
-  void finish() override;
-
- private:
-  GgufWriter(PendingFile file, TensorFileLayout layout)
-      : TensorFileWriter(std::move(file), std::move(layout)) {}
 };
 
 }  // namespace relatent

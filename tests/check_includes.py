@@ -12,6 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("linalg", "formats", "convert", "cli")
+# How one backend works, and who chooses it.
+PRIVATE = "convert/compute/cpu/"
+CHOOSER = "convert/compute/backend.cc"
 BELOW = {"linalg": set(), "formats": {"linalg"}}
 
 
@@ -57,6 +60,8 @@ def main() -> None:
                 count += 1
                 if room_of(target) != here and room_of(target) not in rules[here]:
                     wrong.append(f"{name} includes {target}: {here} may not include {room_of(target)}")
+                elif target.startswith(PRIVATE) and not name.startswith(PRIVATE) and name != CHOOSER:
+                    wrong.append(f"{name} includes {target}: only {CHOOSER} may include {PRIVATE}")
     print("\n".join(wrong) if wrong else f"{count} includes go the ways that docs/architecture.md allows")
     sys.exit(1 if wrong else 0)
 

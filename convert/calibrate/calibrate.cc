@@ -1,72 +1,19 @@
 #include "convert/calibrate/calibrate.h"
 
-#include <Eigen/Dense>
-#include <algorithm>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <vector>
 
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
 #include "formats/error.h"
 #include "formats/hash.h"
 #include "formats/state_file.h"
 #include "formats/work_folder.h"
 #include "linalg/heap.h"
-#include "linalg/moments.h"
-#include "linalg/stages.h"
-#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
-
-// Tokens whose normed inputs are held before they are folded into the moments. A fixed number, so that sums
-// are formed in the same order for any thread count.
-constexpr Index batch_tokens = 8192;
-
-// Moves the stream past the layer, but where nothing follows it.
-LayerMoments observe_layer(const Layer& layer, Stream& stream, bool last) {
-  const Stage stage("observe");
-  const RotaryTable table(rotary_of(layer.attention), stream.length());
-  const Index heads = std::visit([](const auto& kind) { return kind.heads; }, layer.attention);
-  const Index hidden = stream.hidden().cols();
-  const Index length = stream.length();
-  const Index batch = std::max<Index>(1, batch_tokens / length);
-  LayerMoments out;
-  out.tokens = stream.count() * length;
-  out.second_moment = MatrixD::Zero(hidden, hidden);
-  out.mean = VectorD::Zero(hidden);
-  out.distance_mass = MatrixD::Zero(heads, length);
-  MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
-  for (Index first = 0; first < stream.count(); first += batch) {
-    const Index count = std::min(batch, stream.count() - first);
-    std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(heads, length)});
-    MatrixD sums(count, hidden);
-    parallel_for(static_cast<std::size_t>(count), [&](std::size_t i) {
-      const auto s = static_cast<Index>(i);
-      const MatrixF x = normed(layer.input_norm, stream.sequence(first + s));
-      inputs.middleRows(s * length, length) = x;
-      sums.row(s) = x.cast<double>().colwise().sum();
-      const MatrixF mixed = std::visit(
-          [&](const auto& kind) { return attention_forward(kind, x, table, &mass[i]); }, layer.attention);
-      if (!last) {
-        stream.sequence(first + s) += output_projection(layer.attention)(mixed);
-        add_mlp(layer, stream.sequence(first + s));
-      }
-    });
-    add_second_moment(inputs.topRows(count * length), out.second_moment);
-    out.mean += sums.colwise().sum().transpose();
-    for (const DistanceMass& m : mass) {
-      out.distance_mass += m.sum;
-    }
-  }
-  const auto tokens = static_cast<double>(out.tokens);
-  out.second_moment /= tokens;
-  mirror_lower(out.second_moment);
-  out.mean /= tokens;
-  out.distance_mass /= tokens;
-  return out;
-}
 
 // The file with the stream after the layers done, in the work folder, and the entry that says how many.
 constexpr const char* state_name = "stream";
@@ -152,8 +99,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   const Index first = begin_store(model, sequences, header, work, writer, stream);
   for (Index i = first; i < config.num_hidden_layers; ++i) {
     const LayerMoments moments =
-        observe_layer(compute == DType::bf16 ? model.packed_layer(i) : model.layer(i), stream,
-                      i + 1 == config.num_hidden_layers);
+        backend().observe(backend().load_layer(model, i, compute), stream, i + 1 == config.num_hidden_layers);
     return_freed_memory();
     writer->add_layer(moments);
     progress(i + 1, config.num_hidden_layers);

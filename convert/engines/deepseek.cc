@@ -28,7 +28,7 @@ class DeepseekEngine final : public Engine {
     Json out = deepseek_config(source_config, source, shape, dtype);
     out["attention_bias"] = false;
     out["kv_lora_rank"] = stored_rank(shape);
-    out["q_lora_rank"] = shape.q_rank ? Json(*shape.q_rank) : Json(nullptr);
+    out["q_lora_rank"] = shape.q_lora_rank ? Json(*shape.q_lora_rank) : Json(nullptr);
     const double base = geometric_base(rotary);
     // YaRN of factor 1 is the plain list, and every reader knows it for this model type, whose published
     // checkpoints are YaRN; vLLM 0.32 rotates a `default` list wrongly on CPUs.
@@ -60,7 +60,7 @@ class DeepseekEngine final : public Engine {
   }
 
  private:
-  static Index stored_rank(const LatentShape& shape) { return shape.rank + shape.norm_coordinates; }
+  static Index stored_rank(const LatentShape& shape) { return shape.kv_lora_rank + shape.norm_coordinates; }
 };
 
 }  // namespace

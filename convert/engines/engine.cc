@@ -75,7 +75,7 @@ std::string to_string(const CacheShape& shape) {
 ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
                                    const LatentShape& shape, DType dtype) const {
   const std::filesystem::path nowhere = "config.json";
-  const Rotary plain = parse_rotary({{"rope_theta", 10000.0}}, shape.rope_dim, nowhere);
+  const Rotary plain = parse_rotary({{"rope_theta", 10000.0}}, shape.qk_rope_head_dim, nowhere);
   return parse_config(config(source_config, source, shape, plain, dtype), nowhere);
 }
 

@@ -14,7 +14,7 @@
 #include "convert/engines/layer_writer.h"
 #include "convert/model/attention.h"
 #include "convert/model/config.h"
-#include "convert/model/latent_shape.h"
+#include "convert/model/latent_sizes.h"
 #include "formats/checkpoint.h"
 
 namespace relatent {
@@ -24,7 +24,7 @@ struct CacheShape {
   Index latent = 0;  // kv_lora_rank as it is stored
   Index rotary = 0;  // qk_rope_head_dim
 
-  Index numbers() const { return latent + rotary; }
+  Index cache_elements() const { return latent + rotary; }
   bool operator==(const CacheShape&) const = default;
 };
 // "512+64"

@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "convert/engines/layout.h"
-#include "formats/gguf.h"
 #include "formats/gguf_tokenizer.h"
+#include "formats/gguf_writer.h"
 
 namespace relatent {
 namespace {
@@ -52,7 +52,7 @@ class GgufEngine final : public Engine {
 
   Json config(const Json& /*source_config*/, const ModelConfig& source, const LatentShape& shape,
               const Rotary& rotary, DType dtype) const override {
-    const Index rank = shape.rank + shape.norm_coordinates;
+    const Index rank = shape.kv_lora_rank + shape.norm_coordinates;
     Json out;
     const auto put = [&](const std::string& key, const auto& value) { out["deepseek2." + key] = value; };
     out["general.architecture"] = "deepseek2";
@@ -70,13 +70,13 @@ class GgufEngine final : public Engine {
     put("attention.head_count", shape.heads);
     put("attention.head_count_kv", 1);
     put("attention.layer_norm_rms_epsilon", static_cast<float>(source.rms_norm_eps));
-    put("attention.q_lora_rank", shape.q_rank.value_or(0));
+    put("attention.q_lora_rank", shape.q_lora_rank.value_or(0));
     put("attention.kv_lora_rank", rank);
-    put("attention.key_length", rank + shape.rope_dim);
+    put("attention.key_length", rank + shape.qk_rope_head_dim);
     put("attention.value_length", rank);
-    put("attention.key_length_mla", shape.nope_dim + shape.rope_dim);
-    put("attention.value_length_mla", shape.v_dim);
-    put("rope.dimension_count", shape.rope_dim);
+    put("attention.key_length_mla", shape.qk_nope_head_dim + shape.qk_rope_head_dim);
+    put("attention.value_length_mla", shape.v_head_dim);
+    put("rope.dimension_count", shape.qk_rope_head_dim);
     put("rope.freq_base", static_cast<float>(geometric_base(rotary)));
     return out;
   }

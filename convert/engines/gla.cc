@@ -43,7 +43,7 @@ class GlaEngine final : public Engine {
     if (shape.branches.size() != latents || shape.branches.front().head_count * latents != shape.heads) {
       return "the GLA authors' module has two latents, each for half of the heads: give --branches 2";
     }
-    const Index most = stored_rank(shape.nope_dim) - 1;
+    const Index most = stored_rank(shape.qk_nope_head_dim) - 1;
     for (const BranchGeometry& branch : shape.branches) {
       if (branch.rank > most) {
         return "the GLA authors' module has latents of 2 head_dim, so --rank is at most " +
@@ -66,7 +66,7 @@ class GlaEngine final : public Engine {
     out["attention_bias"] = true;
     out["attention_dropout"] = 0.0;
     out["dtype"] = torch_name(dtype);
-    out["head_dim"] = shape.nope_dim;
+    out["head_dim"] = shape.qk_nope_head_dim;
     out["hidden_act"] = "silu";
     out["hidden_size"] = source.hidden_size;
     out["intermediate_size"] = source.intermediate_size;
@@ -76,7 +76,7 @@ class GlaEngine final : public Engine {
     out["num_hidden_layers"] = source.num_hidden_layers;
     // Unused; what LlamaConfig would otherwise derive its checks from.
     out["num_key_value_heads"] = shape.heads;
-    out["qk_rope_dim"] = shape.rope_dim;
+    out["qk_rope_dim"] = shape.qk_rope_head_dim;
     out["rms_norm_eps"] = source.rms_norm_eps;
     out["rope_scaling"] = nullptr;
     out["rope_theta"] = geometric_base(rotary);

@@ -18,7 +18,7 @@ class LayerWriter {
   // values: a row-major matrix or a row vector. part: which latent, of roles that have several.
   // std::out_of_range when the config that was written has no such tensor.
   template <typename Values>
-  void put(Role role, const Values& values, Index part = -1) const {
+  void put(Role role, const Values& values, std::optional<Index> part = {}) const {
     sink_.write_floats(names_.at(role, layer_idx_, part),
                        {values.data(), static_cast<std::size_t>(values.size())});
   }

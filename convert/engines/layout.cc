@@ -49,7 +49,7 @@ nlohmann::ordered_json deepseek_config(const nlohmann::ordered_json& source_conf
   out["dtype"] = torch_name(dtype);
   // Every layer is dense; the mixture-of-experts keys must be present and typed, but nothing reads them.
   out["first_k_dense_replace"] = source.num_hidden_layers;
-  out["head_dim"] = shape.rope_dim;
+  out["head_dim"] = shape.qk_rope_head_dim;
   out["hidden_act"] = "silu";
   out["hidden_size"] = source.hidden_size;
   out["initializer_range"] =
@@ -69,15 +69,15 @@ nlohmann::ordered_json deepseek_config(const nlohmann::ordered_json& source_conf
   out["num_hidden_layers"] = source.num_hidden_layers;
   out["num_key_value_heads"] = shape.heads;
   out["num_nextn_predict_layers"] = 0;
-  out["qk_head_dim"] = shape.nope_dim + shape.rope_dim;
-  out["qk_nope_head_dim"] = shape.nope_dim;
-  out["qk_rope_head_dim"] = shape.rope_dim;
+  out["qk_head_dim"] = shape.qk_nope_head_dim + shape.qk_rope_head_dim;
+  out["qk_nope_head_dim"] = shape.qk_nope_head_dim;
+  out["qk_rope_head_dim"] = shape.qk_rope_head_dim;
   out["rms_norm_eps"] = source.rms_norm_eps;
   out["rope_interleave"] = true;
   out["routed_scaling_factor"] = 1.0;
   out["topk_group"] = 1;
   out["use_cache"] = true;
-  out["v_head_dim"] = shape.v_dim;
+  out["v_head_dim"] = shape.v_head_dim;
   out["vocab_size"] = source.vocab_size;
   return out;
 }

@@ -72,9 +72,9 @@ class MlraEngine final : public Engine {
     out["n_embd"] = source.hidden_size;
     out["n_head"] = shape.heads;
     out["n_layer"] = source.num_hidden_layers;
-    out["q_lora_rank"] = *shape.q_rank;
-    out["qk_nope_head_dim"] = shape.nope_dim;
-    out["qk_rope_head_dim"] = shape.rope_dim;
+    out["q_lora_rank"] = *shape.q_lora_rank;
+    out["qk_nope_head_dim"] = shape.qk_nope_head_dim;
+    out["qk_rope_head_dim"] = shape.qk_rope_head_dim;
     out["tie_word_embeddings"] = true;
     out["vocab_size"] = source.vocab_size;
     return out;
@@ -143,7 +143,7 @@ class MlraEngine final : public Engine {
     bool fits = a.q.bias.size() == 0 && a.o.bias.size() == 0 && a.rotary_key.bias.size() == 0 &&
                 a.q_down.bias.size() == 0 && a.q_norm.present() && a.v_dim == a.nope_dim;
     for (const LatentBranch& branch : a.branches) {
-      fits = fits && branch.down.bias.size() == 0 && branch.shared < 0 && branch.norm.present() &&
+      fits = fits && branch.down.bias.size() == 0 && !branch.shared && branch.norm.present() &&
              branch.down.out() == rank;
     }
     if (!fits) {

@@ -61,17 +61,17 @@ class RelatentEngine final : public Engine {
         out[key] = source_config[key];
       }
     }
-    out["attention_bias"] = shape.has_bias;
+    out["attention_bias"] = shape.attention_bias;
     out["dtype"] = torch_name(dtype);
-    out["head_dim"] = shape.rope_dim;  // what transformers takes for the size of the rotary embedding
+    out["head_dim"] = shape.qk_rope_head_dim;  // what transformers takes for the size of the rotary embedding
     out["hidden_act"] = "silu";
     out["hidden_size"] = source.hidden_size;
     out["intermediate_size"] = source.intermediate_size;
-    out["kv_lora_rank"] = shape.rank + shape.dead_coordinates;
+    out["kv_lora_rank"] = shape.kv_lora_rank + shape.dead_coordinates;
     out["latent_branches"] = Json::array();
     for (const BranchGeometry& branch : shape.branches) {
       Json entry = {{"first_head", branch.first_head}, {"num_heads", branch.head_count}};
-      entry["shared"] = branch.shared >= 0 ? Json(branch.shared) : Json(nullptr);
+      entry["shared"] = branch.shared ? Json(*branch.shared) : Json(nullptr);
       entry["rank"] = branch.rank + shape.dead_coordinates;
       out["latent_branches"].push_back(std::move(entry));
     }
@@ -84,14 +84,14 @@ class RelatentEngine final : public Engine {
     out["max_position_embeddings"] = source.max_position_embeddings;
     out["num_attention_heads"] = shape.heads;
     out["num_hidden_layers"] = source.num_hidden_layers;
-    out["q_lora_rank"] = shape.q_rank ? Json(*shape.q_rank) : Json(nullptr);
-    out["qk_nope_head_dim"] = shape.nope_dim;
-    out["qk_rope_head_dim"] = shape.rope_dim;
+    out["q_lora_rank"] = shape.q_lora_rank ? Json(*shape.q_lora_rank) : Json(nullptr);
+    out["qk_nope_head_dim"] = shape.qk_nope_head_dim;
+    out["qk_rope_head_dim"] = shape.qk_rope_head_dim;
     out["rms_norm_eps"] = source.rms_norm_eps;
     out["rope_parameters"] = explicit_rope_parameters(rotary, source.max_position_embeddings);
     out["tie_word_embeddings"] = source.tie_word_embeddings;
     out["use_cache"] = true;
-    out["v_head_dim"] = shape.v_dim;
+    out["v_head_dim"] = shape.v_head_dim;
     out["vocab_size"] = source.vocab_size;
     if (source.experts) {
       put_experts(*source.experts, out);
@@ -110,22 +110,23 @@ class RelatentEngine final : public Engine {
 
   void write_attention(const LatentAttention& a, const LatentShape& shape, DType /*dtype*/,
                        const LayerWriter& out) const override {
-    const auto put_linear = [&](Role weight, Role bias, const Linear& linear, Index part = -1,
+    const auto put_linear = [&](Role weight, Role bias, const Linear& linear, std::optional<Index> part = {},
                                 float factor = 1) {
       out.put(weight, MatrixF(linear.weight * factor), part);
-      if (shape.has_bias) {
+      if (shape.attention_bias) {
         out.put(bias, RowVectorF(bias_or_zero(linear) * factor), part);
       }
     };
     // The reader multiplies scores by (n + p)^-1/2; the difference to the wanted scale goes into the query.
-    const auto rescale = static_cast<float>(static_cast<double>(a.scale) *
-                                            std::sqrt(static_cast<double>(shape.nope_dim + shape.rope_dim)));
-    if (shape.q_rank) {
+    const auto rescale =
+        static_cast<float>(static_cast<double>(a.scale) *
+                           std::sqrt(static_cast<double>(shape.qk_nope_head_dim + shape.qk_rope_head_dim)));
+    if (shape.q_lora_rank) {
       put_linear(Role::q_a_weight, Role::q_a_bias, a.q_down);
       out.put(Role::q_a_norm, a.q_norm.gain);
       out.put(Role::q_weight, MatrixF(a.q.weight * rescale));
     } else {
-      put_linear(Role::q_weight, Role::q_bias, a.q, -1, rescale);
+      put_linear(Role::q_weight, Role::q_bias, a.q, {}, rescale);
     }
     put_linear(Role::k_rope_weight, Role::k_rope_bias, a.rotary_key);
     if (shape.norm == LatentNorm::replicated) {

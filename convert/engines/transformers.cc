@@ -82,13 +82,15 @@ class TransformersEngine final : public Engine {
   }
 
  private:
-  static Index stored_rank(const LatentShape& shape) { return shape.rank + shape.dead_coordinates + 1; }
+  static Index stored_rank(const LatentShape& shape) {
+    return shape.kv_lora_rank + shape.dead_coordinates + 1;
+  }
 
   // A query bias needs the constant coordinate of a query latent, so an uncompressed query with a bias passes
   // x through as its own latent.
   static std::optional<Index> stored_q_rank(const LatentShape& shape, Index hidden) {
-    if (shape.q_rank) {
-      return *shape.q_rank + 1;
+    if (shape.q_lora_rank) {
+      return *shape.q_lora_rank + 1;
     }
     return shape.has_q_bias ? std::optional<Index>(hidden + 1) : std::nullopt;
   }

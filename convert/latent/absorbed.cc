@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/partition.h"
-#include "linalg/decompose.h"
 #include "linalg/layouts.h"
 #include "linalg/stages.h"
 #include "linalg/threads.h"
@@ -45,7 +45,7 @@ ContentFactors factor_content(const std::vector<MatrixD>& content, const std::ve
     row += content[b].rows();
   }
   const Index kept = std::min(n, rows);
-  const MatrixD basis = symmetric_eigenpairs(second_moment(weighed, query_moment), kept).vectors;
+  const MatrixD basis = backend().symmetric_eigenpairs(second_moment(weighed, query_moment), kept).vectors;
   ContentFactors out{{}, basis.transpose() * weighed};
   row = 0;
   for (std::size_t b = 0; b < content.size(); ++b) {
@@ -59,7 +59,8 @@ std::vector<SymmetricRoot> key_roots(const AbsorbedAttention& a, const LatentGro
                                      MomentRef input_moment) {
   std::vector<SymmetricRoot> out;
   for (const LatentPart& part : group.parts) {
-    out.push_back(symmetric_root(covariance(a.key_latent_of(group, part), input_moment), variance_floor));
+    out.push_back(
+        backend().symmetric_root(covariance(key_latent_of(a, group, part), input_moment), variance_floor));
   }
   return out;
 }
@@ -83,29 +84,23 @@ Index content_rows(const LatentGroup& group) {
 
 }  // namespace
 
-VectorF latent_shrink(const AbsorbedAttention& attention, const MatrixF& inputs) {
-  if (attention.norm.present()) {
-    return inverse_norm(attention.norm, attention.latent(), inputs);
-  }
-  return inverse_rms(attention.norm_rows, attention.norm_eps, inputs.leftCols(inputs.cols() - 1));
-}
-
-void LatentGroup::divide(Index count, Index key_rank, Index rope_dim) {
-  shared = count > 1 ? key_rank : 0;
-  parts.clear();
-  Index query = rope_dim;
-  for (Index b = 0; b < count; ++b) {
-    const Index from = cut_at(b, count, rank - shared);
-    parts.push_back({shared + from, cut_at(b + 1, count, rank - shared) - from, query});
-    query += width(parts.back());
-  }
-}
-
-MatrixD AbsorbedAttention::key_latent_of(const LatentGroup& group, const LatentPart& part) const {
-  const auto all = latent_of(group);
-  MatrixD out(group.shared + part.rank, key.cols());
+MatrixD key_latent_of(const AbsorbedAttention& a, const LatentGroup& group, const LatentPart& part) {
+  const auto all = a.latent_of(group);
+  MatrixD out(group.width(part), a.key.cols());
   out << all.topRows(group.shared), all.middleRows(part.first, part.rank);
   return out;
+}
+
+void divide(Index count, Index key_rank, Index rope_dim, LatentGroup& group) {
+  group.shared = count > 1 ? key_rank : 0;
+  group.parts.clear();
+  const Index own = group.rank - group.shared;
+  Index query = rope_dim;
+  for (Index b = 0; b < count; ++b) {
+    const Index from = cut_at(b, count, own);
+    group.parts.push_back({group.shared + from, cut_at(b + 1, count, own) - from, query});
+    query += group.width(group.parts.back());
+  }
 }
 
 AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std::vector<JointLatent>& latents,
@@ -132,7 +127,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
     group.head_count = latent.heads_of(maps.heads);
     group.first = first;
     group.rank = latent.rank();
-    group.divide(parts, latent.key_rank, p);
+    divide(parts, latent.key_rank.value_or(latent.rank()), p, group);
     out.key.middleRows(p + first, group.rank) = latent.down;
     first += group.rank;
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -211,7 +206,9 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
       const LatentPart& part = group.parts[b];
       LatentBranch& branch = out.branches[b * group_count + g];
       branch.down = linear_of(latent.middleRows(part.first, part.rank));
-      branch.shared = group.shared > 0 ? static_cast<Index>(out.shared.size()) - 1 : -1;
+      if (group.shared > 0) {
+        branch.shared = static_cast<Index>(out.shared.size()) - 1;
+      }
       branch.first_head = group.first_head;
       branch.head_count = group.head_count;
       branch.mean_square = mean_square;

@@ -33,7 +33,7 @@ void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const
   NormCompletion norm = added_coordinates(inputs, input_moment, extra);
   for (LatentBranch& branch : attention.branches) {
     const Linear common =
-        branch.shared >= 0 ? attention.shared[static_cast<std::size_t>(branch.shared)] : Linear{};
+        branch.shared ? attention.shared[static_cast<std::size_t>(*branch.shared)] : Linear{};
     const Index shared = common.out();
     MatrixD latent = MatrixD::Zero(shared + branch.down.out(), inputs.cols());
     if (shared > 0) {
@@ -45,7 +45,7 @@ void normalise_branches(LatentAttention& attention, const MatrixF& inputs, const
     }
     fit_norm(latent, inputs, input_moment, norm);
     store_normed(latent, norm, branch);
-    branch.shared = -1;
+    branch.shared.reset();
   }
   attention.shared.clear();
 }

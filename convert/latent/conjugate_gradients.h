@@ -4,27 +4,21 @@
 #include <utility>
 #include <vector>
 
-#include "linalg/matrix.h"
+#include "convert/compute/fit_problem.h"
 #include "linalg/threads.h"
 
 namespace relatent {
-
-// One matrix of unknowns for each system.
-using Systems = std::vector<MatrixD>;
 
 struct Solution {
   Systems x;
   std::vector<double> gain;  // by how much xᵀAx - 2 bᵀx fell
 };
 
-// Solves A(X) = B from X = 0, with B for the residual. apply and precondition: Systems -> Systems, symmetric
-// and positive semi-definite in each system.
-template <typename Apply, typename Precondition>
-Solution conjugate_gradients(Systems residual, Index steps, const Apply& apply,
-                             const Precondition& precondition) {
+// Solves A(X) = B from X = 0, with B for the residual and the problem's apply for A.
+inline Solution conjugate_gradients(Systems residual, Index steps, const FitProblem& problem) {
   const std::size_t count = residual.size();
   Solution out{{}, std::vector<double>(count, 0)};
-  Systems direction = precondition(residual);
+  Systems direction = problem.precondition(residual);
   std::vector<double> rz(count);
   for (std::size_t i = 0; i < count; ++i) {
     out.x.emplace_back(MatrixD::Zero(residual[i].rows(), residual[i].cols()));
@@ -32,7 +26,7 @@ Solution conjugate_gradients(Systems residual, Index steps, const Apply& apply,
   }
   for (Index step = 0; step < steps; ++step) {
     const bool last = step + 1 == steps;
-    Systems image = apply(direction);
+    Systems image = problem.apply(direction);
     std::vector<char> moved(count, 0);
     parallel_for(count, [&](std::size_t i) {
       const double curvature = direction[i].cwiseProduct(image[i]).sum();
@@ -51,7 +45,7 @@ Solution conjugate_gradients(Systems residual, Index steps, const Apply& apply,
       break;
     }
     image.clear();
-    const Systems next = precondition(residual);
+    const Systems next = problem.precondition(residual);
     parallel_for(count, [&](std::size_t i) {
       if (moved[i] == 0) {
         return;

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 
 namespace relatent {
 namespace {
@@ -41,12 +41,41 @@ struct Directions {
 };
 
 Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank) {
-  const SymmetricRoot root = symmetric_root(metric, metric_floor);
+  const SymmetricRoot root = backend().symmetric_root(metric, metric_floor);
   const Index found = std::min(rank, covariance.rows());
-  const MatrixD basis = symmetric_eigenpairs(symmetric(root.root * covariance * root.root), found).vectors;
+  const MatrixD basis =
+      backend().symmetric_eigenpairs(symmetric(root.root * covariance * root.root), found).vectors;
   Directions out{MatrixD::Zero(rank, covariance.rows()), MatrixD::Zero(covariance.rows(), rank)};
   out.down.topRows(found) = basis.transpose() * root.root;
   out.up.leftCols(found) = root.inverse * basis;
+  return out;
+}
+
+// The latents of a group's heads, from how their keys and outputs see ĉ.
+Directions directions_of(const MatrixD& keys, const MatrixD& values, const MatrixD& covariance,
+                         const LatentGroup& group, const FromMlaOptions& options) {
+  if (options.partition.parts == 1) {
+    return leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
+  }
+  const Index r = covariance.rows();
+  const Directions shared =
+      leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
+  const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
+  const Directions rest = leading(values, second_moment(left, covariance), group.rank - group.shared);
+  Directions out{MatrixD(group.rank, r), MatrixD(r, group.rank)};
+  out.down << shared.down, rest.down * left;
+  out.up << shared.up, rest.up;
+  return out;
+}
+
+// What of ĉ a head's queries are compared with, part by part.
+MatrixD latent_read_by(const LatentGroup& group, const LatentPart& part, const Directions& directions) {
+  MatrixD out(directions.up.rows(), group.width(part));
+  out << directions.up.leftCols(group.shared), directions.up.middleCols(part.first, part.rank);
+  if (group.parts.size() > 1) {
+    // The rest are the values' own; scores begin with what is shared.
+    out.rightCols(part.rank).setZero();
+  }
   return out;
 }
 
@@ -59,7 +88,6 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
   const Index p = source.rope_dim;
   const Index w = source.v_dim;
   const Index r = branch.down.out();
-  const Index parts = options.partition.parts;
   const auto scale = static_cast<double>(source.scale);
   AbsorbedAttention out;
   out.nope_dim = n;
@@ -87,7 +115,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     group.head_count = options.partition.first_head(g + 1, source.heads) - group.first_head;
     group.first = g * options.rank;
     group.rank = options.rank;
-    group.divide(parts, options.key_rank, p);
+    divide(options.partition.parts, options.key_rank, p, group);
     MatrixD keys = MatrixD::Zero(r, r);
     MatrixD values = MatrixD::Zero(r, r);
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
@@ -99,19 +127,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     }
     keys = normalised(symmetric(keys), covariance);
     values = normalised(symmetric(values), covariance);
-    Directions directions;
-    if (parts == 1) {
-      directions = leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
-    } else {
-      const Directions shared =
-          leading(keys + options.value_weight * options.value_weight * values, covariance, group.shared);
-      const MatrixD left = MatrixD::Identity(r, r) - shared.up * shared.down;
-      const Directions rest = leading(values, second_moment(left, covariance), group.rank - group.shared);
-      directions.down.resize(group.rank, r);
-      directions.down << shared.down, rest.down * left;
-      directions.up.resize(r, group.rank);
-      directions.up << shared.up, rest.up;
-    }
+    const Directions directions = directions_of(keys, values, covariance, group, options);
     out.key.middleRows(p + group.first, group.rank) = directions.down * latent;
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
@@ -119,12 +135,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
       MatrixD query = MatrixD::Zero(group.query_rows(), queries.cols());
       query.topRows(p) = scale * queries.middleRows(h * (n + p) + n, p);
       for (const LatentPart& part : group.parts) {
-        MatrixD read(r, group.width(part));
-        read << directions.up.leftCols(group.shared), directions.up.middleCols(part.first, part.rank);
-        if (parts > 1) {
-          // The rest are the values' own; scores begin with what is shared.
-          read.rightCols(part.rank).setZero();
-        }
+        const MatrixD read = latent_read_by(group, part, directions);
         query.middleRows(part.query, read.cols()) = (up.topRows(n) * read).transpose() * content;
       }
       out.query.push_back(std::move(query));
@@ -145,32 +156,6 @@ MatrixF mla_value_map(const LatentAttention& source) {
     out.middleCols(h * r, r).noalias() =
         source.o.weight.middleCols(h * w, w) * branch.up.middleRows(h * (n + w) + n, w);
   }
-  return out;
-}
-
-MlaProjections project(const LatentAttention& source, const MatrixF& x, const RotaryTable& table) {
-  const LatentBranch& branch = only_branch(source);
-  const Index n = source.nope_dim;
-  const Index p = source.rope_dim;
-  const Index w = source.v_dim;
-  const Index r = branch.down.out();
-  MatrixF q = source.q(query_features(source, x));
-  rotate_in_place(table, n, n + p, source.heads, q);
-  MlaProjections out;
-  out.query.resize(x.rows(), source.heads * (p + r));
-  for (Index h = 0; h < source.heads; ++h) {
-    out.query.middleCols(h * (p + r), p) = q.middleCols(h * (n + p) + n, p);
-    out.query.middleCols(h * (p + r) + p, r).noalias() =
-        q.middleCols(h * (n + p), n) * branch.up.middleRows(h * (n + w), n);
-  }
-  MatrixF rotary_key = source.rotary_key(x);
-  rotate_in_place(table, 0, p, 1, rotary_key);
-  MatrixF latent = branch.down(x);
-  if (branch.norm.present()) {
-    branch.norm.apply(latent);
-  }
-  out.key.resize(x.rows(), p + r);
-  out.key << rotary_key, latent;
   return out;
 }
 

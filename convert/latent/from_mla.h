@@ -28,12 +28,6 @@ struct FromMlaOptions {
 AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
                            const FromMlaOptions& options);
 
-// The source's queries and keys in latent space, for attention samples: one key for all heads.
-struct MlaProjections {
-  MatrixF query;  // [length, heads * (p + r)]: rotated rotary part, then U^K_hᵀ q^N_h
-  MatrixF key;    // [length, p + r]: rotated rotary key, then ĉ, norm and gain applied
-};
-MlaProjections project(const LatentAttention& source, const MatrixF& x, const RotaryTable& table);
 // O_h U^V_h of every head: what ĉ does to the output, [hidden, heads * r].
 MatrixF mla_value_map(const LatentAttention& source);
 

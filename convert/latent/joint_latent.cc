@@ -6,7 +6,7 @@
 #include <iterator>
 #include <vector>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 #include "linalg/stages.h"
 
 namespace relatent {
@@ -74,6 +74,41 @@ void normalise(Metric& metric, const Eigen::Ref<const MatrixD>& covariance, cons
   }
 }
 
+// The rows of a latent's keys (or values), group after group, and the heads that read them.
+struct HeadRange {
+  Index first_head;
+  Index head_count;
+  Index first_key;
+  Index keys;
+};
+
+// How the heads see the keys or the values of each group: block-diagonal with one d x d block per group.
+Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey& key, const HeadRange& range,
+                 bool value, bool output_metric) {
+  const Index d = maps.head_dim;
+  Metric out;
+  for (Index g = 0; g < range.keys; g += d) {
+    MatrixD squared = MatrixD::Zero(d, d);
+    for (Index h = range.first_head; h < range.first_head + range.head_count; ++h) {
+      if (maps.group_of(h) * d - range.first_key != g) {
+        continue;
+      }
+      if (!output_metric) {
+        squared.setIdentity();
+      } else if (value) {
+        const MatrixD o = maps.output_of(h);
+        squared += o.transpose() * o;
+      } else if (key.nope_dim() > 0) {
+        squared += second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
+      }
+    }
+    SymmetricRoot block = backend().symmetric_root(squared, metric_floor);
+    out.root.push_back(std::move(block.root));
+    out.inverse.push_back(std::move(block.inverse));
+  }
+  return out;
+}
+
 }  // namespace
 
 JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
@@ -85,7 +120,7 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   const Index head_count = options.head_count > 0 ? options.head_count : maps.heads;
   const Index first_key = maps.group_of(first_head) * d;
   const Index keys = (maps.group_of(first_head + head_count - 1) + 1) * d - first_key;
-  const bool split = options.key_rank >= 0 && options.key_rank < options.rank;
+  const bool split = options.key_rank && *options.key_rank < options.rank;
   MatrixD y(2 * keys, hidden + 1);
   y.topRows(keys) = key.residual.rows() > 0 ? MatrixD(key.residual.middleRows(first_key, keys) * maps.k)
                                             : MatrixD::Zero(keys, hidden + 1);
@@ -108,27 +143,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   // M is block-diagonal with one d x d block per group and kind: keys, then values.
   Metric metric;
   for (const bool value : {false, true}) {
-    Metric part;
-    for (Index g = 0; g < keys; g += d) {
-      MatrixD squared = MatrixD::Zero(d, d);
-      for (Index h = first_head; h < first_head + head_count; ++h) {
-        if (maps.group_of(h) * d - first_key != g) {
-          continue;
-        }
-        if (!options.output_metric) {
-          squared.setIdentity();
-        } else if (value) {
-          const MatrixD o = maps.output_of(h);
-          squared += o.transpose() * o;
-        } else if (key.nope_dim() > 0) {
-          squared +=
-              second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
-        }
-      }
-      SymmetricRoot block = symmetric_root(squared, metric_floor);
-      part.root.push_back(std::move(block.root));
-      part.inverse.push_back(std::move(block.inverse));
-    }
+    Metric part = metric_of(maps, moments, key, {first_head, head_count, first_key, keys}, value,
+                            options.output_metric);
     normalise(part, value ? covariance.bottomRightCorner(keys, keys) : felt_keys,
               (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(),
               value ? (split ? options.value_weight : 1.0) : options.lambda);
@@ -140,9 +156,9 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   out.head_count = head_count;
   out.first_kv_head = first_key / d;
   out.value_shift = mean.tail(keys);
-  out.key_rank = split ? options.key_rank : -1;
-  const Index leading = split ? options.key_rank : options.rank;
-  const MatrixD basis = symmetric_eigenpairs(around(metric.root, covariance), leading).vectors;
+  out.key_rank = split ? options.key_rank : std::nullopt;
+  const Index leading = split ? *options.key_rank : options.rank;
+  const MatrixD basis = backend().symmetric_eigenpairs(around(metric.root, covariance), leading).vectors;
   const MatrixD up = from_left(metric.inverse, basis);
   const MatrixD down = from_left(metric.root, basis).transpose() * y;
   if (!split) {
@@ -164,7 +180,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   const Blocks root(metric.root.begin() + groups, metric.root.end());
   const Blocks inverse(metric.inverse.begin() + groups, metric.inverse.end());
   const Index found = std::min(own, keys);
-  const MatrixD values = symmetric_eigenpairs(around(root, second_moment(left, moments)), found).vectors;
+  const MatrixD values =
+      backend().symmetric_eigenpairs(around(root, second_moment(left, moments)), found).vectors;
   out.down.bottomRows(own).setZero();
   out.down.middleRows(leading, found) = from_left(root, values).transpose() * left;
   out.value_up.middleCols(leading, found) = from_left(inverse, values);

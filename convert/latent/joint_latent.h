@@ -14,7 +14,7 @@ struct JointLatentOptions {
   bool centred = true;
   // Shared key, split value: keys may read only the first so many coordinates, values all; -1 = keys may read
   // all.
-  Index key_rank = -1;
+  std::optional<Index> key_rank{};
   double value_weight = 0.1;  // of values against keys in those first coordinates
   // The heads that read it; 0 = all.
   Index first_head = 0;

@@ -5,12 +5,12 @@
 namespace relatent {
 
 void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, LatentShape& shape) {
-  shape.rank = 0;
+  shape.kv_lora_rank = 0;
   shape.shared_ranks.clear();
   shape.branches.assign(static_cast<std::size_t>(partition.latents()), {});
   for (Index g = 0; g < partition.groups; ++g) {
     const GroupSizes& sizes = groups[static_cast<std::size_t>(g)];
-    shape.rank += sizes.rank;
+    shape.kv_lora_rank += sizes.rank;
     const bool shares = partition.parts > 1 && sizes.key_rank > 0;
     const Index own = sizes.rank - (shares ? sizes.key_rank : 0);
     const Index first_head = partition.first_head(g, shape.heads);
@@ -18,7 +18,8 @@ void lay_out(const Partition& partition, const std::vector<GroupSizes>& groups, 
     for (Index part = 0; part < partition.parts; ++part) {
       const Index rank = cut_at(part + 1, partition.parts, own) - cut_at(part, partition.parts, own);
       shape.branches[static_cast<std::size_t>(partition.latent(g, part))] = {
-          first_head, heads, rank, shares ? static_cast<Index>(shape.shared_ranks.size()) : -1};
+          first_head, heads, rank,
+          shares ? std::optional(static_cast<Index>(shape.shared_ranks.size())) : std::nullopt};
     }
     if (shares) {
       shape.shared_ranks.push_back(sizes.key_rank);

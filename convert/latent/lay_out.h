@@ -10,7 +10,7 @@
 
 #include "convert/latent/partition.h"
 #include "convert/model/attention.h"
-#include "convert/model/latent_shape.h"
+#include "convert/model/latent_sizes.h"
 
 namespace relatent {
 

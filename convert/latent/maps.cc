@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 #include "linalg/layouts.h"
 #include "linalg/moments.h"
 #include "linalg/stages.h"
@@ -73,7 +73,7 @@ double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& map
   const MatrixD second = moments.input().matrix();
   const Index hidden = second.rows() - 1;
   const VectorD mean = second.topRightCorner(hidden, 1);
-  const VectorD w = ridge_solve(second.topLeftCorner(hidden, hidden), mean, fold_ridge);
+  const VectorD w = backend().ridge_solve(second.topLeftCorner(hidden, hidden), mean, fold_ridge);
   if (maps.has_q_bias()) {
     maps.q.weight += maps.q.bias.transpose() * w.transpose().cast<float>();
     maps.q.bias.resize(0);

@@ -116,11 +116,11 @@ struct JointLatent {
   MatrixD down;         // [rank, D + 1]
   MatrixD key_up;       // [K' d, rank]; [0, rank] when there is no leftover
   MatrixD value_up;     // [K' d, rank]
-  VectorD value_shift;  // [K' d], carried by o_proj's bias because attention weights sum to 1
+  VectorD value_shift;  // [K' d], held by o_proj's bias because attention weights sum to 1
   Index first_kv_head = 0;
   Index first_head = 0;
-  Index head_count = 0;  // 0 = all heads
-  Index key_rank = -1;   // coordinates that keys may read; -1 = all
+  Index head_count = 0;             // 0 = all heads
+  std::optional<Index> key_rank{};  // coordinates that keys may read; none = all
 
   Index rank() const { return down.rows(); }
   Index heads_of(Index all) const { return head_count > 0 ? head_count : all; }

@@ -5,10 +5,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
-#include "linalg/decompose.h"
-#include "linalg/moments.h"
+#include "convert/compute/backend.h"
 
 namespace relatent {
 namespace {
@@ -26,28 +26,6 @@ constexpr std::array<double, 8> map_ridges = {1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1
 constexpr std::array<double, 6> share_ridges = {1e-5, 1e-3, 1e-2, 1e-1, 1, 10};
 constexpr int max_sweeps = 2000;
 constexpr double converged = 1e-9;
-// Rows of inputs taken at once.
-constexpr Index row_block = 4096;
-
-// Mean over rows [first, first + count) of x xᵀ and of x.
-struct MeanMoments {
-  MatrixD second;
-  VectorD mean;
-};
-
-MeanMoments moments_of(const MatrixF& x, Index first, Index count) {
-  MeanMoments out{MatrixD::Zero(x.cols(), x.cols()), VectorD::Zero(x.cols())};
-  for (Index start = first; start < first + count; start += row_block) {
-    const MatrixF rows = x.middleRows(start, std::min(row_block, first + count - start));
-    add_second_moment(rows, out.second);
-    out.mean += rows.cast<double>().colwise().sum().transpose();
-  }
-  mirror_lower(out.second);
-  const auto tokens = static_cast<double>(std::max<Index>(count, 1));
-  out.second /= tokens;
-  out.mean /= tokens;
-  return out;
-}
 
 // Rows of the first half: sequences lie one after another, so that no half knows all of the other's.
 Index first_half(const MatrixF& inputs) {
@@ -69,15 +47,15 @@ struct NearestToOne {
 
 NearestToOne nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) {
   const Index middle = first_half(inputs);
-  const std::array<MeanMoments, 2> halves = {moments_of(inputs, 0, middle),
-                                             moments_of(inputs, middle, inputs.rows() - middle)};
+  const std::array<MeanMoments, 2> halves = {backend().mean_moments(inputs, 0, middle),
+                                             backend().mean_moments(inputs, middle, inputs.rows() - middle)};
   NearestToOne out;
   double best = std::numeric_limits<double>::infinity();
   double best_ridge = 0;
   for (const double ridge : map_ridges) {
     std::array<VectorD, 2> maps;
     for (std::size_t i = 0; i < maps.size(); ++i) {
-      maps[i] = ridge_solve(halves[i].second, halves[i].mean, ridge);
+      maps[i] = backend().ridge_solve(halves[i].second, halves[i].mean, ridge);
     }
     const double missed = miss(halves[1], maps[0]) + miss(halves[0], maps[1]);
     if (missed < best) {
@@ -87,14 +65,8 @@ NearestToOne nearest_to_one(const MatrixF& inputs, const MatrixD& input_moment) 
     }
   }
   const VectorD mean = inputs.colwise().sum().transpose().cast<double>() / static_cast<double>(inputs.rows());
-  out.map = ridge_solve(input_moment, mean, best_ridge);
+  out.map = backend().ridge_solve(input_moment, mean, best_ridge);
   return out;
-}
-
-MatrixF squares_of(const MatrixF& map, const MatrixF& inputs) {
-  MatrixF y(inputs.rows(), map.rows());
-  y.noalias() = inputs * map.transpose();
-  return y.array().square();
 }
 
 MatrixF stacked(const MatrixD& latent, const MatrixD& extra) {
@@ -173,7 +145,7 @@ NormCompletion added_coordinates(const MatrixF& inputs, const MatrixD& input_mom
       out.constant_of_half[i] = constant.halves[i] / std::sqrt(square);
     }
   }
-  const Eigenpairs<MatrixD> eigen = symmetric_eigenpairs(input_moment, found);
+  const Eigenpairs<MatrixD> eigen = backend().symmetric_eigenpairs(input_moment, found);
   const double raised = least_variance * input_moment.diagonal().mean();
   for (Index i = 0; i + 1 < found; ++i) {
     if (eigen.values(i) > dead * eigen.values(0)) {
@@ -187,32 +159,23 @@ void fit_norm(const MatrixD& latent, const MatrixF& inputs, const MatrixD& input
               NormCompletion& norm) {
   const MatrixF map = stacked(latent, norm.extra);
   const Index size = map.rows();
-  const Index tokens = inputs.rows();
-  MatrixF squares = squares_of(map, inputs);
-  const Index middle = first_half(inputs);
+  std::optional<CoordinateByHalf> constant;
   if (norm.constant_of_half[0].size() > 0) {
     // As on tokens that it was not fitted on: either half is shown the other's.
-    const VectorF first = norm.constant_of_half[0].cast<float>();
-    const VectorF second = norm.constant_of_half[1].cast<float>();
-    auto shown = squares.col(latent.rows());
-    shown.head(middle) = (inputs.topRows(middle) * second).array().square();
-    shown.tail(tokens - middle) = (inputs.bottomRows(tokens - middle) * first).array().square();
+    constant = CoordinateByHalf{latent.rows(), {norm.constant_of_half[1], norm.constant_of_half[0]}};
+  }
+  const double alike = least_variance * input_moment.diagonal().mean();
+  VectorD least(size);
+  for (Index j = 0; j < size; ++j) {
+    least(j) = alike * static_cast<double>(map.row(j).squaredNorm());
   }
   // In units of each coordinate's mean square: t_j = s_j² unit_j.
-  const VectorD mean = squares.cast<double>().colwise().mean().transpose();
-  const double alike = least_variance * input_moment.diagonal().mean();
-  VectorD unit(size);
-  for (Index j = 0; j < size; ++j) {
-    const double least = alike * static_cast<double>(map.row(j).squaredNorm());
-    unit(j) = mean(j) + least > 0 ? 1 / (mean(j) + least) : 0;
-  }
-  squares *= unit.cast<float>().asDiagonal();
-  const VectorD t = shares_of({moments_of(squares, 0, middle), moments_of(squares, middle, tokens - middle)},
-                              moments_of(squares, 0, tokens));
+  const SquareMoments moments = backend().square_moments(map, constant, least, inputs);
+  const VectorD t = shares_of(moments.halves, moments.all);
   norm.square.resize(size);
   for (Index j = 0; j < size; ++j) {
     // Of a coordinate that is always 0 any scale will do.
-    norm.square(j) = unit(j) > 0 ? t(j) * unit(j) : 1;
+    norm.square(j) = moments.unit(j) > 0 ? t(j) * moments.unit(j) : 1;
   }
 }
 
@@ -221,12 +184,6 @@ NormCompletion complete_norm(const MatrixD& latent, const MatrixF& inputs, const
   NormCompletion out = added_coordinates(inputs, input_moment, extra_count);
   fit_norm(latent, inputs, input_moment, out);
   return out;
-}
-
-VectorF inverse_norm(const NormCompletion& norm, const MatrixD& latent, const MatrixF& inputs) {
-  const MatrixF map = stacked(latent, norm.extra);
-  const VectorF square = norm.square.cast<float>();
-  return (squares_of(map, inputs) * square).cwiseMax(1e-12F).cwiseSqrt().cwiseInverse();
 }
 
 }  // namespace relatent

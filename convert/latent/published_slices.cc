@@ -6,9 +6,9 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/maps.h"
 #include "convert/latent/partition.h"
-#include "linalg/decompose.h"
 
 namespace relatent {
 namespace {
@@ -19,6 +19,31 @@ MatrixD columns_of(const MatrixD& m, const std::vector<Index>& which) {
     out.col(static_cast<Index>(i)) = m.col(which[i]);
   }
   return out;
+}
+
+// The coordinates of one slice: runs of equal length, or of principal components every so many-th.
+std::vector<Index> coordinates_of(Index slice, Index parts, Index rank, LatentOrder order) {
+  std::vector<Index> out;
+  for (Index i = 0; i < rank; ++i) {
+    const bool mine = order == LatentOrder::pca
+                          ? i % parts == slice
+                          : i >= cut_at(slice, parts, rank) && i < cut_at(slice + 1, parts, rank);
+    if (mine) {
+      out.push_back(i);
+    }
+  }
+  return out;
+}
+
+// What the scores of a slice are multiplied by to be nearest to the whole ones.
+double score_factor(const MatrixD& metric, const MatrixD& spread, const std::vector<Index>& which) {
+  const MatrixD metric_columns = columns_of(metric, which);
+  const MatrixD spread_columns = columns_of(spread, which);
+  const double together = metric_columns.cwiseProduct(spread_columns).sum();
+  const MatrixD own_metric = columns_of(metric_columns.transpose(), which);
+  const MatrixD own_spread = columns_of(spread_columns.transpose(), which);
+  const double alone = own_metric.cwiseProduct(own_spread).sum();
+  return alone > 0 ? together / alone : 1;
 }
 
 }  // namespace
@@ -68,8 +93,8 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   const Index rank = latent.down.out();
   const MatrixD down = map_of(latent.down);
   const MatrixD moment = second_moment(down, input_moment);
-  const MatrixD turn =
-      order == LatentOrder::pca ? symmetric_eigenpairs(moment, rank).vectors : hadamard_rotation(rank);
+  const MatrixD turn = order == LatentOrder::pca ? backend().symmetric_eigenpairs(moment, rank).vectors
+                                                 : hadamard_rotation(rank);
   const bool normed = latent.norm.present();
   const double energy = moment.trace();
 
@@ -94,23 +119,9 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   LatentAttention out = whole;
   out.branches.clear();
   for (Index b = 0; b < parts; ++b) {
-    std::vector<Index> which;
-    for (Index i = 0; i < rank; ++i) {
-      const bool mine = order == LatentOrder::pca
-                            ? i % parts == b
-                            : i >= cut_at(b, parts, rank) && i < cut_at(b + 1, parts, rank);
-      if (mine) {
-        which.push_back(i);
-      }
-    }
+    const std::vector<Index> which = coordinates_of(b, parts, rank, order);
     const MatrixD slice = columns_of(turn, which);
-    const MatrixD metric_columns = columns_of(metric, which);
-    const MatrixD spread_columns = columns_of(spread, which);
-    const double together = metric_columns.cwiseProduct(spread_columns).sum();
-    const MatrixD own_metric = columns_of(metric_columns.transpose(), which);
-    const MatrixD own_spread = columns_of(spread_columns.transpose(), which);
-    const double alone = own_metric.cwiseProduct(own_spread).sum();
-    const double beta = alone > 0 ? together / alone : 1;
+    const double beta = score_factor(metric, spread, which);
     const auto size = static_cast<Index>(which.size());
 
     LatentBranch branch;

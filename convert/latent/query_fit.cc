@@ -1,291 +1,32 @@
-#include <Eigen/Dense>
-#include <algorithm>
 #include <utility>
-#include <vector>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/attention_fit.h"
 #include "convert/latent/conjugate_gradients.h"
-#include "convert/latent/fit_blocks.h"
 #include "linalg/stages.h"
-#include "linalg/threads.h"
 
 namespace relatent {
-namespace {
 
-// Doubles that each vector of one conjugate-gradient run may take; heads are fitted in runs of that size.
-constexpr Index run_doubles = 20'000'000;
-
-// How many heads with a query of so many numbers a run takes, whole chunks where it can.
-Index heads_at_once(Index query_size) {
-  const Index heads = run_doubles / query_size;
-  return heads < chunk_heads ? std::max<Index>(1, heads) : heads / chunk_heads * chunk_heads;
-}
-
-// The key map as a group reads it: rotary rows, then its latent's.
-MatrixF key_map(const AbsorbedAttention& attention, const LatentGroup& group) {
-  MatrixF out(attention.rope_dim() + group.rank, attention.key.cols());
-  out << attention.key.topRows(attention.rope_dim()).cast<float>(), attention.latent_of(group).cast<float>();
-  return out;
-}
-
-std::vector<MatrixF> all_keys(const AttentionSample& sample, const AbsorbedAttention& attention,
-                              const LatentGroup& group, const RotaryTable& table) {
-  const MatrixF key = key_map(attention, group);
-  return parallel_made(static_cast<std::size_t>(sample.count), [&](std::size_t s) {
-    const MatrixF x = sample.inputs(static_cast<Index>(s));
-    return keys_of(x, key, latent_shrink(attention, x), table, attention.rope_dim());
-  });
-}
-
-// The score errors of a run of heads as a function of their queries.
-class QueryProblem {
- public:
-  // keys: z of the group per sequence. packed_inputs: what the queries of each batch of sequences act on, or
-  // nothing.
-  QueryProblem(const AttentionSample& sample, const AbsorbedAttention& attention, const LatentGroup& group,
-               const Turns& turns, const std::vector<PackedWeight>& packed_inputs,
-               const std::vector<MatrixF>& keys, Heads heads)
-      : sample_(sample),
-        group_(group),
-        turns_(turns),
-        packed_inputs_(packed_inputs),
-        keys_(keys),
-        chunks_(head_chunks(heads)),
-        p_(attention.rope_dim()),
-        width_(attention.query[static_cast<std::size_t>(heads.first)].rows()),
-        first_head_(heads.first) {}
-
-  struct Start {
-    Systems residual;
-    std::vector<MatrixD> key_moment;  // per head: within-query covariance of what its rows read, by parts
-    std::vector<double> error;        // J_h, the mean over parts
-  };
-
-  // Where the given queries fall short of the source.
-  Start start(const Systems& queries) const {
-    Start out;
-    out.key_moment.assign(queries.size(), MatrixD::Zero(width_, width_));
-    out.error.assign(queries.size(), 0);
-    out.residual = run(queries, true, [&](Heads heads, const Slot& slot) {
-      for (std::size_t i = 0; i < slot.error.size(); ++i) {
-        const auto h = static_cast<std::size_t>(heads.first - first_head_) + i;
-        out.error[h] += slot.error[i];
-        if (!slot.key_moment.empty()) {
-          out.key_moment[h] += slot.key_moment[i].cast<double>();
-        }
-      }
-    });
-    const auto moment_rows =
-        static_cast<double>(every(sample_.count, moment_sequences) * sample_.per_sequence());
-    for (std::size_t h = 0; h < queries.size(); ++h) {
-      out.key_moment[h] /= moment_rows;
-      out.error[h] /= rows();
-      average_pairs(out.key_moment[h], p_);
-    }
-    return out;
-  }
-
-  // The quadratic's matrix times a direction.
-  Systems apply(const Systems& direction) const {
-    return run(direction, false, [](Heads, const Slot&) {});
-  }
-
- private:
-  // What a piece of work finds besides the pull, per head.
-  struct Slot {
-    std::vector<MatrixF> key_moment;
-    std::vector<double> error;
-  };
-
-  double rows() const { return static_cast<double>(sample_.sampled_inputs.rows()); }
-
-  template <typename Also>
-  Systems run(const Systems& queries, bool against_source, const Also& also) const {
-    Systems sum;
-    for (const MatrixD& m : queries) {
-      sum.emplace_back(MatrixD::Zero(m.rows(), m.cols()));
-    }
-    const std::vector<ProductMap> maps = parallel_made(chunks_.size(), [&](std::size_t c) {
-      return ProductMap(stacked(queries, {chunks_[c].first - first_head_, chunks_[c].count}),
-                        sample_.compute);
-    });
-    const auto heads = static_cast<Index>(queries.size());
-    const Index each = sample_.per_sequence();
-    const Index batch = sequences_at_once(sample_.length);
-    for (Index first = 0; first < sample_.count; first += batch) {
-      const Index count = std::min(batch, sample_.count - first);
-      // Σ_n P_mn error_mn z_n, in the frame of the unrotated query, for all heads and queries.
-      MatrixF pull(count * each, heads * width_);
-      std::vector<Slot> slots(static_cast<std::size_t>(count) * chunks_.size());
-      parallel_for(slots.size(), [&](std::size_t i) {
-        const std::size_t c = i % chunks_.size();
-        const auto s = static_cast<Index>(i / chunks_.size());
-        pull.block(s * each, (chunks_[c].first - first_head_) * width_, each, chunks_[c].count * width_) =
-            run(first + s, chunks_[c], maps[c], against_source, slots[i]);
-      });
-      add(first, pull, sum);
-      for (std::size_t i = 0; i < slots.size(); ++i) {
-        also(chunks_[i % chunks_.size()], slots[i]);
-      }
-    }
-    for (MatrixD& m : sum) {
-      m /= rows();
-    }
-    return sum;
-  }
-
-  // The pull on the heads of a chunk: [per_sequence, heads * width].
-  MatrixF run(Index s, Heads chunk, const ProductMap& map, bool against_source, Slot& slot) const {
-    const MatrixF u = queries_of(sample_, s, map, width_, turns_);
-    const MatrixF& z = keys_[static_cast<std::size_t>(s)];
-    const Index heads = chunk.count;
-    const auto share = 1.0F / static_cast<float>(group_.parts.size());
-    MatrixF out = MatrixF::Zero(u.rows(), u.cols());
-    slot.error.assign(static_cast<std::size_t>(heads), 0);
-    const bool wants_moment = against_source && s % moment_sequences == 0;
-    slot.key_moment.assign(static_cast<std::size_t>(wants_moment ? heads : 0), MatrixF::Zero(width_, width_));
-    for (const LatentPart& part : group_.parts) {
-      const Index width = p_ + group_.width(part);
-      const MatrixF queries = gather_queries(u, heads, group_, part, p_);
-      // What all keys of a sequence have in common shifts a query's scores by a constant, and would drown
-      // what is left in rounding: published models have offsets a hundred times their variance.
-      MatrixF keys = gather_keys(z, group_, part, p_, 0);
-      keys.rowwise() -= keys.colwise().mean().eval();
-      MatrixF pull(queries.rows(), queries.cols());
-      MatrixF received = MatrixF::Zero(wants_moment ? heads : 0, sample_.length);
-      MatrixF mean_keys(wants_moment ? queries.rows() : 0, queries.cols());
-      MatrixF logits;
-      MatrixF scratch;
-      MatrixF scores;
-      MatrixF stack;
-      for (const Block& block : blocks_of(sample_, s)) {
-        const auto weights = source_weights(sample_, block, chunk, scratch);
-        const auto seen = keys.topRows(block.columns);
-        stack_heads(queries, block, heads, stack);
-        scores.resize(stack.rows(), block.columns);
-        scores.noalias() = stack * seen.transpose();
-        if (against_source) {
-          source_logits(sample_, block, chunk, logits);
-          scores = logits - scores;
-        }
-        if (wants_moment) {
-          stack.noalias() = weights * seen;
-          unstack_heads(stack, block, heads, mean_keys);
-        }
-        for (Index h = 0; h < heads; ++h) {
-          const auto of_head = weights.middleRows(h * block.rows, block.rows);
-          slot.error[static_cast<std::size_t>(h)] +=
-              static_cast<double>(share) * centre(of_head, scores.middleRows(h * block.rows, block.rows));
-          if (wants_moment) {
-            received.row(h).head(block.columns) += of_head.colwise().sum();
-          }
-        }
-        stack.noalias() = scores * seen;
-        unstack_heads(stack, block, heads, pull);
-      }
-      for (Index h = 0; h < received.rows(); ++h) {
-        const MatrixF scaled = received.row(h).transpose().cwiseSqrt().asDiagonal() * keys;
-        const auto means = mean_keys.middleCols(h * width, width);
-        MatrixF moment(width, width);
-        moment.noalias() = scaled.transpose() * scaled;
-        moment.noalias() -= means.transpose() * means;
-        MatrixF& whole = slot.key_moment[static_cast<std::size_t>(h)];
-        whole.topLeftCorner(p_, p_) += share * moment.topLeftCorner(p_, p_);
-        whole.block(part.query, part.query, width - p_, width - p_) =
-            share * moment.bottomRightCorner(width - p_, width - p_);
-      }
-      pull *= share;
-      scatter_queries(pull, heads, group_, part, p_, out);
-    }
-    rotate_in_place(reversed(turns_.of(s)), 0, width_, heads, out);
-    return out;
-  }
-
-  // Adds pullᵀ x̃ of every head, over a batch of sequences.
-  void add(Index first_sequence, const MatrixF& pull, Systems& sum) const {
-    const auto inputs = sample_.asked().middleRows(first_sequence * sample_.per_sequence(), pull.rows());
-    const auto batch = static_cast<std::size_t>(first_sequence / sequences_at_once(sample_.length));
-    for_slices(sum, [&](std::size_t h, Index first, Index rows) {
-      const auto of_slice = pull.middleCols(static_cast<Index>(h) * width_ + first, rows);
-      const MatrixF product = packed_inputs_.empty() ? MatrixF(of_slice.transpose() * inputs)
-                                                     : packed_inputs_[batch].times_transposed(of_slice);
-      sum[h].middleRows(first, rows) += product.cast<double>();
-    });
-  }
-
-  const AttentionSample& sample_;
-  const LatentGroup& group_;
-  const Turns& turns_;
-  const std::vector<PackedWeight>& packed_inputs_;
-  const std::vector<MatrixF>& keys_;
-  std::vector<Heads> chunks_;
-  Index p_;
-  Index width_;
-  Index first_head_;
-};
-
-}  // namespace
-
-QueryFit::QueryFit(const AttentionSample& sample, const FitOptions& options)
-    : sample_(sample),
-      ridge_(options.query_ridge * scarcity(sample) * mean_square(sample.asked_moment())),
-      inputs_(input_side(sample.asked_moment(), ridge_, sample.compute)) {
+QueryFit::QueryFit(const AttentionSample& sample, const FitOptions& options) {
   const Stage stage("fit queries");
-  if (sample.compute == DType::bf16) {
-    const Index batch = sequences_at_once(sample.length);
-    const Index rows = sample.per_sequence();
-    packed_inputs_ = parallel_made(static_cast<std::size_t>(every(sample.count, batch)), [&](std::size_t i) {
-      const Index first = static_cast<Index>(i) * batch;
-      return PackedWeight::of_transposed(
-          sample.asked().middleRows(first * rows, std::min(batch, sample.count - first) * rows));
-    });
-  }
-}
-
-std::uint64_t QueryFit::memory(Index heads, Index width, Index inputs, const SampleSize& size) {
-  const Index run = std::min(heads, heads_at_once(width * inputs));
-  const Index queries = size.count * size.per_sequence();
-  const Index at_once = std::min(size.count, sequences_at_once(size.length)) * size.per_sequence();
-  const Index for_thread = 3 * size.per_sequence() * std::min(run, chunk_heads) * width;
-  const bool packs = size.compute == DType::bf16;
-  // The inverse; queries, residual, direction, image and solution of a run, and their maps; what pulls on
-  // them.
-  Index bytes = (packs ? 2 : 4) * inputs * inputs + (5 * 8 + (packs ? 2 : 4)) * run * width * inputs;
-  bytes += 4 * (at_once * run * width + num_threads() * for_thread) + (packs ? 2 * queries * inputs : 0);
-  return static_cast<std::uint64_t>(bytes);
+  problems_ = backend().query_problems(
+      sample, options.query_ridge * scarcity(sample) * mean_square(sample.asked_moment()));
 }
 
 ScoreError QueryFit::operator()(Index steps, AbsorbedAttention& attention) const {
   const Stage stage("fit queries");
-  const Turns turns(attention.rotary, sample_);
-  const Index heads = attention.heads();
+  const auto heads = static_cast<double>(attention.heads());
   ScoreError out;
-  for (const LatentGroup& group : attention.groups) {
-    const std::vector<MatrixF> keys = all_keys(sample_, attention, group, turns.all);
-    const Index run = heads_at_once(attention.query[static_cast<std::size_t>(group.first_head)].size());
-    const Index end = group.first_head + group.head_count;
-    for (Index first = group.first_head; first < end; first += run) {
-      const Index count = std::min(run, end - first);
-      const Systems queries(attention.query.begin() + first, attention.query.begin() + first + count);
-      const QueryProblem problem(sample_, attention, group, turns, packed_inputs_, keys, {first, count});
-      QueryProblem::Start start = problem.start(queries);
-      const std::vector<ScoreSide> sides = parallel_made(
-          queries.size(), [&](std::size_t h) { return score_side(std::move(start.key_moment[h])); });
-      const Solution solution = conjugate_gradients(
-          std::move(start.residual), steps,
-          [&](const Systems& direction) {
-            Systems image = problem.apply(direction);
-            add_ridge(sides, ridge_, direction, image);
-            return image;
-          },
-          [&](const Systems& residual) { return precondition(sides, residual, inputs_); });
-      for (std::size_t h = 0; h < queries.size(); ++h) {
-        attention.query[static_cast<std::size_t>(first) + h] += solution.x[h];
-        out.before += start.error[h] / static_cast<double>(heads);
-        out.after += (start.error[h] - solution.gain[h]) / static_cast<double>(heads);
-      }
+  problems_->for_heads(attention, [&](Heads fitted, FitProblem& problem) {
+    const auto first = attention.query.begin() + fitted.first;
+    FitProblem::Start start = problem.start({first, first + fitted.count});
+    const Solution solution = conjugate_gradients(std::move(start.residual), steps, problem);
+    for (std::size_t h = 0; h < solution.x.size(); ++h) {
+      first[static_cast<std::ptrdiff_t>(h)] += solution.x[h];
+      out.before += start.error[h] / heads;
+      out.after += (start.error[h] - solution.gain[h]) / heads;
     }
-  }
+  });
   return out;
 }
 

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 
 namespace relatent {
 namespace {
@@ -35,12 +35,12 @@ void compress_query(LatentAttention& attention, MomentRef input_moment, Index ra
       weighed.row(first + i + p / 2) *= weight;
     }
   }
-  const SymmetricRoot root = symmetric_root(second, variance_floor);
+  const SymmetricRoot root = backend().symmetric_root(second, variance_floor);
   const MatrixD rows = weighed * root.root;
   MatrixD energy = MatrixD::Zero(hidden, hidden);
   energy.selfadjointView<Eigen::Lower>().rankUpdate(rows.transpose());
   energy.triangularView<Eigen::StrictlyUpper>() = energy.transpose();
-  const MatrixD basis = symmetric_eigenpairs(energy, rank).vectors;
+  const MatrixD basis = backend().symmetric_eigenpairs(energy, rank).vectors;
   const MatrixD down = basis.transpose() * root.inverse;
   // What q acts on has mean square 1 in every coordinate.
   const VectorD spread = (down * second).cwiseProduct(down).rowwise().sum();

@@ -3,18 +3,10 @@
 #include <Eigen/Dense>
 #include <algorithm>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 #include "linalg/moments.h"
 
 namespace relatent {
-
-RefitSums::RefitSums(Index outputs, Index features)
-    : feature_moment(MatrixD::Zero(features, features)), error_moment(MatrixD::Zero(outputs, features)) {}
-
-void RefitSums::add(const MatrixF& features, const MatrixF& errors) {
-  add_second_moment(features, feature_moment);
-  add_cross_moment(errors, features, error_moment);
-}
 
 double ridge_for_scarcity(Index tokens, Index features) {
   const double ratio = 16 * static_cast<double>(features) / static_cast<double>(tokens);
@@ -27,12 +19,21 @@ MatrixD refit_delta(const RefitSums& sums, double ridge) {
   const double last = std::max(ridge, 1.0);
   for (double rho = ridge; rho < last; rho *= 10) {
     try {
-      return ridge_solve(features, sums.error_moment.transpose(), rho).transpose();
+      return backend().ridge_solve(features, sums.error_moment.transpose(), rho).transpose();
     } catch (const NumericalError&) {
       // Not positive definite in working precision; a NaN fails every time and is reported below.
     }
   }
-  return ridge_solve(features, sums.error_moment.transpose(), last).transpose();
+  return backend().ridge_solve(features, sums.error_moment.transpose(), last).transpose();
+}
+
+void refit_output(const RefitSums& sums, double ridge, Linear& o) {
+  const Index features = o.weight.cols();
+  const MatrixD delta = refit_delta(sums, ridge * ridge_for_scarcity(sums.tokens, features));
+  o.weight = (o.weight.cast<double>() + delta.leftCols(features)).cast<float>();
+  if (o.bias.size() > 0) {
+    o.bias = (o.bias.cast<double>() + delta.col(features).transpose()).cast<float>();
+  }
 }
 
 }  // namespace relatent

@@ -1,19 +1,11 @@
 // Closed-form refits of a linear map by ridge regression: no gradients, no training.
 #pragma once
 
+#include "convert/compute/statistics.h"
+#include "convert/model/attention.h"
 #include "linalg/matrix.h"
 
 namespace relatent {
-
-// Sums over tokens of a feature vector a (what the map reads) and of the error e that the map's output should
-// make good.
-struct RefitSums {
-  MatrixD feature_moment;  // [F, F], Σ a aᵀ (lower triangle)
-  MatrixD error_moment;    // [out, F], Σ e aᵀ
-
-  RefitSums(Index outputs, Index features);
-  void add(const MatrixF& features, const MatrixF& errors);
-};
 
 // What a ridge is multiplied by for so many tokens and features: the fewer tokens there are for each feature,
 // the more of what they say is chance. 1 for plenty.
@@ -23,5 +15,8 @@ double ridge_for_scarcity(Index tokens, Index features);
 // squared error. ρ is raised tenfold at a time, to at most the mean diagonal itself, while the system is not
 // positive definite; [out, F].
 MatrixD refit_delta(const RefitSums& sums, double ridge);
+
+// Adds that change, its ridge raised for scarcity, to o; the last feature is what a bias is multiplied by.
+void refit_output(const RefitSums& sums, double ridge, Linear& o);
 
 }  // namespace relatent

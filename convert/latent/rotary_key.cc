@@ -5,7 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "linalg/decompose.h"
+#include "convert/compute/backend.h"
 #include "linalg/layouts.h"
 #include "linalg/stages.h"
 
@@ -117,7 +117,7 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
             Complex(pairs(a, b) + pairs(groups + a, groups + b), pairs(groups + a, b) - pairs(a, groups + b));
       }
     }
-    const Eigenpairs<MatrixC> eigen = hermitian_eigenpairs(moment);
+    const Eigenpairs<MatrixC> eigen = backend().hermitian_eigenpairs(moment);
     out.loss.emplace_back(largest > 0 ? VectorD(eigen.values.cwiseMax(0) * (maps.scale * maps.scale))
                                       : VectorD(VectorD::Zero(groups)));
     out.read.emplace_back(eigen.vectors.adjoint() * root.cast<Complex>().asDiagonal());

@@ -3,8 +3,8 @@
 #include <Eigen/Dense>
 #include <cmath>
 
+#include "convert/compute/backend.h"
 #include "formats/error.h"
-#include "linalg/decompose.h"
 
 namespace relatent {
 
@@ -63,7 +63,7 @@ TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
         moment(i, j) = key_moment(a, b) + key_moment(a + half, b + half);
       }
     }
-    const MatrixD basis = symmetric_eigenpairs(moment).vectors;
+    const MatrixD basis = backend().symmetric_eigenpairs(moment).vectors;
     for (Index c = 0; c < kept; ++c) {
       const Index pair = fold_idx * kept + c;
       for (Index i = 0; i < n; ++i) {
@@ -114,14 +114,14 @@ JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const
   moment.topRows(left) /= ratio;
   moment.leftCols(left) /= ratio;
   y.topRows(left) /= ratio;
-  const MatrixD basis = symmetric_eigenpairs(moment, rank).vectors;
+  const MatrixD basis = backend().symmetric_eigenpairs(moment, rank).vectors;
   return {basis.transpose() * y, key.leftover.transpose() * basis.topRows(left) * ratio,
           basis.bottomRows(keys), VectorD::Zero(keys)};
 }
 
 LowRankQuery transmla_query(const LayerMaps& maps, const Moments& moments, Index q_rank) {
   const MatrixD q = map_of(maps.q);
-  const MatrixD basis = symmetric_eigenpairs(second_moment(q, moments), q_rank).vectors;
+  const MatrixD basis = backend().symmetric_eigenpairs(second_moment(q, moments), q_rank).vectors;
   return {basis.transpose() * q, basis};
 }
 

@@ -35,9 +35,9 @@ class Flight {
           return;
         }
         const Index layer_idx = next_++;
-        Moments known = work_.moments(layer_idx);
+        Moments moments = work_.moments(layer_idx);
         lock.unlock();
-        work_.body(layer_idx, std::move(known));
+        work_.body(layer_idx, std::move(moments));
         lock.lock();
         ready_[static_cast<std::size_t>(layer_idx)] = true;
         finish(lock);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "convert/compute/backend.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/branch_norms.h"
 #include "convert/latent/from_mla.h"
@@ -51,12 +52,13 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
                         .body =
                             [&](Index layer_idx, Moments input) {
                               const auto at = static_cast<std::size_t>(layer_idx);
-                              const Known known = know(source.scores(layer_idx), layer_idx, std::move(input));
+                              const PreparedLayer prepared =
+                                  prepare(source.scores(layer_idx), layer_idx, std::move(input));
                               concentrations_[at] = naming_layer(layer_idx, [&] {
-                                return concentrate(*known.maps, known.moments,
-                                                   dropped(*known.maps, known.moments));
+                                return concentrate(*prepared.maps, prepared.moments,
+                                                   dropped(*prepared.maps, prepared.moments));
                               });
-                              fold_errors[at] = known.fold_error;
+                              fold_errors[at] = prepared.fold_error;
                             },
                         .finish = [](Index) {}});
     fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
@@ -75,9 +77,9 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
   }
 }
 
-RelatentConversion::Known RelatentConversion::know(const LatentAttention& attention, Index layer_idx,
-                                                   Moments moments) const {
-  Known out;
+RelatentConversion::PreparedLayer RelatentConversion::prepare(const LatentAttention& attention,
+                                                              Index layer_idx, Moments moments) const {
+  PreparedLayer out;
   out.layer_idx = layer_idx;
   out.moments = std::move(moments);
   if (attention.q_down.out() > 0) {
@@ -88,9 +90,9 @@ RelatentConversion::Known RelatentConversion::know(const LatentAttention& attent
   return out;
 }
 
-RelatentConversion::Known RelatentConversion::know(GqaAttention attention, Index layer_idx,
-                                                   Moments moments) const {
-  Known out;
+RelatentConversion::PreparedLayer RelatentConversion::prepare(GqaAttention attention, Index layer_idx,
+                                                              Moments moments) const {
+  PreparedLayer out;
   out.layer_idx = layer_idx;
   out.moments = std::move(moments);
   const bool biased =
@@ -117,9 +119,9 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
   return options_.expected_rotation ? expected_rotation(maps, moments) : unit_rotation(maps, moments);
 }
 
-RotaryKey RelatentConversion::key_of(const Known& known) const {
-  return rotary_key(*known.maps, concentrations_[static_cast<std::size_t>(known.layer_idx)],
-                    dropped(*known.maps, known.moments), components_);
+RotaryKey RelatentConversion::key_of(const PreparedLayer& prepared) const {
+  return rotary_key(*prepared.maps, concentrations_[static_cast<std::size_t>(prepared.layer_idx)],
+                    dropped(*prepared.maps, prepared.moments), components_);
 }
 
 std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
@@ -132,7 +134,9 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
     latent.lambda = options_.lambda;
     latent.output_metric = options_.output_metric;
     latent.centred = affine();
-    latent.key_rank = partition.parts > 1 ? options_.key_rank : -1;
+    if (partition.parts > 1) {
+      latent.key_rank = options_.key_rank;
+    }
     latent.value_weight = options_.value_weight;
     latent.first_head = partition.first_head(g, maps.heads);
     latent.head_count = partition.first_head(g + 1, maps.heads) - latent.first_head;
@@ -141,10 +145,12 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
   return out;
 }
 
-AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const Known& known) const {
-  if (known.maps) {
-    const RotaryKey key = key_of(known);
-    return absorb(*known.maps, key, latents_of(*known.maps, known.moments, key), fitted_partition().parts);
+AbsorbedAttention RelatentConversion::absorbed(const Attention& attention,
+                                               const PreparedLayer& prepared) const {
+  if (prepared.maps) {
+    const RotaryKey key = key_of(prepared);
+    return absorb(*prepared.maps, key, latents_of(*prepared.maps, prepared.moments, key),
+                  fitted_partition().parts);
   }
   FromMlaOptions options;
   options.partition = fitted_partition();
@@ -152,30 +158,31 @@ AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const
   options.key_rank = options_.key_rank;
   options.lambda = options_.lambda;
   options.value_weight = options_.value_weight;
-  return from_mla(std::get<LatentAttention>(attention), known.moments.input(), known.queries(), options);
+  return from_mla(std::get<LatentAttention>(attention), prepared.moments.input(), prepared.queries(),
+                  options);
 }
 
-LatentAttention RelatentConversion::closed(const Attention& attention, const Known& known) const {
+LatentAttention RelatentConversion::closed(const Attention& attention, const PreparedLayer& prepared) const {
   LatentAttention out;
-  if (known.maps && fitted_partition().parts == 1) {
+  if (prepared.maps && fitted_partition().parts == 1) {
     // The same as through the absorbed form, whose queries are as wide as the latent.
-    const RotaryKey key = key_of(known);
-    out =
-        assemble(*known.maps, known.moments, key, latents_of(*known.maps, known.moments, key), std::nullopt);
+    const RotaryKey key = key_of(prepared);
+    out = assemble(*prepared.maps, prepared.moments, key, latents_of(*prepared.maps, prepared.moments, key),
+                   std::nullopt);
   } else {
-    out = to_latent_attention(absorbed(attention, known), known.moments.input(), known.queries());
+    out = to_latent_attention(absorbed(attention, prepared), prepared.moments.input(), prepared.queries());
   }
   if (options_.q_rank) {
-    compress_query(out, known.moments.input(), *options_.q_rank);
+    compress_query(out, prepared.moments.input(), *options_.q_rank);
   }
   keep_query(attention, out);
   return out;
 }
 
-LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, Known known) {
-  AbsorbedAttention attention = absorbed(layer.attention, known);
-  const bool query_bias = known.query_bias;
-  known = {};  // the sample has moments of its own
+LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, PreparedLayer prepared) {
+  AbsorbedAttention attention = absorbed(layer.attention, prepared);
+  const bool query_bias = prepared.query_bias;
+  prepared = {};  // the sample has moments of its own
   const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
   const bool one_latent = options_.partition.latents() == 1;
   if (!affine() && one_latent) {
@@ -194,15 +201,15 @@ LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, Known kno
   return out;
 }
 
-LatentAttention RelatentConversion::sliced(const Attention& attention, const Known& known) const {
+LatentAttention RelatentConversion::sliced(const Attention& attention, const PreparedLayer& prepared) const {
   const auto slice = [&](const LatentAttention& whole) {
-    return slice_latent(whole, options_.partition.parts, options_.order, known.moments.input(),
-                        known.queries());
+    return slice_latent(whole, options_.partition.parts, options_.order, prepared.moments.input(),
+                        prepared.queries());
   };
   if (const auto* mla = std::get_if<LatentAttention>(&attention)) {
     return slice(*mla);
   }
-  return slice(closed(attention, known));
+  return slice(closed(attention, prepared));
 }
 
 void RelatentConversion::finish(const AttentionHalf& layer, LatentAttention& converted) {
@@ -227,10 +234,10 @@ LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) co
 
 LatentAttention RelatentConversion::convert_alone(Index layer_idx, Moments moments) const {
   Attention attention = source_.attention(layer_idx);
-  // What is known of grouped-query attention includes all of it.
-  const Known known =
-      std::visit([&](auto& kind) { return know(std::move(kind), layer_idx, std::move(moments)); }, attention);
-  return options_.order == LatentOrder::shared ? closed(attention, known) : sliced(attention, known);
+  // A prepared layer of grouped-query attention includes all of it.
+  const PreparedLayer prepared = std::visit(
+      [&](auto& kind) { return prepare(std::move(kind), layer_idx, std::move(moments)); }, attention);
+  return options_.order == LatentOrder::shared ? closed(attention, prepared) : sliced(attention, prepared);
 }
 
 LatentAttention RelatentConversion::next() {
@@ -248,22 +255,21 @@ LatentAttention RelatentConversion::next() {
 
 LatentAttention RelatentConversion::convert_next(Index layer_idx) {
   AttentionHalf layer = source_.attention_half(layer_idx);
-  Known known = std::visit([&](const auto& kind) { return know(kind, layer_idx, moments_(layer_idx)); },
-                           layer.attention);
-  fold_error_ = std::max(fold_error_, known.fold_error);
+  PreparedLayer prepared = std::visit(
+      [&](const auto& kind) { return prepare(kind, layer_idx, moments_(layer_idx)); }, layer.attention);
+  fold_error_ = std::max(fold_error_, prepared.fold_error);
   LatentAttention out;
   if (options_.order == LatentOrder::shared) {
-    out = fitted(layer, std::move(known));
+    out = fitted(layer, std::move(prepared));
   } else {
-    out = sliced(layer.attention, known);
+    out = sliced(layer.attention, prepared);
     streams_->follow_source(layer);
   }
   finish(layer, out);
   if (next_ < source_.config().num_hidden_layers) {
     // The MLP is read once nothing of the attention is held any more but what is written.
     layer.attention = {};
-    streams_->finish_layer(options_.compute == DType::bf16 ? source_.packed_mlp_half(layer_idx)
-                                                           : source_.mlp_half(layer_idx));
+    streams_->finish_layer(backend().load_mlp(source_, layer_idx, options_.compute));
   }
   return out;
 }

@@ -43,7 +43,7 @@ class RelatentConversion final : public ConversionMethod {
 
  private:
   // What is known of a layer before it is converted.
-  struct Known {
+  struct PreparedLayer {
     Index layer_idx = 0;
     Moments moments;
     std::optional<LayerMaps> maps;  // of a GQA source, without biases where the engine has none
@@ -56,23 +56,23 @@ class RelatentConversion final : public ConversionMethod {
   };
   LatentAttention convert_next(Index layer_idx);
   LatentAttention convert_alone(Index layer_idx, Moments moments) const;
-  Known know(const LatentAttention& attention, Index layer_idx, Moments moments) const;
-  Known know(GqaAttention attention, Index layer_idx, Moments moments) const;
+  PreparedLayer prepare(const LatentAttention& attention, Index layer_idx, Moments moments) const;
+  PreparedLayer prepare(GqaAttention attention, Index layer_idx, Moments moments) const;
   // The closed forms, from either kind of source.
-  AbsorbedAttention absorbed(const Attention& attention, const Known& known) const;
+  AbsorbedAttention absorbed(const Attention& attention, const PreparedLayer& prepared) const;
   std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
                                       const RotaryKey& key) const;
-  RotaryKey key_of(const Known& known) const;
+  RotaryKey key_of(const PreparedLayer& prepared) const;
   // What the closed forms make; slices are cut from a single latent.
   Partition fitted_partition() const {
     return options_.order == LatentOrder::shared ? options_.partition : Partition{};
   }
   // The closed forms, as branches of one part each or of several.
-  LatentAttention closed(const Attention& attention, const Known& known) const;
+  LatentAttention closed(const Attention& attention, const PreparedLayer& prepared) const;
   // The closed forms fitted. Moves the source's stream past its attention.
-  LatentAttention fitted(const AttentionHalf& layer, Known known);
+  LatentAttention fitted(const AttentionHalf& layer, PreparedLayer prepared);
   // The source, or its closed form, cut into slices.
-  LatentAttention sliced(const Attention& attention, const Known& known) const;
+  LatentAttention sliced(const Attention& attention, const PreparedLayer& prepared) const;
   // Refits o_proj and moves the converted stream past the attention.
   void finish(const AttentionHalf& layer, LatentAttention& converted);
   bool affine() const { return !options_.norm_coordinates; }

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
 
 namespace relatent {
 namespace {
@@ -27,10 +27,10 @@ SizeSearch::SizeSearch(const Model& source, std::function<Moments(Index)> moment
 
 SizeTrial SizeSearch::trial(const CacheSizes& sizes, const Sequences& fit, const Sequences& held_out,
                             const RelatentOptions& options) {
-  for (const SizeTrial& known : known_) {
-    if (known.rope_dim == sizes.rope_dim && known.rank == sizes.rank && known.key_rank == sizes.key_rank) {
-      trials_.push_back(known);
-      return known;
+  for (const SizeTrial& made : earlier_trials_) {
+    if (made.rope_dim == sizes.rope_dim && made.rank == sizes.rank && made.key_rank == sizes.key_rank) {
+      trials_.push_back(made);
+      return made;
     }
   }
   RelatentOptions sized = options;
@@ -41,12 +41,13 @@ SizeTrial SizeSearch::trial(const CacheSizes& sizes, const Sequences& fit, const
   Stream source_stream(source_, held_out);
   Stream converted_stream = source_stream;
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
-    Layer layer = source_.layer(i);
+    Layer layer = backend().load_layer(source_, i, DType::f32);
     run_layer(layer, source_stream);
     layer.attention = conversion.next();
     run_layer(layer, converted_stream);
   }
-  const LogitComparison logits = compare_logits(source_, source_stream, source_, converted_stream, held_out);
+  const LogitComparison logits =
+      backend().compare_logits(source_, source_stream, source_, converted_stream, held_out);
   trials_.push_back({sizes.rope_dim, sizes.rank, logits.converted_nll - logits.source_nll, sizes.key_rank});
   if (watch_) {
     watch_(trials_.back());

@@ -21,7 +21,7 @@ class SizeSearch {
              const RelatentOptions& options, Watch watch);
 
   // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
-  void know(std::vector<SizeTrial> trials) { known_ = std::move(trials); }
+  void take_over(std::vector<SizeTrial> trials) { earlier_trials_ = std::move(trials); }
 
   // The best of the rotary_candidates for a cache of `total` numbers, tried with fewer tokens and no key fit,
   // which rank them well enough. One candidate is taken untried.
@@ -48,7 +48,7 @@ class SizeSearch {
   Sequences sequences_;
   RelatentOptions options_;
   Watch watch_;
-  std::vector<SizeTrial> known_;
+  std::vector<SizeTrial> earlier_trials_;
   std::vector<SizeTrial> trials_;
 };
 

@@ -1,9 +1,9 @@
 #include "convert/latent/transmla.h"
 
+#include "convert/compute/backend.h"
 #include "convert/latent/assemble.h"
 #include "convert/methods/method.h"
 #include "convert/methods/naming_layer.h"
-#include "convert/model/forward.h"
 
 namespace relatent {
 namespace {
@@ -16,7 +16,7 @@ class Transmla final : public ConversionMethod {
   Transmla(const ConvertPlan& plan, const ConvertInputs& inputs, Index fold)
       : plan_(plan),
         inputs_(inputs),
-        options_{plan.shape.rope_dim, fold, plan.options.balance, plan.options.balance_columns} {}
+        options_{plan.shape.qk_rope_head_dim, fold, plan.options.balance, plan.options.balance_columns} {}
 
   Rotary rotary() const override {
     const ModelConfig& config = inputs_.source.config();
@@ -29,11 +29,11 @@ class Transmla final : public ConversionMethod {
       const LayerMaps maps = maps_of(std::get<GqaAttention>(inputs_.source.attention(layer_idx)));
       const TransmlaKey key = transmla_rotary_key(maps, moments, options_);
       std::optional<LowRankQuery> query;
-      if (shape.q_rank) {
-        query = transmla_query(maps, moments, *shape.q_rank);
+      if (shape.q_lora_rank) {
+        query = transmla_query(maps, moments, *shape.q_lora_rank);
       }
-      return assemble_mla(maps, moments, key.key, transmla_latent(maps, moments, key, options_, shape.rank),
-                          query);
+      return assemble_mla(maps, moments, key.key,
+                          transmla_latent(maps, moments, key, options_, shape.kv_lora_rank), query);
     });
   }
 
@@ -57,13 +57,13 @@ Index choose_fold(const ConvertPlan& plan, const ConvertInputs& inputs) {
   Index best = 0;
   double best_nll = 0;
   // Doubling as long as it helps, as the authors search.
-  for (Index fold = std::max<Index>(1, d / plan.shape.rope_dim); (d / 2) % fold == 0; fold *= 2) {
+  for (Index fold = std::max<Index>(1, d / plan.shape.qk_rope_head_dim); (d / 2) % fold == 0; fold *= 2) {
     Stream stream(source, sequences);
     for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-      Layer converted = source.layer(i);
+      Layer converted = backend().load_layer(source, i, DType::f32);
       const LayerMaps maps = maps_of(std::get<GqaAttention>(converted.attention));
-      const Moments known = input_moments(inputs, i);
-      const RotaryKey key = transmla_rotary_key(maps, known, {plan.shape.rope_dim, fold, 0}).key;
+      const Moments moments = input_moments(inputs, i);
+      const RotaryKey key = transmla_rotary_key(maps, moments, {plan.shape.qk_rope_head_dim, fold, 0}).key;
       // Nothing is lost but rotation: the latent is all keys and values.
       const Index keys = maps.key_dim();
       JointLatent all{MatrixD(2 * keys, maps.k.cols()), MatrixD::Zero(keys, 2 * keys),
@@ -71,10 +71,10 @@ Index choose_fold(const ConvertPlan& plan, const ConvertInputs& inputs) {
       all.down << key.residual * maps.k, maps.v;
       all.key_up.leftCols(keys).setIdentity();
       all.value_up.rightCols(keys).setIdentity();
-      converted.attention = assemble_mla(maps, known, key, all, std::nullopt);
+      converted.attention = assemble_mla(maps, moments, key, all, std::nullopt);
       run_layer(converted, stream);
     }
-    const double nll = compare_logits(source, stream, source, stream, sequences).source_nll;
+    const double nll = backend().compare_logits(source, stream, source, stream, sequences).source_nll;
     if (best != 0 && nll >= best_nll) {
       break;
     }

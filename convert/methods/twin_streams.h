@@ -6,15 +6,15 @@
 #include <filesystem>
 #include <optional>
 
-#include "convert/latent/attention_fit.h"
-#include "convert/model/forward.h"
+#include "convert/compute/attention_sample.h"
+#include "convert/compute/stream.h"
 #include "convert/model/model.h"
 
 namespace relatent {
 
 class TwinStreams {
  public:
-  // compute: of the samples (attention_fit.h).
+  // compute: of the samples (attention_sample.h).
   TwinStreams(const Model& source, const Sequences& sequences, DType compute = DType::f32);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to
@@ -42,8 +42,6 @@ class TwinStreams {
   const Stream& converted() const { return converted_; }
 
  private:
-  MatrixF converted_inputs(const RmsNorm& norm, Index sequence, bool affine) const;
-
   Stream source_;
   Stream converted_;
   DType compute_;

@@ -1,4 +1,4 @@
-// The two kinds of attention, and how each runs over one sequence.
+// The two kinds of attention, as weights and sizes.
 #pragma once
 
 #include <memory>
@@ -19,8 +19,6 @@ struct Linear {
   // Instead of `weight`, which is then empty: for products in bfloat16.
   std::shared_ptr<const PackedWeight> packed{};
 
-  // x [rows, in] -> [rows, out]
-  MatrixF operator()(const MatrixF& x) const;
   // What gives outputs [first, first + count).
   Linear rows(Index first, Index count) const;
   Index out() const { return packed ? packed->out() : weight.rows(); }
@@ -34,7 +32,6 @@ struct RmsNorm {
   float eps = 0;
 
   bool present() const { return gain.size() > 0; }
-  void apply(MatrixF& x) const;
 };
 
 // Grouped-query attention; head h reads group h / (heads / kv_heads).
@@ -56,11 +53,11 @@ struct GqaAttention {
 // One latent and the heads that read it. Its coordinates are those of a shared latent, if it reads one, and
 // then its own.
 struct LatentBranch {
-  Linear down;           // own rows [rank, hidden], what the cache holds (before a norm)
-  Index shared = -1;     // index into LatentAttention::shared; -1 = none
-  RmsNorm norm;          // on the whole latent, where the engine insists on one
-  MatrixF up;            // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
-  Index first_head = 0;  // the branch serves heads first_head ... first_head + head_count - 1
+  Linear down;                    // own rows [rank, hidden], what the cache holds (before a norm)
+  std::optional<Index> shared{};  // index into LatentAttention::shared
+  RmsNorm norm;                   // on the whole latent, where the engine insists on one
+  MatrixF up;                     // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
+  Index first_head = 0;           // the branch serves heads first_head ... first_head + head_count - 1
   Index head_count = 0;
   double mean_square = 0;  // E|c_b|² / r_b where a conversion knows it; 0 = unknown
 };
@@ -95,35 +92,10 @@ struct LatentAttention {
 
 using Attention = std::variant<GqaAttention, LatentAttention>;
 
-// Sums, per head, the attention mass that queries put on keys Δ positions back.
-struct DistanceMass {
-  MatrixD sum;  // [heads, length], column = Δ
-};
-
-// Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before
-// o_proj, [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass,
-// when given, is added to; a head of several branches counts their mean.
-MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
-                          DistanceMass* mass = nullptr);
-// What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
-struct GqaProjections {
-  MatrixF q;
-  MatrixF k;
-  MatrixF v;
-};
-GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
-MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
-                          DistanceMass* mass = nullptr);
-// What LatentAttention's queries act on: x, or norm(q_down x).
-MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
-// 1 / √(mean((rows x)²) + eps) for every row of x [length, hidden]; empty without rows.
-VectorF inverse_rms(const MatrixF& rows, float eps,
-                    const Eigen::Ref<const MatrixF, 0, Eigen::OuterStride<>>& x);
-MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
-                          DistanceMass* mass = nullptr);
-MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table);
-
 const Linear& output_projection(const Attention& attention);
+inline const Linear& output_projection(const LatentAttention& attention) {
+  return attention.o;
+}
 const Rotary& rotary_of(const Attention& attention);
 
 }  // namespace relatent

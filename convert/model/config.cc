@@ -42,7 +42,7 @@ std::string_view topk_method_name(TopkMethod method) {
   return name_in(topk_methods, method);
 }
 
-Index ModelConfig::cache_numbers() const {
+Index ModelConfig::cache_elements() const {
   return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : latent->kv_lora_rank + latent->qk_rope_head_dim;
 }
 
@@ -57,7 +57,7 @@ std::optional<Index> ModelConfig::cache_bytes_per_token_on_device(Index tp) cons
   }
   Index most = 0;
   for (const DeviceShare& share : device_shares(*latent, tp)) {
-    most = std::max(most, share.cache_numbers(*latent));
+    most = std::max(most, share.cache_elements(*latent));
   }
   return most * unit;
 }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "convert/model/latent_sizes.h"
 #include "convert/model/rotary.h"
 #include "linalg/dtype.h"
 
@@ -25,44 +26,10 @@ struct GqaGeometry {
   Index head_dim = 0;
 };
 
-// One latent of the canonical form (attention.h) and the heads that read it.
-struct BranchGeometry {
-  Index first_head = 0;
-  Index head_count = 0;
-  Index rank = 0;     // coordinates of its own
-  Index shared = -1;  // index into shared_ranks of the coordinates that come before them; -1 = none
-
-  // With the shared ones.
-  Index whole_rank(const std::vector<Index>& shared_ranks) const {
-    return rank + (shared >= 0 ? shared_ranks[static_cast<std::size_t>(shared)] : 0);
-  }
-};
-
-// What a stored latent is divided by before it is expanded.
-enum class LatentNorm {
-  none,
-  branch,      // RMSNorm over each branch's whole latent
-  replicated,  // the root mean square of rows that every device holds, the same for all latents
-};
-// As config.json says it.
-std::string_view norm_name(LatentNorm norm);
-std::optional<LatentNorm> latent_norm_of(std::string_view name);
-
-// Latent attention: DeepSeek-V2/V3's MLA is one branch, the partitioned forms have several.
-struct LatentGeometry {
-  std::string form = "mla";    // mla, gla, tpla or mlra
-  Index kv_lora_rank = 0;      // all distinct latent coordinates together
-  Index qk_nope_head_dim = 0;  // n
-  Index qk_rope_head_dim = 0;  // p
-  Index v_head_dim = 0;        // w
-  std::optional<Index> q_lora_rank;
-  bool attention_bias = false;
+// Latent attention as a config describes it.
+struct LatentGeometry : LatentSizes {
   bool rope_interleave = true;  // rotary rows come as pairs (2i, 2i+1) rather than halves
-  std::vector<Index> shared_ranks;
-  std::vector<BranchGeometry> branches;
-  LatentNorm norm = LatentNorm::branch;
-  Index norm_rank = 0;     // rows of a replicated norm
-  double norm_eps = 1e-6;  // of the norms on latents, the query's too
+  double norm_eps = 1e-6;       // of the norms on latents, the query's too
   // Fixed factors of a family's code: on a normalised latent, on a branch's output, on a query latent.
   double latent_scale = 1;
   double branch_scale = 1;
@@ -127,11 +94,11 @@ struct ModelConfig {
   Index prediction_layers = 0;
 
   bool has_experts(Index layer_idx) const { return experts && layer_idx >= experts->first_layer; }
-  // Numbers kept per token and layer: 2 K d for GQA, r + p for latents.
-  Index cache_numbers() const;
+  // Elements kept per token and layer: 2 K d for GQA, r + p for latents.
+  Index cache_elements() const;
   // Cache bytes per token over all layers, at the config's dtype.
   Index cache_bytes_per_token() const {
-    return cache_numbers() * num_hidden_layers * static_cast<Index>(size_of(dtype));
+    return cache_elements() * num_hidden_layers * static_cast<Index>(size_of(dtype));
   }
   // The same on that one of tp tensor-parallel devices that holds most; nothing when tp devices cannot share
   // the attention (devices.h). GQA splits (and then repeats) its heads.

@@ -8,7 +8,7 @@ namespace relatent {
 namespace {
 
 // Branches of the same heads next to each other, as devices take them.
-std::vector<Index> order_of(const LatentGeometry& latent) {
+std::vector<Index> order_of(const LatentSizes& latent) {
   std::vector<Index> order;
   for (std::size_t b = 0; b < latent.branches.size(); ++b) {
     order.push_back(static_cast<Index>(b));
@@ -22,7 +22,7 @@ std::vector<Index> order_of(const LatentGeometry& latent) {
 
 }  // namespace
 
-Index DeviceShare::cache_numbers(const LatentGeometry& latent) const {
+Index DeviceShare::cache_elements(const LatentSizes& latent) const {
   Index out = latent.qk_rope_head_dim;
   for (const Index s : shared) {
     out += latent.shared_ranks[static_cast<std::size_t>(s)];
@@ -33,7 +33,7 @@ Index DeviceShare::cache_numbers(const LatentGeometry& latent) const {
   return out;
 }
 
-std::string why_not_shared(const LatentGeometry& latent, Index tp) {
+std::string why_not_shared(const LatentSizes& latent, Index tp) {
   const auto count = static_cast<Index>(latent.branches.size());
   const std::string branches = std::to_string(count) + (count == 1 ? " latent" : " latents");
   if (tp <= 0) {
@@ -55,7 +55,7 @@ std::string why_not_shared(const LatentGeometry& latent, Index tp) {
   return "";
 }
 
-std::vector<DeviceShare> device_shares(const LatentGeometry& latent, Index tp) {
+std::vector<DeviceShare> device_shares(const LatentSizes& latent, Index tp) {
   const std::string reason = why_not_shared(latent, tp);
   if (!reason.empty()) {
     fail_usage("--tp " + std::to_string(tp) + " does not fit this model: " + reason);
@@ -76,9 +76,9 @@ std::vector<DeviceShare> device_shares(const LatentGeometry& latent, Index tp) {
       share.first_head = i == 0 ? first : std::min(share.first_head, first);
       end = std::max(end, first + heads);
       share.branches.push_back({b, first, heads});
-      if (branch.shared >= 0 &&
-          std::find(share.shared.begin(), share.shared.end(), branch.shared) == share.shared.end()) {
-        share.shared.push_back(branch.shared);
+      if (branch.shared &&
+          std::find(share.shared.begin(), share.shared.end(), *branch.shared) == share.shared.end()) {
+        share.shared.push_back(*branch.shared);
       }
     }
     share.head_count = end - share.first_head;
@@ -116,9 +116,9 @@ LatentAttention part_of(const LatentAttention& a, const DeviceShare& share, bool
     branch.up = whole.up.middleRows((part.first_head - whole.first_head) * up, part.head_count * up);
     branch.first_head = part.first_head - share.first_head;
     branch.head_count = part.head_count;
-    if (whole.shared >= 0) {
+    if (whole.shared) {
       branch.shared =
-          std::find(share.shared.begin(), share.shared.end(), whole.shared) - share.shared.begin();
+          std::find(share.shared.begin(), share.shared.end(), *whole.shared) - share.shared.begin();
     }
     out.branches.push_back(std::move(branch));
   }

@@ -23,18 +23,18 @@ struct DeviceShare {
   std::vector<BranchShare> branches;
   std::vector<Index> shared;
 
-  // Numbers per token and layer in its cache.
-  Index cache_numbers(const LatentGeometry& latent) const;
+  // Elements per token and layer in its cache.
+  Index cache_elements(const LatentSizes& latent) const;
 };
 
 // Why tp devices cannot share the layer, as a clause; empty when they can. Up to as many devices as there are
 // branches take whole branches (of the same heads first); more devices split the heads of a branch, so either
 // the branches must divide by the devices, or the devices by the branches and the heads of a branch by what
 // is left.
-std::string why_not_shared(const LatentGeometry& latent, Index tp);
+std::string why_not_shared(const LatentSizes& latent, Index tp);
 
 // One share for each device. Throws Error (usage) with why_not_shared's clause.
-std::vector<DeviceShare> device_shares(const LatentGeometry& latent, Index tp);
+std::vector<DeviceShare> device_shares(const LatentSizes& latent, Index tp);
 
 // The layer as one device has it: a layer of its own with fewer branches, heads and o_proj columns. Only the
 // device with keeps_bias adds o_proj's bias, so that the outputs of all devices sum to the layer's.

@@ -10,7 +10,7 @@
 
 namespace relatent {
 
-MatrixF LayerReader::matrix(Role role, Index part) const {
+MatrixF LayerReader::matrix(Role role, std::optional<Index> part) const {
   const Stage stage("read weights");
   const std::string& name = name_of(role, part);
   MatrixF out = source_.read_matrix(name);
@@ -21,16 +21,16 @@ MatrixF LayerReader::matrix(Role role, Index part) const {
   return out;
 }
 
-RowVectorF LayerReader::vector_or_empty(Role role, Index part) const {
+RowVectorF LayerReader::vector_or_empty(Role role, std::optional<Index> part) const {
   return has(role, part) ? RowVectorF(matrix(role, part).row(0)) : RowVectorF();
 }
 
-Linear LayerReader::linear(Role weight, Role bias, Index part) const {
+Linear LayerReader::linear(Role weight, Role bias, std::optional<Index> part) const {
   return {matrix(weight, part), vector_or_empty(bias, part)};
 }
 
 Linear LayerReader::packed(Role weight, Role bias) const {
-  const std::string& name = name_of(weight, -1);
+  const std::string& name = name_of(weight, {});
   const TensorInfo& info = source_.info(name);
   if (info.dtype != DType::bf16) {
     Linear out = linear(weight, bias);
@@ -40,7 +40,7 @@ Linear LayerReader::packed(Role weight, Role bias) const {
   const Stage stage("read weights");
   const std::span<const std::byte> bytes = source_.bytes(name);
   if (!all_finite_bf16(bytes)) {
-    fail(weight, -1, "holds a value that is not finite", "finite weights", "NaN or infinity", "");
+    fail(weight, {}, "holds a value that is not finite", "finite weights", "NaN or infinity", "");
   }
   Linear out{{},
              vector_or_empty(bias),
@@ -53,12 +53,13 @@ RmsNorm LayerReader::norm(Role role) const {
   return {vector_or_empty(role), static_cast<float>(config_.rms_norm_eps)};
 }
 
-RmsNorm LayerReader::latent_norm(Role role, Index part) const {
+RmsNorm LayerReader::latent_norm(Role role, std::optional<Index> part) const {
   return {vector_or_empty(role, part), static_cast<float>(config_.latent->norm_eps)};
 }
 
-void LayerReader::fail(Role role, Index part, const std::string& problem, const std::string& expected,
-                       const std::string& found, const std::string& next_step) const {
+void LayerReader::fail(Role role, std::optional<Index> part, const std::string& problem,
+                       const std::string& expected, const std::string& found,
+                       const std::string& next_step) const {
   const std::string& name = name_of(role, part);
   fail_input({source_.path_of(name), name, problem, expected, found, next_step});
 }

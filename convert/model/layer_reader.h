@@ -10,35 +10,38 @@ namespace relatent {
 // again and throws Error (input) naming the tensor when a value is not finite.
 class LayerReader {
  public:
-  // layer_idx -1: the tensors outside the layers.
+  // Without a layer_idx the tensors outside the layers.
   LayerReader(const TensorSource& source, const TensorNames& names, const ModelConfig& config,
-              Index layer_idx)
+              std::optional<Index> layer_idx)
       : source_(source), names_(names), config_(config), layer_idx_(layer_idx) {}
 
   const ModelConfig& config() const { return config_; }
-  const AttentionSpec& spec() const { return config_.attention[static_cast<std::size_t>(layer_idx_)]; }
+  const AttentionSpec& spec() const { return config_.attention[static_cast<std::size_t>(*layer_idx_)]; }
 
-  bool has(Role role, Index part = -1) const { return names_.has(role, layer_idx_, part); }
-  MatrixF matrix(Role role, Index part = -1) const;
-  RowVectorF vector_or_empty(Role role, Index part = -1) const;
-  Linear linear(Role weight, Role bias, Index part = -1) const;
+  bool has(Role role, std::optional<Index> part = {}) const { return names_.has(role, layer_idx_, part); }
+  MatrixF matrix(Role role, std::optional<Index> part = {}) const;
+  RowVectorF vector_or_empty(Role role, std::optional<Index> part = {}) const;
+  Linear linear(Role weight, Role bias, std::optional<Index> part = {}) const;
   // For products in bfloat16 (linalg/packed.h); what is stored so is packed as it is.
   Linear packed(Role weight, Role bias) const;
   RmsNorm norm(Role role) const;
   // A norm on latents, with their eps.
-  RmsNorm latent_norm(Role role, Index part = -1) const;
+  RmsNorm latent_norm(Role role, std::optional<Index> part = {}) const;
 
   // Complains about a tensor that is there.
-  [[noreturn]] void fail(Role role, Index part, const std::string& problem, const std::string& expected,
-                         const std::string& found, const std::string& next_step) const;
+  [[noreturn]] void fail(Role role, std::optional<Index> part, const std::string& problem,
+                         const std::string& expected, const std::string& found,
+                         const std::string& next_step) const;
 
  private:
-  const std::string& name_of(Role role, Index part) const { return names_.at(role, layer_idx_, part); }
+  const std::string& name_of(Role role, std::optional<Index> part) const {
+    return names_.at(role, layer_idx_, part);
+  }
 
   const TensorSource& source_;
   const TensorNames& names_;
   const ModelConfig& config_;
-  Index layer_idx_;
+  std::optional<Index> layer_idx_;
 };
 
 }  // namespace relatent

@@ -177,7 +177,7 @@ Layer Model::packed_layer(Index layer_idx) const {
 
 MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
   const Stage stage("read weights");
-  const std::string& name = name_of(Role::embed_tokens, -1);
+  const std::string& name = name_of(Role::embed_tokens, {});
   const TensorInfo& info = source_->info(name);
   const std::span<const std::byte> bytes = source_->bytes(name);
   const std::size_t row_bytes = static_cast<std::size_t>(config_.hidden_size) * size_of(info.dtype);
@@ -192,7 +192,7 @@ MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
 MatrixF Model::head_rows(Index first, Index count) const {
   const Stage stage("read weights");
   const std::string& name = name_of(
-      has(Role::lm_head, -1) && !config_.tie_word_embeddings ? Role::lm_head : Role::embed_tokens, -1);
+      has(Role::lm_head, {}) && !config_.tie_word_embeddings ? Role::lm_head : Role::embed_tokens, {});
   const TensorInfo& info = source_->info(name);
   const std::size_t row_bytes = static_cast<std::size_t>(config_.hidden_size) * size_of(info.dtype);
   MatrixF out(count, config_.hidden_size);

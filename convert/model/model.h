@@ -42,8 +42,11 @@ class Model {
   const Checkpoint& folder(const std::string& purpose) const;
   const std::vector<PlacedTensor>& tensors() const { return tensors_; }
   // part: which latent or expert, of roles that have several.
-  bool has(Role role, Index layer_idx, Index part = -1) const { return names_.has(role, layer_idx, part); }
-  const std::string& name_of(Role role, Index layer_idx, Index part = -1) const {
+  bool has(Role role, std::optional<Index> layer_idx, std::optional<Index> part = {}) const {
+    return names_.has(role, layer_idx, part);
+  }
+  const std::string& name_of(Role role, std::optional<Index> layer_idx,
+                             std::optional<Index> part = {}) const {
     return names_.at(role, layer_idx, part);
   }
 
@@ -61,7 +64,7 @@ class Model {
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
   RmsNorm input_norm(Index layer_idx) const { return reader(layer_idx).norm(Role::input_norm); }
-  RmsNorm final_norm() const { return reader(-1).norm(Role::final_norm); }
+  RmsNorm final_norm() const { return reader({}).norm(Role::final_norm); }
   // Rows of the embedding for these ids: [ids, hidden].
   MatrixF embed(const std::vector<std::int32_t>& ids) const;
   // Rows [first, first + count) of the output head: [count, hidden].
@@ -69,7 +72,7 @@ class Model {
 
  private:
   Model(std::unique_ptr<TensorSource> source, ModelConfig config);
-  LayerReader reader(Index layer_idx) const { return {*source_, names_, config_, layer_idx}; }
+  LayerReader reader(std::optional<Index> layer_idx) const { return {*source_, names_, config_, layer_idx}; }
   GqaAttention gqa_geometry(Index layer_idx) const;
   Mlp mlp(Index layer_idx) const;
   Experts experts(Index layer_idx) const;

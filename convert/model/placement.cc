@@ -11,14 +11,21 @@
 namespace relatent {
 namespace {
 
-std::string with_indices(std::string_view pattern, Index layer_idx, Index part) {
+std::string with_indices(std::string_view pattern, std::optional<Index> layer_idx,
+                         std::optional<Index> part) {
   std::string out(pattern);
-  for (const auto& [mark, index] :
-       {std::pair{"{i}", layer_idx}, std::pair{"{b}", part}, std::pair{"{c}", part + 1}}) {
+  const auto put = [&](const char* mark, Index index) {
     const std::size_t at = out.find(mark);
     if (at != std::string::npos) {
       out.replace(at, 3, std::to_string(index));
     }
+  };
+  if (layer_idx) {
+    put("{i}", *layer_idx);
+  }
+  if (part) {
+    put("{b}", *part);
+    put("{c}", *part + 1);
   }
   return out;
 }
@@ -67,18 +74,18 @@ void add_expected(const std::vector<TensorRule>& rules, std::size_t first, std::
   const bool in_layer = leading.name.find("{i}") != std::string_view::npos;
   const Index layers = in_layer ? config.num_hidden_layers : 1;
   for (Index layer = 0; layer < layers; ++layer) {
-    const Index layer_idx = in_layer ? layer : -1;
+    const std::optional<Index> layer_idx = in_layer ? std::optional(layer) : std::nullopt;
     if (leading.layers != InLayers::all &&
-        config.has_experts(layer_idx) != (leading.layers == InLayers::experts)) {
+        config.has_experts(layer) != (leading.layers == InLayers::experts)) {
       continue;
     }
     const Index parts = leading.parts != nullptr ? leading.parts(config) : 1;
     for (Index at = 0; at < parts; ++at) {
-      const Index part = leading.parts != nullptr ? at : -1;
+      const std::optional<Index> part = leading.parts != nullptr ? std::optional(at) : std::nullopt;
       for (std::size_t r = first; r < last; ++r) {
         const Presence presence = rules[r].presence(config);
         if (presence != Presence::absent) {
-          const std::vector<Index> shape = rules[r].shape(config, part);
+          const std::vector<Index> shape = rules[r].shape(config, at);
           out.push_back({{with_indices(rules[r].name, layer_idx, part), rules[r].role, layer_idx, part},
                          presence,
                          {shape.begin(), shape.end()}});

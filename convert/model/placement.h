@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,8 +17,8 @@ namespace relatent {
 struct PlacedTensor {
   std::string name;
   Role role;
-  Index layer_idx;  // -1 outside the layers
-  Index part = -1;  // which latent or expert; -1 where there are no parts
+  std::optional<Index> layer_idx;  // none outside the layers
+  std::optional<Index> part{};     // which latent or expert, of roles that have several
 };
 
 // A tensor that a config asks for.
@@ -42,16 +43,16 @@ class TensorNames {
       names_[{tensor.role, tensor.layer_idx, tensor.part}] = tensor.name;
     }
   }
-  bool has(Role role, Index layer_idx, Index part = -1) const {
+  bool has(Role role, std::optional<Index> layer_idx, std::optional<Index> part = {}) const {
     return names_.contains({role, layer_idx, part});
   }
   // std::out_of_range when there is none.
-  const std::string& at(Role role, Index layer_idx, Index part = -1) const {
+  const std::string& at(Role role, std::optional<Index> layer_idx, std::optional<Index> part = {}) const {
     return names_.at({role, layer_idx, part});
   }
 
  private:
-  std::map<std::tuple<Role, Index, Index>, std::string> names_;
+  std::map<std::tuple<Role, std::optional<Index>, std::optional<Index>>, std::string> names_;
 };
 
 }  // namespace relatent

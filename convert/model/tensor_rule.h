@@ -60,7 +60,7 @@ enum class Role {
   inv_freq,    // a buffer that old checkpoints store; the config says the same
 };
 
-// Attention tensors are what a conversion replaces; the others are carried over as they are.
+// Attention tensors are what a conversion replaces; the others are copied as they are.
 bool is_attention(Role role);
 
 // absent: this config has no such tensor, and one of that name is refused.

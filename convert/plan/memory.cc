@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "convert/latent/attention_fit.h"
+#include "convert/compute/backend.h"
 #include "linalg/threads.h"
 
 namespace relatent {
@@ -16,12 +16,12 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
                            std::uint64_t output_values) {
   const auto inputs = static_cast<std::uint64_t>(config.hidden_size) + 1;
   const auto count = static_cast<std::uint64_t>(config.num_attention_heads);
-  const auto head_dim =
-      static_cast<std::uint64_t>(config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim);
+  const auto head_dim = static_cast<std::uint64_t>(
+      config.gqa ? config.gqa->head_dim : shape.qk_nope_head_dim + shape.qk_rope_head_dim);
   const auto heads = count * head_dim;
   const auto keys = config.gqa ? static_cast<std::uint64_t>(config.gqa->num_key_value_heads) * head_dim
                                : static_cast<std::uint64_t>(config.latent->kv_lora_rank);
-  const bool joint = shape.nope_dim > 0;
+  const bool joint = shape.qk_nope_head_dim > 0;
   // Maps as the source has them and as they are written, and the tensor that is being encoded.
   std::uint64_t out = 8 * (heads + keys) * inputs + 6 * output_values;
   // Keys and values once by themselves and twice together, and what is formed between them, in float64.
@@ -30,7 +30,7 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
     out += (joint ? 24 : 8) * inputs * inputs;
   }
   if (absorbed) {
-    const auto width = static_cast<std::uint64_t>(shape.rope_dim + shape.rank);
+    const auto width = static_cast<std::uint64_t>(shape.qk_rope_head_dim + shape.kv_lora_rank);
     out += 8 * (count * width + heads) * inputs;
   }
   return out;
@@ -38,12 +38,12 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
 
 std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size) {
   const Index inputs = config.hidden_size + 1;
-  const Index width = shape.rope_dim + shape.rank;
-  const Index head_dim = config.gqa ? config.gqa->head_dim : shape.nope_dim + shape.rope_dim;
+  const Index width = shape.qk_rope_head_dim + shape.kv_lora_rank;
+  const Index head_dim = config.gqa ? config.gqa->head_dim : shape.qk_nope_head_dim + shape.qk_rope_head_dim;
   const Index heads = config.num_attention_heads * head_dim;
   const Index numbers = config.num_attention_heads * width + 2 * heads + 2 * inputs;
   return static_cast<std::uint64_t>(8 * numbers * inputs) +
-         QueryFit::memory(config.num_attention_heads, width, inputs, size);
+         backend().query_fit_bytes(config.num_attention_heads, width, inputs, size);
 }
 
 std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequences, Index stride,

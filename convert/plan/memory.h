@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
+#include "convert/compute/attention_sample.h"
 #include "convert/engines/engine.h"
-#include "convert/latent/attention_fit.h"
 #include "convert/model/config.h"
 #include "formats/npy.h"
 

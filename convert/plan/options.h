@@ -50,7 +50,7 @@ struct RelatentOptions {
   // applies.
   LatentOrder order = LatentOrder::shared;
   FitOptions fit;
-  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs has_bf16_products().
+  // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs Backend::has_bf16.
   DType compute = DType::f32;
 
   bool uses_tokens() const { return fit.queries || fit.keys || fit.refit || norm_coordinates; }
@@ -73,7 +73,7 @@ struct ConvertOptions {
   // Coordinates that the rank leaves over hold nothing (or steady the norm, where the engine normalises).
   // Rank none = as large as fits.
   std::optional<CacheShape> shape;
-  // Instead: numbers per token and layer that each of partition.latents() devices caches.
+  // Instead: elements per token and layer that each of partition.latents() devices caches.
   std::optional<Index> per_device;
   // relatent only: the smallest cache that loses at most so many nats on held-out calibration tokens.
   std::optional<double> max_nats;

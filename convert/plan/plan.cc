@@ -7,12 +7,12 @@
 #include <string_view>
 #include <tuple>
 
+#include "convert/compute/backend.h"
 #include "convert/model/families/family.h"
 #include "convert/plan/checks.h"
 #include "convert/plan/memory.h"
 #include "convert/plan/sizes.h"
 #include "formats/error.h"
-#include "linalg/packed.h"
 
 namespace relatent {
 namespace {
@@ -33,11 +33,6 @@ DType output_dtype(Role role, DType stored, const std::optional<DType>& wanted) 
   return role == Role::router_bias ? stored : wanted.value_or(stored);
 }
 
-// An index of placement.h, where -1 is none.
-std::optional<Index> known(Index at) {
-  return at >= 0 ? std::optional(at) : std::nullopt;
-}
-
 // The source's tensor `from` as the engine stores it.
 PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& options,
                           const ExpectedTensor& to, const std::string& from) {
@@ -46,8 +41,8 @@ PlannedTensor kept_tensor(const ConvertInputs& inputs, const ConvertOptions& opt
       inputs.engine->stored_dtype(to.role, info.shape, output_dtype(to.role, info.dtype, options.dtype));
   return {{to.name, dtype, info.shape},
           to.role,
-          known(to.layer_idx),
-          known(to.part),
+          to.layer_idx,
+          to.part,
           dtype == info.dtype ? TensorAction::copy : TensorAction::cast,
           from};
 }
@@ -57,7 +52,7 @@ void leave_out_prediction(std::vector<PlacedTensor>& tensors, const ModelConfig&
   std::map<Index, Index> count;
   for (const PlacedTensor& tensor : tensors) {
     if (tensor.role == Role::prediction) {
-      ++count[tensor.layer_idx];
+      ++count[*tensor.layer_idx];
     }
   }
   std::erase_if(tensors, [](const PlacedTensor& tensor) { return tensor.role == Role::prediction; });
@@ -112,16 +107,15 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
   std::vector<PlacedTensor> ordered = source.tensors();
   leave_out_prediction(ordered, config, plan);
   const auto rank_of = [&](const PlacedTensor& t) {
-    return t.layer_idx >= 0 ? t.layer_idx + 1
-                            : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
+    return t.layer_idx ? *t.layer_idx + 1 : (t.role == Role::embed_tokens ? 0 : config.num_hidden_layers + 1);
   };
   std::stable_sort(ordered.begin(), ordered.end(),
                    [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
-  std::map<std::tuple<Role, Index, Index>, ExpectedTensor> kept;
+  std::map<std::tuple<Role, std::optional<Index>, std::optional<Index>>, ExpectedTensor> kept;
   std::vector<std::vector<ExpectedTensor>> attention(static_cast<std::size_t>(config.num_hidden_layers));
   for (ExpectedTensor& tensor : expected_tensors(converted)) {
     if (is_attention(tensor.role)) {
-      attention[static_cast<std::size_t>(tensor.layer_idx)].push_back(std::move(tensor));
+      attention[static_cast<std::size_t>(*tensor.layer_idx)].push_back(std::move(tensor));
     } else {
       kept.emplace(std::tuple(tensor.role, tensor.layer_idx, tensor.part), std::move(tensor));
     }
@@ -133,11 +127,11 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
       if (!attention_done || *attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
-        for (const ExpectedTensor& to : attention[static_cast<std::size_t>(tensor.layer_idx)]) {
+        for (const ExpectedTensor& to : attention[static_cast<std::size_t>(*tensor.layer_idx)]) {
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
-              {std::move(spec), to.role, known(to.layer_idx), known(to.part), TensorAction::convert, ""});
+              {std::move(spec), to.role, to.layer_idx, to.part, TensorAction::convert, ""});
         }
         most = std::max(most, values);
       }
@@ -154,11 +148,11 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
       plan.tensors.push_back(kept_tensor(inputs, plan.options, to->second, tensor.name));
     }
   }
-  const auto head = kept.find({Role::lm_head, -1, -1});
+  const auto head = kept.find({Role::lm_head, {}, {}});
   if (config.tie_word_embeddings && head != kept.end() &&
       (head->second.presence == Presence::required || inputs.engine->traits().stores_tied_head)) {
     plan.tensors.push_back(
-        kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, -1)));
+        kept_tensor(inputs, plan.options, head->second, source.name_of(Role::embed_tokens, {})));
   }
   return most;
 }
@@ -197,15 +191,16 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
   const SampleSize size{sequences.count, sequences.length,
                         own.fit.stride_for(sequences.count * sequences.length, config.hidden_size),
                         own.compute};
-  plan.memory_bytes = std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
-                      streams_memory(config, sequences, size.stride, shape.rope_dim + shape.rank);
+  plan.memory_bytes =
+      std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
+      streams_memory(config, sequences, size.stride, shape.qk_rope_head_dim + shape.kv_lora_rank);
   plan.resume_bytes = streams_disk(config, sequences);
 }
 
 }  // namespace
 
 ConvertOptions with_compute_type(const ConvertOptions& options, const ConvertInputs& inputs) {
-  const bool can = has_bf16_products();
+  const bool can = backend().has_bf16();
   ConvertOptions out = options;
   if (options.compute) {
     if (*options.compute == DType::bf16 && !can) {
@@ -227,8 +222,8 @@ ConvertOptions completed(const ConvertOptions& options, const ConvertInputs& inp
 RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInputs& inputs,
                                  const LatentShape& shape) {
   RelatentOptions out = options.relatent;
-  out.rank = shape.rank;
-  out.rope_dim = shape.rope_dim;
+  out.rank = shape.kv_lora_rank;
+  out.rope_dim = shape.qk_rope_head_dim;
   const ModelConfig& config = inputs.source.config();
   const EngineTraits traits = inputs.engine->traits();
   out.plain_list = has_plain_list(options, *inputs.engine);
@@ -259,13 +254,13 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   }
   const ModelConfig& config = source.config();
   plan.dtype = options.dtype.value_or(source.checkpoint().info(source.name_of(Role::o_weight, 0)).dtype);
-  plan.source_cache_numbers = config.cache_numbers();
+  plan.source_cache_elements = config.cache_elements();
   const ModelConfig converted =
       engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
-  plan.converted_cache_numbers = converted.cache_numbers();
+  plan.converted_cache_elements = converted.cache_elements();
   plan.source_cache_bytes = static_cast<std::uint64_t>(config.cache_bytes_per_token());
   plan.converted_cache_bytes =
-      static_cast<std::uint64_t>(plan.converted_cache_numbers * config.num_hidden_layers) *
+      static_cast<std::uint64_t>(plan.converted_cache_elements * config.num_hidden_layers) *
       size_of(plan.dtype);
 
   plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);

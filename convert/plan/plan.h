@@ -37,8 +37,8 @@ enum class TensorAction {
 struct PlannedTensor {
   TensorSpec spec;
   Role role;
-  std::optional<Index> layer_idx;  // none outside the layers
-  std::optional<Index> part;       // which latent or expert, of roles that have several
+  std::optional<Index> layer_idx{};  // none outside the layers
+  std::optional<Index> part{};       // which latent or expert, of roles that have several
   TensorAction action = TensorAction::copy;
   std::string source;  // name in the source, of what is copied or cast
 };
@@ -54,8 +54,8 @@ struct ConvertPlan {
   std::vector<std::string> left_out;   // source tensors that have no place in the output, with the reason
   std::vector<std::filesystem::path> side_files;  // copied as they are
   DType dtype = DType::f32;                       // of converted tensors and of the config
-  Index source_cache_numbers = 0;                 // per token and layer
-  Index converted_cache_numbers = 0;
+  Index source_cache_elements = 0;                // per token and layer
+  Index converted_cache_elements = 0;
   std::uint64_t source_cache_bytes = 0;  // per token, all layers together
   std::uint64_t converted_cache_bytes = 0;
   std::uint64_t output_bytes = 0;  // of tensors and side files

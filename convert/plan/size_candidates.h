@@ -14,7 +14,7 @@ namespace relatent {
 // Sizes that are chosen are whole multiples of this, as kernels like them.
 inline constexpr Index size_step = 16;
 
-// Numbers per token and layer.
+// Elements per token and layer.
 struct CacheSizes {
   Index rope_dim = 0;
   Index rank = 0;      // of all latents together
@@ -69,7 +69,7 @@ class CacheBisection {
   // The source's cache, which is taken when nothing smaller is good enough.
   Index whole() const { return whole_; }
   bool over() const { return high_ - low_ <= 1; }
-  // The cache to try now, in numbers per token and layer.
+  // The cache to try now, in elements per token and layer.
   Index next() const { return (low_ + high_) / 2 * size_step; }
   // Whether it was good enough.
   void tell(bool enough) { (enough ? high_ : low_) = (low_ + high_) / 2; }

@@ -29,7 +29,7 @@ void choose_lossless(const ConvertOptions& options, const Partition& partition, 
         "--per-device "
         "and --kv-budget");
   }
-  shape.rope_dim = gqa.num_key_value_heads * gqa.head_dim;
+  shape.qk_rope_head_dim = gqa.num_key_value_heads * gqa.head_dim;
   std::vector<GroupSizes> groups;
   for (Index g = 0; g < partition.groups; ++g) {
     groups.push_back({0, heads_read(partition, g, shape.heads, gqa) * gqa.head_dim});
@@ -78,7 +78,7 @@ GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inpu
     out.rank = out.key_rank + partition.parts * own;
     return out;
   }
-  const Index total = options.rank ? *options.rank : budget_numbers(*options.kv_budget, config) - rope_dim;
+  const Index total = options.rank ? *options.rank : budget_elements(*options.kv_budget, config) - rope_dim;
   if (!options.rank && total <= 0) {
     fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim));
   }
@@ -110,9 +110,9 @@ void keep_mla(const ConvertOptions& options, const ConvertInputs& inputs, Latent
         "--method lossless keeps the sizes of an MLA source: leave out --rank, --rope-dim, --kv-budget, "
         "--norm-coordinates and --pad-rank");
   }
-  shape.nope_dim = latent.qk_nope_head_dim;
-  shape.rope_dim = latent.qk_rope_head_dim;
-  shape.v_dim = latent.v_head_dim;
+  shape.qk_nope_head_dim = latent.qk_nope_head_dim;
+  shape.qk_rope_head_dim = latent.qk_rope_head_dim;
+  shape.v_head_dim = latent.v_head_dim;
   shape.norm = LatentNorm::branch;
   lay_out(inputs.partition, {{0, latent.kv_lora_rank}}, shape);
 }
@@ -145,10 +145,10 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
   if (options.relatent.plain_list) {
     fail_usage("--plain-list: an MLA source keeps its own list of rotary frequencies");
   }
-  shape.nope_dim = latent.qk_nope_head_dim;
-  shape.rope_dim = latent.qk_rope_head_dim;
-  shape.v_dim = latent.v_head_dim;
-  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
+  shape.qk_nope_head_dim = latent.qk_nope_head_dim;
+  shape.qk_rope_head_dim = latent.qk_rope_head_dim;
+  shape.v_head_dim = latent.v_head_dim;
+  const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
   if (options.relatent.order == LatentOrder::shared) {
     shape.norm = LatentNorm::replicated;
     shape.norm_rank = latent.kv_lora_rank;
@@ -158,7 +158,7 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
       fail_usage("--order " + std::string(order_name(options.relatent.order)) +
                  " slices the whole latent of " + std::to_string(latent.kv_lora_rank) + ", so each of " +
                  std::to_string(partition.parts) + " devices caches " +
-                 std::to_string(latent.kv_lora_rank / partition.parts + shape.rope_dim));
+                 std::to_string(latent.kv_lora_rank / partition.parts + shape.qk_rope_head_dim));
     }
   }
   if (group.rank > 2 * latent.kv_lora_rank) {
@@ -179,7 +179,7 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     return;
   }
   const GqaGeometry& gqa = *config.gqa;
-  shape.v_dim = gqa.head_dim;
+  shape.v_head_dim = gqa.head_dim;
   const Index keys = gqa.num_key_value_heads * gqa.head_dim;
   const std::string method(method_name(options.method));
   if (options.method != Method::transmla && (options.fold || options.q_rank)) {
@@ -192,19 +192,19 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     choose_lossless(options, partition, gqa, shape);
     return;
   }
-  shape.nope_dim = gqa.head_dim;
-  shape.rope_dim = options.rope_dim.value_or(gqa.head_dim);
-  if (shape.rope_dim <= 0 || shape.rope_dim % 2 != 0 || shape.rope_dim > keys) {
-    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+  shape.qk_nope_head_dim = gqa.head_dim;
+  shape.qk_rope_head_dim = options.rope_dim.value_or(gqa.head_dim);
+  if (shape.qk_rope_head_dim <= 0 || shape.qk_rope_head_dim % 2 != 0 || shape.qk_rope_head_dim > keys) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
                " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
   }
-  const GroupSizes group = choose_group(options, inputs, shape.rope_dim);
+  const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
   const Index read = readable_rank(partition, shape.heads, gqa);
   if (partition.parts > 1 && group.key_rank > read) {
     fail_usage("--key-rank " + std::to_string(group.key_rank) + " must be at most " + std::to_string(read) +
                ", all keys and values that the heads of a latent read");
   }
-  const Index full = options.method == Method::transmla ? 2 * keys - shape.rope_dim
+  const Index full = options.method == Method::transmla ? 2 * keys - shape.qk_rope_head_dim
                      : partition.parts > 1              ? 2 * keys
                                                         : read;
   if (group.rank <= 0 || group.rank > full) {
@@ -215,9 +215,10 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
   lay_out(partition, std::vector<GroupSizes>(static_cast<std::size_t>(partition.groups), group), shape);
   if (options.method == Method::transmla) {
     // The smallest fold always fits when the rotary size does.
-    check_transmla({shape.rope_dim, options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.rope_dim)),
-                    options.balance},
-                   gqa.head_dim);
+    check_transmla(
+        {shape.qk_rope_head_dim,
+         options.fold.value_or(std::max<Index>(1, gqa.head_dim / shape.qk_rope_head_dim)), options.balance},
+        gqa.head_dim);
   }
 }
 
@@ -252,10 +253,10 @@ std::optional<CacheShape> default_shape(const ConvertOptions& options, const Mod
     return std::nullopt;
   }
   const Index numbers =
-      options.kv_budget ? budget_numbers(*options.kv_budget, config) : config.cache_numbers() - 1;
+      options.kv_budget ? budget_elements(*options.kv_budget, config) : config.cache_elements() - 1;
   for (const CacheShape& shape : served_shapes) {
-    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.numbers();
-    if (shape.numbers() <= numbers && near &&
+    const bool near = !options.kv_budget || 8 * numbers < 9 * shape.cache_elements();
+    if (shape.cache_elements() <= numbers && near &&
         shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
       return shape;
     }
@@ -317,7 +318,7 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
     const Index full = 2 * keys - (options.method == Method::transmla ? shape.rotary : 0);
     options.rank = std::min(room, full);
     if (options.kv_budget) {
-      options.rank = std::min(*options.rank, budget_numbers(*options.kv_budget, config) - shape.rotary);
+      options.rank = std::min(*options.rank, budget_elements(*options.kv_budget, config) - shape.rotary);
       if (*options.rank < 1) {
         fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " +
                    std::to_string(shape.rotary));
@@ -337,15 +338,15 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   const EngineTraits traits = engine.traits();
   const bool plain = (options.method == Method::relatent || options.method == Method::weights_only) &&
                      has_plain_list(options, engine);
-  if (config.gqa && plain && shape.rope_dim > config.gqa->head_dim) {
-    fail_usage("--rope-dim " + std::to_string(shape.rope_dim) +
+  if (config.gqa && plain && shape.qk_rope_head_dim > config.gqa->head_dim) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
                " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
   }
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
   }
   if (options.shape && !traits.normed_latent) {
-    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.rank;
+    shape.dead_coordinates = options.shape->latent - traits.own_coordinates - shape.kv_lora_rank;
   }
   if (!traits.normed_latent) {
     return;
@@ -355,21 +356,21 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   }
   shape.norm_coordinates = options.norm_coordinates.value_or(default_norm_coordinates);
   if (options.pad_rank) {
-    if (*options.pad_rank < shape.rank) {
+    if (*options.pad_rank < shape.kv_lora_rank) {
       fail_usage("--pad-rank " + std::to_string(*options.pad_rank) + " is below the rank " +
-                 std::to_string(shape.rank));
+                 std::to_string(shape.kv_lora_rank));
     }
-    shape.norm_coordinates = *options.pad_rank - shape.rank;
+    shape.norm_coordinates = *options.pad_rank - shape.kv_lora_rank;
   }
 }
 
 }  // namespace
 
-Index budget_numbers(double budget, const ModelConfig& config) {
+Index budget_elements(double budget, const ModelConfig& config) {
   if (!(budget > 0 && budget <= 1)) {
     fail_usage("--kv-budget must lie above 0 and at most at 1");
   }
-  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_numbers())));
+  return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_elements())));
 }
 
 ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {
@@ -419,8 +420,9 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
     shape.has_q_bias = shape.has_q_bias || source.has(Role::q_bias, i);
   }
   shape.form = options.form;
-  shape.has_bias = options.method != Method::lossless || shape.has_q_bias || source.has(Role::k_bias, 0) ||
-                   source.has(Role::v_bias, 0) || source.has(Role::o_bias, 0);
+  shape.attention_bias = options.method != Method::lossless || shape.has_q_bias ||
+                         source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0) ||
+                         source.has(Role::o_bias, 0);
   choose_sizes(options, inputs, shape);
   if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
@@ -429,7 +431,7 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
                  std::to_string(full));
     }
   }
-  shape.q_rank = query_rank(options, inputs);
+  shape.q_lora_rank = query_rank(options, inputs);
   fit_to_engine(options, config, *inputs.engine, shape);
   return shape;
 }

@@ -14,8 +14,8 @@ namespace relatent {
 // Extra latent coordinates for engines that normalise the latent.
 inline constexpr Index default_norm_coordinates = 16;
 
-// Numbers per token and layer that a budget leaves. Throws Error (usage) unless it lies in (0, 1].
-Index budget_numbers(double budget, const ModelConfig& config);
+// Elements per token and layer that a budget leaves. Throws Error (usage) unless it lies in (0, 1].
+Index budget_elements(double budget, const ModelConfig& config);
 
 // The options with what the engine's layout decides of the sizes: the rank and the rotary key of a shape that
 // kernels have, the frequencies of a fixed base, the rank of a layout that has one size only. Throws Error

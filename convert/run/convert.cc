@@ -177,8 +177,8 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
                       const LayerProgress& progress) {
   const auto start = std::chrono::steady_clock::now();
   ConvertReport report;
-  report.kv_rank = plan.shape.rank;
-  report.rope_dim = plan.shape.rope_dim;
+  report.kv_rank = plan.shape.kv_lora_rank;
+  report.rope_dim = plan.shape.qk_rope_head_dim;
   report.branches = inputs.partition.latents();
   report.bytes_read = inputs.source.checkpoint().tensor_bytes();
   work.run([&] {

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "convert/methods/size_search.h"
+#include "convert/model/layer_progress.h"
 #include "convert/plan/plan.h"
 #include "convert/run/measure.h"
 #include "formats/work_folder.h"

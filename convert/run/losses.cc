@@ -21,7 +21,7 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
                   "one plain list of rotary frequencies: --engine relatent and transformers keep more");
   }
   const double part =
-      static_cast<double>(plan.converted_cache_numbers) / static_cast<double>(plan.source_cache_numbers);
+      static_cast<double>(plan.converted_cache_elements) / static_cast<double>(plan.source_cache_elements);
   if (part < 1 && options.method != Method::lossless) {
     out.push_back("the cache is " + std::to_string(std::llround(100 * part)) +
                   " % of the source's: allow it more with " +

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <sstream>
 
+#include "convert/compute/backend.h"
 #include "formats/resume.h"
 #include "linalg/stages.h"
 
@@ -17,10 +18,10 @@ Measurement measure(const Model& source, const std::filesystem::path& folder, co
   Stream expected(source, sequences);
   Stream found(written, sequences);
   for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-    run_layer(source.layer(i), expected);
-    run_layer(written.layer(i), found);
+    run_layer(backend().load_layer(source, i, DType::f32), expected);
+    run_layer(backend().load_layer(written, i, DType::f32), found);
   }
-  return {held_out, compare_logits(source, expected, written, found, sequences)};
+  return {held_out, backend().compare_logits(source, expected, written, found, sequences)};
 }
 
 std::string in_words(const Measurement& measured) {

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "convert/model/forward.h"
+#include "convert/compute/statistics.h"
 #include "convert/model/model.h"
 #include "formats/npy.h"
 

@@ -16,7 +16,7 @@ namespace {
 constexpr double record_every = 5;
 
 // Entries of the journal.
-constexpr const char* copied_entry = "carried";
+constexpr const char* copied_entry = "copied";
 constexpr const char* layers_entry = "layers";
 // The file with what later layers depend on, in the work folder.
 constexpr const char* state_name = "streams";
@@ -45,7 +45,7 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
 std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
   std::vector<PlacedTensor> out;
   for (const PlannedTensor& tensor : plan.tensors) {
-    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx.value_or(-1), tensor.part.value_or(-1)});
+    out.push_back({tensor.spec.name, tensor.role, tensor.layer_idx, tensor.part});
   }
   return out;
 }
@@ -128,7 +128,7 @@ void ConvertedOutput::copy_tensors() {
 
 void ConvertedOutput::keep_layers(Index count) {
   for (const PlannedTensor& tensor : plan_.tensors) {
-    if (tensor.action == TensorAction::convert && tensor.layer_idx.value() < count) {
+    if (tensor.action == TensorAction::convert && *tensor.layer_idx < count) {
       writer_->mark_written(tensor.spec.name);
     }
   }

@@ -62,7 +62,7 @@ std::optional<Sought> sought(const ConvertOptions& options, const ConvertInputs&
 
 // The numbers that a budget leaves for the latent and the rotary key.
 Index budgeted(const ConvertOptions& options, const ModelConfig& config) {
-  const Index total = budget_numbers(*options.kv_budget, config) / size_step * size_step;
+  const Index total = budget_elements(*options.kv_budget, config) / size_step * size_step;
   if (total < 2 * size_step) {
     fail_usage("--kv-budget leaves less than " + std::to_string(2 * size_step) +
                " numbers: give --rope-dim and --rank for a cache that small");
@@ -106,7 +106,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
           watch(trial);
         }
       });
-  search.know(recorded_trials(work));
+  search.take_over(recorded_trials(work));
   SizeTrial chosen;
   switch (*what) {
     case Sought::rotary:

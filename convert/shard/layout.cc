@@ -110,9 +110,10 @@ std::vector<Rank> ranks_of(const ModelConfig& config, Index tp) {
   return out;
 }
 
-// What a rank has of a tensor that belongs to one of the latents; `part` is -1 where there is only one.
-std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, Index part, bool heads) {
-  const Index latent = std::max<Index>(part, 0);
+// What a rank has of a tensor that belongs to one of the latents; no `part` where there is only one.
+std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, std::optional<Index> part,
+                                  bool heads) {
+  const Index latent = part.value_or(0);
   const auto has = std::find_if(rank.share.branches.begin(), rank.share.branches.end(),
                                 [&](const BranchShare& share) { return share.branch == latent; });
   if (has == rank.share.branches.end()) {
@@ -125,7 +126,8 @@ std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, I
   return Units{has->first_head - whole.first_head, has->head_count, whole.head_count};
 }
 
-std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const Rank& rank, Index part) {
+std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const Rank& rank,
+                              std::optional<Index> part) {
   switch (held_by) {
     case HeldBy::every:
       return Units{};
@@ -162,7 +164,7 @@ void check_tensor_per_latent(const Model& model) {
     return;
   }
   for (const PlacedTensor& tensor : model.tensors()) {
-    if (tensor.role == Role::kv_a_weight && tensor.part < 0) {
+    if (tensor.role == Role::kv_a_weight && !tensor.part) {
       fail_input({model.checkpoint().config_path(), "", "model_type",
                   "a layout with tensors for each latent, such as convert --engine relatent writes",
                   std::string(config.family->name), "all latents are in " + tensor.name});

@@ -19,7 +19,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr const char* manifest_format = "relatent_shards";
-constexpr std::int64_t manifest_version = 1;
+constexpr std::int64_t manifest_version = 2;
 constexpr std::size_t largest_manifest = 2 * kLargestIndex;
 constexpr std::array<std::pair<Split, const char*>, 3> split_names = {
     {{Split::whole, "whole"}, {Split::rows, "rows"}, {Split::columns, "columns"}}};
@@ -57,9 +57,9 @@ Json to_json(const ShardManifest& manifest) {
     out["weights"].push_back({{"file", file.name}, {"bytes", file.bytes}, {"header", file.header}});
   }
   out["index"] = manifest.index ? Json(*manifest.index) : Json(nullptr);
-  out["carried"] = Json::array();
-  for (const CarriedFile& file : manifest.carried) {
-    out["carried"].push_back({{"file", file.name}, {"bytes", file.bytes}, {"checksum", file.checksum}});
+  out["copied"] = Json::array();
+  for (const CopiedFile& file : manifest.copied) {
+    out["copied"].push_back({{"file", file.name}, {"bytes", file.bytes}, {"checksum", file.checksum}});
   }
   out["tensors"] = Json::array();
   for (const ShardedTensor& tensor : manifest.tensors) {
@@ -249,10 +249,10 @@ ShardManifest ShardManifest::read(const std::filesystem::path& path) {
   if (in.find("index") == nullptr || !in.find("index")->is_null()) {
     out.index = in.text("index");
   }
-  for (const Json& entry : in.list("carried")) {
+  for (const Json& entry : in.list("copied")) {
     const Reader file(entry, path);
-    out.carried.push_back({file.file_name("file", used), static_cast<std::uint64_t>(file.count("bytes")),
-                           file.text("checksum")});
+    out.copied.push_back({file.file_name("file", used), static_cast<std::uint64_t>(file.count("bytes")),
+                          file.text("checksum")});
   }
   for (const Json& entry : in.list("tensors")) {
     out.tensors.push_back(read_tensor(entry, path, out.tp));

@@ -53,7 +53,7 @@ struct WeightFile {
 };
 
 // A file that lies in the folder of shards as it is.
-struct CarriedFile {
+struct CopiedFile {
   std::string name;
   std::uint64_t bytes = 0;
   std::string checksum;
@@ -65,7 +65,7 @@ struct ShardManifest {
   std::string fingerprint;  // Checkpoint::fingerprint of what was cut
   std::vector<WeightFile> weights;
   std::optional<std::string> index;  // text of the checkpoint's index, where it has one
-  std::vector<CarriedFile> carried;  // config.json and side files
+  std::vector<CopiedFile> copied;    // config.json and side files
   std::vector<ShardedTensor> tensors;
 
   // The run's name, which every rank's file carries: a checksum of all the rest, and so of the weights.

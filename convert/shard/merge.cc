@@ -150,8 +150,8 @@ class Merger {
     for (Index rank = 0; rank < manifest_.tp; ++rank) {
       ranks_.push_back(open_rank(folder_, manifest_, manifest_.run(), rank));
     }
-    for (const CarriedFile& file : manifest_.carried) {
-      check_carried(file);
+    for (const CopiedFile& file : manifest_.copied) {
+      check_copied(file);
     }
   }
 
@@ -175,7 +175,7 @@ class Merger {
     if (manifest_.index) {
       write_text(folder.staging() / kIndexName, *manifest_.index);
     }
-    for (const CarriedFile& file : manifest_.carried) {
+    for (const CopiedFile& file : manifest_.copied) {
       copy_whole_file(folder_ / file.name, folder.staging() / file.name);
     }
     const std::string fingerprint = Checkpoint::open(folder.staging()).fingerprint();
@@ -188,7 +188,7 @@ class Merger {
   }
 
  private:
-  void check_carried(const CarriedFile& file) const {
+  void check_copied(const CopiedFile& file) const {
     const std::filesystem::path path = folder_ / file.name;
     const std::string found = checksum_of(path);
     if (found != file.checksum) {

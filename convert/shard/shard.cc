@@ -24,7 +24,7 @@ bool is_utf8(const std::string& text) {
 }
 
 // config.json and the side files.
-std::vector<std::filesystem::path> carried_files(const Checkpoint& checkpoint) {
+std::vector<std::filesystem::path> copied_files(const Checkpoint& checkpoint) {
   std::vector<std::filesystem::path> out = {checkpoint.config_path()};
   for (const std::filesystem::path& file : checkpoint.side_files()) {
     const std::string name = file.filename().string();
@@ -46,7 +46,7 @@ std::vector<std::filesystem::path> carried_files(const Checkpoint& checkpoint) {
 
 ShardManifest manifest_of(const Checkpoint& checkpoint, const ShardOptions& options,
                           std::vector<ShardedTensor> tensors,
-                          const std::vector<std::filesystem::path>& carried) {
+                          const std::vector<std::filesystem::path>& copied) {
   ShardManifest out;
   out.layout = options.layout;
   out.tp = options.tp;
@@ -58,8 +58,8 @@ ShardManifest manifest_of(const Checkpoint& checkpoint, const ShardOptions& opti
   if (checkpoint.index_path()) {
     out.index = read_text(*checkpoint.index_path(), kLargestIndex);
   }
-  for (const std::filesystem::path& file : carried) {
-    out.carried.push_back({file.filename().string(), std::filesystem::file_size(file), checksum_of(file)});
+  for (const std::filesystem::path& file : copied) {
+    out.copied.push_back({file.filename().string(), std::filesystem::file_size(file), checksum_of(file)});
   }
   out.fingerprint = checkpoint.fingerprint();
   return out;
@@ -89,9 +89,9 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   const Model model = Model::open(options.source);
   const Checkpoint& checkpoint = model.folder("sharded");
   std::vector<ShardedTensor> tensors = sharded_tensors(model, *layout, options.tp);
-  const std::vector<std::filesystem::path> carried = carried_files(checkpoint);
+  const std::vector<std::filesystem::path> copied = copied_files(checkpoint);
   PendingFolder folder(options.output);
-  const ShardManifest manifest = manifest_of(checkpoint, options, std::move(tensors), carried);
+  const ShardManifest manifest = manifest_of(checkpoint, options, std::move(tensors), copied);
   const std::string text = manifest.text();
 
   ShardReport report;
@@ -117,7 +117,7 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   for (const std::unique_ptr<SafetensorsWriter>& writer : writers) {
     writer->finish();
   }
-  for (const std::filesystem::path& file : carried) {
+  for (const std::filesystem::path& file : copied) {
     copy_whole_file(file, folder.staging() / file.filename());
   }
   write_text(folder.staging() / kShardsName, text);

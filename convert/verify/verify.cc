@@ -3,27 +3,16 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
+#include "convert/compute/backend.h"
 #include "convert/model/devices.h"
 #include "convert/model/families/family.h"
 #include "formats/error.h"
-#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
-struct SequenceErrors {
-  double attention_diff = 0;
-  double attention_source = 0;
-  double residual_diff = 0;
-  double residual_source = 0;
-};
-
 double relative(double diff_squared, double source_squared) {
   return source_squared > 0 ? std::sqrt(diff_squared / source_squared) : std::sqrt(diff_squared);
-}
-
-double squared(const MatrixF& m) {
-  return m.cast<double>().squaredNorm();
 }
 
 void check_same(const Model& source, const Model& converted, const char* key, Index expected, Index found) {
@@ -32,36 +21,6 @@ void check_same(const Model& source, const Model& converted, const char* key, In
                 std::to_string(expected) + " as in " + source.checkpoint().config_path().string(),
                 std::to_string(found), ""});
   }
-}
-
-LayerFidelity run_both(const Layer& source, Stream& source_stream, const Layer& converted,
-                       Stream& converted_stream) {
-  const RotaryTable source_table(rotary_of(source.attention), source_stream.length());
-  const RotaryTable converted_table(rotary_of(converted.attention), source_stream.length());
-  std::vector<SequenceErrors> errors(static_cast<std::size_t>(source_stream.count()));
-  parallel_for(errors.size(), [&](std::size_t i) {
-    const auto s = static_cast<Index>(i);
-    const MatrixF from_source =
-        attention_output(source.input_norm, source.attention, source_stream.sequence(s), source_table);
-    const MatrixF from_converted = attention_output(converted.input_norm, converted.attention,
-                                                    converted_stream.sequence(s), converted_table);
-    source_stream.sequence(s) += from_source;
-    converted_stream.sequence(s) += from_converted;
-    add_mlp(source, source_stream.sequence(s));
-    add_mlp(converted, converted_stream.sequence(s));
-    errors[i] = {squared(from_converted - from_source), squared(from_source),
-                 squared(converted_stream.sequence(s) - source_stream.sequence(s)),
-                 squared(source_stream.sequence(s))};
-  });
-  SequenceErrors sum;
-  for (const SequenceErrors& e : errors) {
-    sum.attention_diff += e.attention_diff;
-    sum.attention_source += e.attention_source;
-    sum.residual_diff += e.residual_diff;
-    sum.residual_source += e.residual_source;
-  }
-  return {relative(sum.attention_diff, sum.attention_source),
-          relative(sum.residual_diff, sum.residual_source)};
 }
 
 nlohmann::ordered_json or_null(const std::optional<Index>& number) {
@@ -81,10 +40,14 @@ Verification verify(const Model& source, const Model& converted, const Sequences
   Stream source_stream(source, sequences);
   Stream converted_stream(converted, sequences);
   for (Index i = 0; i < a.num_hidden_layers; ++i) {
-    out.layers.push_back(run_both(source.layer(i), source_stream, converted.layer(i), converted_stream));
+    const LayerDifference found =
+        backend().run_side_by_side(backend().load_layer(source, i, DType::f32), source_stream,
+                                   backend().load_layer(converted, i, DType::f32), converted_stream);
+    out.layers.push_back(
+        {relative(found.attention, found.attention_source), relative(found.residual, found.residual_source)});
     progress(i + 1, a.num_hidden_layers);
   }
-  out.logits = compare_logits(source, source_stream, converted, converted_stream, sequences);
+  out.logits = backend().compare_logits(source, source_stream, converted, converted_stream, sequences);
   out.source_ppl = std::exp(out.logits.source_nll);
   out.converted_ppl = std::exp(out.logits.converted_nll);
   out.nats = out.logits.converted_nll - out.logits.source_nll;
@@ -108,31 +71,24 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
   DeviceVerification out;
   out.tp = tp;
   for (const DeviceShare& share : shares) {
-    out.cache_bytes_per_token.push_back(share.cache_numbers(*config.latent) * config.num_hidden_layers *
+    out.cache_bytes_per_token.push_back(share.cache_elements(*config.latent) * config.num_hidden_layers *
                                         static_cast<Index>(size_of(config.dtype)));
   }
   Stream whole(converted, sequences);
   Stream split = whole;
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    const Layer layer = converted.layer(i);
+    const Layer layer = backend().load_layer(converted, i, DType::f32);
     run_layer(layer, whole);
     const auto& attention = std::get<LatentAttention>(layer.attention);
-    const RotaryTable table(attention.rotary, sequences.length);
     std::vector<LatentAttention> parts;
     for (const DeviceShare& share : shares) {
       parts.push_back(part_of(attention, share, parts.empty()));
     }
-    parallel_for(static_cast<std::size_t>(split.count()), [&](std::size_t s) {
-      auto hidden = split.sequence(static_cast<Index>(s));
-      const MatrixF x = normed(layer.input_norm, hidden);
-      for (const LatentAttention& part : parts) {
-        hidden += part.o(attention_forward(part, x, table));
-      }
-      add_mlp(layer, hidden);
-    });
+    backend().add_attention(layer.input_norm, parts, split);
+    backend().add_mlp(layer, split);
     progress(i + 1, config.num_hidden_layers);
   }
-  out.logits = compare_logits(converted, whole, converted, split, sequences);
+  out.logits = backend().compare_logits(converted, whole, converted, split, sequences);
   return out;
 }
 

@@ -7,8 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "convert/model/forward.h"
+#include "convert/compute/statistics.h"
+#include "convert/model/layer_progress.h"
 #include "convert/model/model.h"
+#include "formats/npy.h"
 
 namespace relatent {
 

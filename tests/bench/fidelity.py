@@ -64,10 +64,10 @@ class Sizes:
     """What of the source's shape decides which cells there are."""
 
     head_dim: int
-    cache_numbers: int  # per token and layer
+    cache_elements: int  # per token and layer
 
     def rank(self, budget: float, rope_dim: int) -> int:
-        return math.floor(budget * self.cache_numbers) - rope_dim
+        return math.floor(budget * self.cache_elements) - rope_dim
 
     def divides(self, rope_dim: int) -> bool:
         return rope_dim % 2 == 0 and self.head_dim % rope_dim == 0

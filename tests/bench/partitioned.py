@@ -1,6 +1,6 @@
 """Nats lost against cache per device, for the forms that devices can split.
 
-Every row keeps the same numbers per token and layer on each device: relatent's own TPLA and
+Every row keeps the same elements per token and layer on each device: relatent's own TPLA and
 MLRA (shared key, split value), GLA, TPLA's two published orders, and MLA, whose one latent every
 device holds whole. All get the same calibration file and validation tokens, and all but
 `--no-refit` rows the same refit of o_proj. Sizes are those of --sizes where it names them, and
@@ -27,7 +27,7 @@ from runner import Failure, Row, Runner, parser_of
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--devices", type=int, default=4)
-    parser.add_argument("--per-device", default="128,96,64", help="numbers per token and layer")
+    parser.add_argument("--per-device", default="128,96,64", help="elements per token and layer")
     parser.add_argument("--forms", default="tpla,mlra,gla,pca,hadamard,mla")
     parser.add_argument(
         "--sizes", action="append", default=[], help="PER:ROTARY+SHARED, for tpla and mlra"
@@ -48,7 +48,7 @@ class Bench(Runner):
         self.sizes = dict(size.split(":") for size in options.sizes)
 
     def form(self, form: str, per_device: int) -> list[Any] | None:
-        """Options that give a form with so many numbers on each device; None where it cannot."""
+        """Options that give a form with so many elements on each device; None where it cannot."""
         devices = self.options.devices
         if self.latent:
             rotary = self.config["qk_rope_head_dim"]

@@ -55,9 +55,9 @@ def test_nothing_is_tried(
         assert f"{name}: {left[key]}\n" in printed
     assert left["rope_dim"]["least"] <= plan["rope_dim"] <= left["rope_dim"]["most"]
     assert left["kv_rank"]["least"] <= plan["kv_rank"] <= left["kv_rank"]["most"]
-    numbers = plan["cache_numbers_per_token_and_layer"]
-    assert f"cache per token and layer: {numbers['converted']} numbers, source 256" in printed
-    assert plan["cache_bytes_per_token"] == {"source": 2048, "converted": 8 * numbers["converted"]}
+    elements = plan["cache_elements_per_token_and_layer"]
+    assert f"cache per token and layer: {elements['converted']} elements, source 256" in printed
+    assert plan["cache_bytes_per_token"] == {"source": 2048, "converted": 8 * elements["converted"]}
     assert plan["memory_bytes_estimate"] > 0 and plan["disk_bytes"] > 0 and plan["tensors"]
 
 

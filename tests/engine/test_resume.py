@@ -214,7 +214,7 @@ def test_interrupted_from_the_keyboard(tmp_path: Path, llama: Path, calibration:
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
         command = [str(support.binary()), *map(str, make(out)), "--save-every", "0"]
-        for _ in range(10):
+        for _ in range(50):
             with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
                 while process.poll() is None and not (partial(out) / "streams").exists():
                     time.sleep(0.005)

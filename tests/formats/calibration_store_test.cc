@@ -271,9 +271,23 @@ void replace_text(hid_t file, const char* name, const std::string& text, bool va
   H5Tclose(type);
 }
 
-TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
-  constexpr hsize_t kHuge = hsize_t{1} << 40U;
-  const std::vector<Damage> damages = {
+void expect_refused(const std::vector<Damage>& damages) {
+  const TempFolder folder;
+  for (const Damage& test : damages) {
+    SCOPED_TRACE(test.name);
+    write_store(folder / "c.h5", 5, 2);
+    const hid_t file = H5Fopen((folder / "c.h5").c_str(), H5F_ACC_RDWR, H5P_DEFAULT);
+    ASSERT_GE(file, 0);
+    test.damage(file);
+    ASSERT_GE(H5Fclose(file), 0);
+    std::vector<std::string> parts = test.parts;
+    parts.emplace_back("c.h5: ");
+    expect_error(ErrorKind::input, parts, [&] { CalibrationFile::open(folder / "c.h5"); });
+  }
+}
+
+TEST(CalibrationFile, RefusesBadAttributes) {
+  expect_refused({
       {"no format", [](hid_t file) { H5Adelete(file, "format"); }, {"attribute format", "found nothing"}},
       {"another format",
        [](hid_t file) { replace_text(file, "format", "something-else", false); },
@@ -295,6 +309,11 @@ TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
        [](hid_t file) { replace_text(file, "hidden_size", "5", false); },
        {"attribute hidden_size", "an integer"}},
       {"no config", [](hid_t file) { H5Adelete(file, "source_config"); }, {"attribute source_config"}},
+  });
+}
+
+TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
+  expect_refused({
       {"too many layers",
        [](hid_t file) { set_number(file, "num_hidden_layers", std::numeric_limits<std::int64_t>::max()); },
        {"/layers/00002", "found nothing"}},
@@ -307,6 +326,11 @@ TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
       {"other heads",
        [](hid_t file) { set_number(file, "num_attention_heads", 3); },
        {"/layers/00000/distance_mass", "expected [3, 7]", "found [2, 7]"}},
+  });
+}
+
+TEST(CalibrationFile, RefusesMembersOfAnotherKind) {
+  expect_refused({
       {"no tokens", [](hid_t file) { H5Ldelete(file, "tokens", H5P_DEFAULT); }, {"/tokens", "found nothing"}},
       {"flat tokens",
        [](hid_t file) { replace_dataset(file, "tokens", H5T_STD_I32LE, {21}); },
@@ -355,6 +379,12 @@ TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
          H5Lcreate_external("other.h5", "/layers", file, "layers", H5P_DEFAULT, H5P_DEFAULT);
        },
        {"/layers", "found a link"}},
+  });
+}
+
+TEST(CalibrationFile, RefusesDatasetsWhoseBytesLieElsewhere) {
+  constexpr hsize_t kHuge = hsize_t{1} << 40U;
+  expect_refused({
       {"compact storage",
        [](hid_t file) {
          const hid_t properties = H5Pcreate(H5P_DATASET_CREATE);
@@ -387,19 +417,7 @@ TEST(CalibrationFile, RefusesStoresThatDoNotFitTheirHeader) {
          H5Sclose(space);
        },
        {"/tokens", "as many stored bytes"}},
-  };
-  const TempFolder folder;
-  for (const Damage& test : damages) {
-    SCOPED_TRACE(test.name);
-    write_store(folder / "c.h5", 5, 2);
-    const hid_t file = H5Fopen((folder / "c.h5").c_str(), H5F_ACC_RDWR, H5P_DEFAULT);
-    ASSERT_GE(file, 0);
-    test.damage(file);
-    ASSERT_GE(H5Fclose(file), 0);
-    std::vector<std::string> parts = test.parts;
-    parts.emplace_back("c.h5: ");
-    expect_error(ErrorKind::input, parts, [&] { CalibrationFile::open(folder / "c.h5"); });
-  }
+  });
 }
 
 TEST(CalibrationFile, RefusesValuesThatAreNoMoments) {

@@ -16,7 +16,7 @@ using testing_support::read_bytes;
 using testing_support::TempFolder;
 
 const RunIdentity kGiven = {{"--rank", "192"}, {"the source's a\tb\\c\nd", "12 bytes"}, {"empty", ""}};
-const RunIdentity kEntries = {{"carried", "3"}, {"trial", "16 48"}, {"carried", "12"}, {"note\n", "a\\tb\t"}};
+const RunIdentity kEntries = {{"copied", "3"}, {"trial", "16 48"}, {"copied", "12"}, {"note\n", "a\\tb\t"}};
 
 // A journal with all of kEntries; its path.
 fs::path sample(const TempFolder& folder) {
@@ -46,8 +46,8 @@ TEST(Journal, RemembersWhatWasAppended) {
   EXPECT_EQ(journal.given(), kGiven);
   EXPECT_EQ(journal.entries(), kEntries);
   EXPECT_EQ(journal.last("trial"), "16 48");
-  EXPECT_EQ(journal.last("carried"), "12");
-  EXPECT_EQ(journal.last_number("carried"), 12);
+  EXPECT_EQ(journal.last("copied"), "12");
+  EXPECT_EQ(journal.last_number("copied"), 12);
   EXPECT_EQ(journal.last("none"), std::nullopt);
   EXPECT_EQ(journal.last_number("none"), 0);
   EXPECT_EQ(journal.last_number("trial"), 0);
@@ -116,7 +116,7 @@ TEST(Journal, LinesOutOfTheirPlaceAreNotBelieved) {
   EXPECT_EQ(believed(beginning + line(first) + line(first + 2)), 1U);         // one left out
   EXPECT_EQ(believed(beginning + line(first) + line(first)), 1U);             // one twice
   EXPECT_EQ(believed(beginning + line(first) + "\n" + line(first + 1)), 1U);  // an empty one
-  EXPECT_EQ(believed(beginning + line(first) + line(first + 1) + "carried"), 2U);
+  EXPECT_EQ(believed(beginning + line(first) + line(first + 1) + "copied"), 2U);
 }
 
 TEST(Journal, RefusesWhatIsNoJournal) {

@@ -110,12 +110,29 @@ TEST(SafetensorsFile, TakesUnusualButValidHeaders) {
   }
 }
 
-TEST(SafetensorsFile, RefusesWhatItsHeaderMayNotSay) {
-  const auto one = [](const std::string& entry) { return "{\"w\":" + entry + "}"; };
-  const auto shaped = [&one](const std::string& shape, const std::string& offsets) {
-    return one(R"({"dtype":"F32","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}");
-  };
-  const std::vector<Case> cases = {
+// Of one tensor, w.
+std::string one(const std::string& entry) {
+  return "{\"w\":" + entry + "}";
+}
+
+std::string shaped(const std::string& shape, const std::string& offsets) {
+  return one(R"({"dtype":"F32","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}");
+}
+
+void expect_refused(const std::vector<Case>& cases) {
+  const TempFolder folder;
+  for (const Case& test : cases) {
+    SCOPED_TRACE(test.header.substr(0, 200));
+    std::vector<std::string> parts = test.parts;
+    parts.emplace_back("a.safetensors: ");
+    expect_error(ErrorKind::input, parts, [&] {
+      SafetensorsFile::open(folder.write("a.safetensors", file_of(test.header, test.data_bytes)));
+    });
+  }
+}
+
+TEST(SafetensorsFile, RefusesBadJsonAndMetadata) {
+  expect_refused({
       // JSON
       {"", 0, {"begins with {", "an empty header"}},
       {" {}", 0, {"begins with {"}},
@@ -141,6 +158,11 @@ TEST(SafetensorsFile, RefusesWhatItsHeaderMayNotSay) {
       {R"({"__metadata__":{"a":{}}})", 0, {"metadata \"a\"", "found an object"}},
       {R"({"__metadata__":{"a":null}})", 0, {"metadata \"a\"", "found null"}},
       {R"({"__metadata__":"a"})", 0, {"expected an object", "found \"a\""}},
+  });
+}
+
+TEST(SafetensorsFile, RefusesEntriesThatDescribeNoTensor) {
+  expect_refused({
       // entries
       {one("1"), 0, {"tensor w", "expected an object", "found 1"}},
       {one("null"), 0, {"tensor w", "found null"}},
@@ -175,6 +197,11 @@ TEST(SafetensorsFile, RefusesWhatItsHeaderMayNotSay) {
       {shaped("[1]", "[0,18446744073709551616]"), 4, {"tensor w", "data_offsets", "18446744073709551616"}},
       {shaped("[1]", "[-4,0]"), 4, {"tensor w", "data_offsets", "found -4"}},
       {shaped("[1]", "\"0,4\""), 4, {"tensor w", "data_offsets"}},
+  });
+}
+
+TEST(SafetensorsFile, RefusesTensorsThatDoNotFillTheData) {
+  expect_refused({
       // byte counts
       {shaped("[3,2]", "[0,20]"),
        20,
@@ -202,16 +229,7 @@ TEST(SafetensorsFile, RefusesWhatItsHeaderMayNotSay) {
       {R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
        5,
        {"tensor w", "unused bytes", "from byte 2", "found 3"}},
-  };
-  const TempFolder folder;
-  for (const Case& test : cases) {
-    SCOPED_TRACE(test.header.substr(0, 200));
-    std::vector<std::string> parts = test.parts;
-    parts.emplace_back("a.safetensors: ");
-    expect_error(ErrorKind::input, parts, [&] {
-      SafetensorsFile::open(folder.write("a.safetensors", file_of(test.header, test.data_bytes)));
-    });
-  }
+  });
 }
 
 TEST(SafetensorsFile, RefusesABadPrefix) {

@@ -53,10 +53,10 @@ inline LatentShape shape_of(const MlraSample& sample) {
   LatentShape out;
   out.form = sample.form;
   out.heads = 8;
-  out.nope_dim = 5;
-  out.rope_dim = 6;
-  out.v_dim = 5;
-  out.q_rank = sample.q_rank;
+  out.qk_nope_head_dim = 5;
+  out.qk_rope_head_dim = 6;
+  out.v_head_dim = 5;
+  out.q_lora_rank = sample.q_rank;
   out.norm_coordinates = sample.norm_coordinates;
   const Partition partition = relatent::partition_of(sample.form, sample.branches).value();
   lay_out(partition,
@@ -72,9 +72,9 @@ inline LatentAttention random_layer(Random& random, const MlraSample& sample) {
   const LatentShape shape = shape_of(sample);
   LatentAttention out;
   out.heads = shape.heads;
-  out.nope_dim = shape.nope_dim;
-  out.rope_dim = shape.rope_dim;
-  out.v_dim = shape.v_dim;
+  out.nope_dim = shape.qk_nope_head_dim;
+  out.rope_dim = shape.qk_rope_head_dim;
+  out.v_dim = shape.v_head_dim;
   out.scale = 0.4F;  // not what the engine takes by itself
   out.q_down = random.linear(sample.q_rank, sample.hidden, false);
   out.q_norm = {random_gain(random, sample.q_rank), eps};
@@ -116,12 +116,12 @@ inline LatentShape shape_of(const GlaSample& sample) {
   LatentShape out;
   out.form = "gla";
   out.heads = 6;
-  out.nope_dim = 8;
-  out.rope_dim = 6;
-  out.v_dim = 8;
-  out.q_rank = sample.q_rank;
+  out.qk_nope_head_dim = 8;
+  out.qk_rope_head_dim = 6;
+  out.v_head_dim = 8;
+  out.q_lora_rank = sample.q_rank;
   out.has_q_bias = sample.bias;
-  out.has_bias = sample.bias;
+  out.attention_bias = sample.bias;
   const Partition partition = relatent::partition_of("gla", 2).value();
   lay_out(partition, std::vector<GroupSizes>(2, {0, sample.rank}), out);
   return out;
@@ -131,9 +131,9 @@ inline LatentAttention random_layer(Random& random, const GlaSample& sample) {
   const LatentShape shape = shape_of(sample);
   LatentAttention out;
   out.heads = shape.heads;
-  out.nope_dim = shape.nope_dim;
-  out.rope_dim = shape.rope_dim;
-  out.v_dim = shape.v_dim;
+  out.nope_dim = shape.qk_nope_head_dim;
+  out.rope_dim = shape.qk_rope_head_dim;
+  out.v_dim = shape.v_head_dim;
   out.scale = 0.4F;
   if (sample.q_rank) {
     out.q_down = random.linear(*sample.q_rank, sample.hidden, sample.bias);

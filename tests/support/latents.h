@@ -51,12 +51,12 @@ inline LatentShape shape_of(const LatentSample& sample) {
   LatentShape out;
   out.form = sample.form;
   out.heads = sample.heads;
-  out.nope_dim = sample.nope_dim;
-  out.rope_dim = 6;
-  out.v_dim = 7;
-  out.q_rank = sample.q_rank;
+  out.qk_nope_head_dim = sample.nope_dim;
+  out.qk_rope_head_dim = 6;
+  out.v_head_dim = 7;
+  out.q_lora_rank = sample.q_rank;
   out.has_q_bias = sample.bias;
-  out.has_bias = sample.bias;
+  out.attention_bias = sample.bias;
   const Partition partition = partition_of(sample);
   std::vector<GroupSizes> groups;
   for (Index g = 0; g < partition.groups; ++g) {
@@ -77,17 +77,17 @@ inline LatentAttention random_latent(Random& random, const LatentSample& sample,
   const LatentShape shape = shape_of(sample);
   LatentAttention out;
   out.heads = shape.heads;
-  out.nope_dim = shape.nope_dim;
-  out.rope_dim = shape.rope_dim;
-  out.v_dim = shape.v_dim;
+  out.nope_dim = shape.qk_nope_head_dim;
+  out.rope_dim = shape.qk_rope_head_dim;
+  out.v_dim = shape.v_head_dim;
   // Not what an engine would take by itself.
   out.scale = 0.4F;
-  if (shape.q_rank) {
-    out.q_down = random.linear(*shape.q_rank, hidden, sample.bias);
-    out.q_norm = {random_gain(random, *shape.q_rank), eps};
+  if (shape.q_lora_rank) {
+    out.q_down = random.linear(*shape.q_lora_rank, hidden, sample.bias);
+    out.q_norm = {random_gain(random, *shape.q_lora_rank), eps};
   }
-  out.q = random.linear(out.heads * (out.nope_dim + out.rope_dim), shape.q_rank.value_or(hidden),
-                        sample.bias && !shape.q_rank);
+  out.q = random.linear(out.heads * (out.nope_dim + out.rope_dim), shape.q_lora_rank.value_or(hidden),
+                        sample.bias && !shape.q_lora_rank);
   out.rotary_key = random.linear(out.rope_dim, hidden, sample.bias);
   for (const Index rank : shape.shared_ranks) {
     out.shared.push_back(random.linear(rank, hidden, sample.bias));

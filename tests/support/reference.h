@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/model/attention.h"
 #include "linalg/matrix.h"
 
@@ -127,8 +128,8 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
 // What a branch expands for the input x: [shared; own], normalised.
 inline VectorD latent_by_the_book(const LatentAttention& a, const LatentBranch& branch, const VectorD& x) {
   VectorD c = apply(branch.down, x);
-  if (branch.shared >= 0) {
-    const VectorD first = apply(a.shared[static_cast<std::size_t>(branch.shared)], x);
+  if (branch.shared) {
+    const VectorD first = apply(a.shared[static_cast<std::size_t>(*branch.shared)], x);
     VectorD whole(first.size() + c.size());
     whole << first, c;
     c = whole;

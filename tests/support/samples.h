@@ -10,6 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "convert/latent/maps.h"
 #include "convert/model/attention.h"
 #include "linalg/matrix.h"
@@ -120,7 +122,7 @@ inline MatrixF sample_inputs(Random& random, Index length, Index hidden) {
 // The attention's part of the residual stream.
 inline MatrixF output_of(const Attention& attention, const MatrixF& x) {
   const RotaryTable table(rotary_of(attention), x.rows());
-  return output_projection(attention)(attention_forward(attention, x, table));
+  return product(output_projection(attention), attention_forward(attention, x, table));
 }
 
 // [x; 1] as columns.

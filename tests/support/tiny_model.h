@@ -266,11 +266,11 @@ inline LatentShape rich_shape(Index heads) {
   LatentShape shape;
   shape.form = "mlra";
   shape.heads = heads;
-  shape.nope_dim = 3;
-  shape.rope_dim = 4;
-  shape.v_dim = 2;
-  shape.rank = 24;
-  shape.has_bias = true;
+  shape.qk_nope_head_dim = 3;
+  shape.qk_rope_head_dim = 4;
+  shape.v_head_dim = 2;
+  shape.kv_lora_rank = 24;
+  shape.attention_bias = true;
   shape.shared_ranks = {5, 3};
   const Index half = heads / 2;
   shape.branches = {{0, half, 4, 0}, {half, half, 6, 1}, {0, half, 4, 0}, {half, half, 2, 1}};
@@ -292,7 +292,8 @@ inline TinyModel tiny_relatent_model(const LatentShape& shape, const TinyOptions
       model.put(tensor.name, tensor.shape, random.matrix(tensor.shape[0], columns));
     }
   }
-  model.config = engine->config(model.config, source, shape, sample_rotary(shape.rope_dim, 1), body.dtype);
+  model.config =
+      engine->config(model.config, source, shape, sample_rotary(shape.qk_rope_head_dim, 1), body.dtype);
   return model;
 }
 

@@ -5,7 +5,9 @@
 #include <variant>
 
 #include "convert/calibrate/calibrate.h"
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "convert/model/model.h"
 #include "examples_path.h"
 #include "tests/support/samples.h"

@@ -39,7 +39,7 @@ constexpr ExpertDefaults v2_experts = {.topk_method = TopkMethod::greedy, .softm
 LatentGeometry parse_mla(const ConfigReader& in, ModelConfig& out) {
   parse_body(in, out);
   LatentGeometry latent = parse_latent(in, out);
-  latent.branches = {{0, out.num_attention_heads, latent.kv_lora_rank, -1}};
+  latent.branches = {{0, out.num_attention_heads, latent.kv_lora_rank}};
   latent.norm = LatentNorm::branch;
   out.rotary = parse_rotary(in.json(), latent.qk_rope_head_dim, in.path());
   return latent;

@@ -68,6 +68,7 @@ void parse_deepseek2(const ConfigReader& in, ModelConfig& out) {
     in.complain("deepseek2.rope.scaling.type", "no such key: a plain list of rotary frequencies");
   }
   LatentGeometry latent;
+  latent.norm = LatentNorm::branch;
   latent.norm_eps = out.rms_norm_eps;
   latent.kv_lora_rank = in.size("deepseek2.attention.kv_lora_rank");
   latent.qk_rope_head_dim = in.size("deepseek2.rope.dimension_count");
@@ -79,7 +80,7 @@ void parse_deepseek2(const ConfigReader& in, ModelConfig& out) {
   if (const Index rank = in.count("deepseek2.attention.q_lora_rank"); rank > 0) {
     latent.q_lora_rank = rank;
   }
-  latent.branches = {{0, out.num_attention_heads, latent.kv_lora_rank, -1}};
+  latent.branches = {{0, out.num_attention_heads, latent.kv_lora_rank}};
   set_latent_scale(latent, 1, out);
   out.rotary = parse_rotary({{"rope_theta", in.number("deepseek2.rope.freq_base")}}, latent.qk_rope_head_dim,
                             in.path());

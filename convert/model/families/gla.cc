@@ -38,6 +38,7 @@ std::vector<TensorRule> gla_rules() {
 void parse_gla(const ConfigReader& in, ModelConfig& out) {
   parse_body(in, out);
   LatentGeometry latent;
+  latent.norm = LatentNorm::branch;
   latent.form = "gla";
   latent.qk_nope_head_dim = parse_head_dim(in, out);
   latent.v_head_dim = latent.qk_nope_head_dim;

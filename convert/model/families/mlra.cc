@@ -60,6 +60,7 @@ void parse_mlra(const ConfigReader& in, ModelConfig& out) {
   out.rms_norm_eps = 1e-6;
   out.tie_word_embeddings = true;
   LatentGeometry latent;
+  latent.norm = LatentNorm::branch;
   const std::string model = in.text("mlra_model");
   const bool mlra = model == "mlra_2" || model == "mlra_4";
   if (!mlra && model != "gla_2" && model != "gla_4") {

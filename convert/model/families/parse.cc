@@ -117,6 +117,7 @@ void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
 
 LatentGeometry parse_latent(const ConfigReader& in, ModelConfig& out) {
   LatentGeometry latent;
+  latent.norm = LatentNorm::branch;
   latent.kv_lora_rank = in.size("kv_lora_rank");
   latent.qk_nope_head_dim = in.count("qk_nope_head_dim");
   latent.qk_rope_head_dim = in.size("qk_rope_head_dim");
@@ -139,7 +140,7 @@ void set_latent_scale(const LatentGeometry& latent, double factor, ModelConfig& 
 void even_branches(Index heads, Index groups, Index parts, LatentGeometry& latent) {
   const Index rank = latent.kv_lora_rank / (groups * parts);
   for (Index b = 0; b < groups * parts; ++b) {
-    latent.branches.push_back({(b % groups) * (heads / groups), heads / groups, rank, -1});
+    latent.branches.push_back({(b % groups) * (heads / groups), heads / groups, rank});
   }
   latent.norm = LatentNorm::branch;
 }

@@ -81,7 +81,7 @@ LatentAttention read_joint_latents(const LayerReader& in) {
   Index first = 0;
   for (std::size_t b = 0; b < geometry.branches.size(); ++b) {
     const BranchGeometry& sizes = geometry.branches[b];
-    const Index part = several ? static_cast<Index>(b) : -1;
+    const std::optional<Index> part = several ? std::optional(static_cast<Index>(b)) : std::nullopt;
     LatentBranch branch;
     branch.down = kv_a.rows(first, sizes.rank);
     branch.norm = in.latent_norm(Role::kv_a_norm, part);

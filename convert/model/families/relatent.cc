@@ -136,11 +136,13 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
     out.first_head = branch.count("first_head");
     out.head_count = branch.size("num_heads");
     out.rank = branch.size("rank");
-    out.shared = branch.find("shared") == nullptr ? -1 : branch.count("shared");
+    if (branch.find("shared") != nullptr) {
+      out.shared = branch.count("shared");
+    }
     if (out.first_head + out.head_count > heads) {
       in.complain("latent_branches", "heads below num_attention_heads = " + std::to_string(heads));
     }
-    if (out.shared >= static_cast<Index>(latent.shared_ranks.size())) {
+    if (out.shared && *out.shared >= static_cast<Index>(latent.shared_ranks.size())) {
       in.complain("latent_branches", "\"shared\" below the length of latent_shared_ranks");
     }
     std::fill_n(read.begin() + out.first_head, out.head_count, true);
@@ -159,7 +161,7 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
   };
   for (const BranchGeometry& a : latent.branches) {
     for (const BranchGeometry& b : latent.branches) {
-      if (a.shared >= 0 && a.shared == b.shared && !reaches(a, b)) {
+      if (a.shared && a.shared == b.shared && !reaches(a, b)) {
         in.complain("latent_branches", "latents that share coordinates to serve the same heads");
       }
     }

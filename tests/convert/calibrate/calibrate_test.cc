@@ -6,7 +6,8 @@
 #include <utility>
 #include <vector>
 
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
+#include "convert/compute/cpu/products.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/reference.h"
 #include "tests/support/temp_folder.h"

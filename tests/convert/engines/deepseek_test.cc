@@ -63,10 +63,10 @@ constexpr Index kHidden = 24;
 LatentShape deepseek_shape() {
   LatentShape out;
   out.heads = 6;
-  out.nope_dim = 5;
-  out.rope_dim = 8;
-  out.v_dim = 7;
-  out.rank = 9;
+  out.qk_nope_head_dim = 5;
+  out.qk_rope_head_dim = 8;
+  out.v_head_dim = 7;
+  out.kv_lora_rank = 9;
   out.norm_coordinates = 3;
   return out;
 }
@@ -75,21 +75,21 @@ const LatentShape kShape = deepseek_shape();
 LatentAttention random_layer(Random& random) {
   LatentAttention out;
   out.heads = kShape.heads;
-  out.nope_dim = kShape.nope_dim;
-  out.rope_dim = kShape.rope_dim;
-  out.v_dim = kShape.v_dim;
+  out.nope_dim = kShape.qk_nope_head_dim;
+  out.rope_dim = kShape.qk_rope_head_dim;
+  out.v_dim = kShape.v_head_dim;
   out.scale = 0.4F;  // not what an engine would take by itself
-  out.rotary = geometric(10000, kShape.rope_dim);
-  const Index rank = kShape.rank + kShape.norm_coordinates;
-  out.q = random.linear(kShape.heads * (kShape.nope_dim + kShape.rope_dim), kHidden, false);
-  out.rotary_key = random.linear(kShape.rope_dim, kHidden, false);
+  out.rotary = geometric(10000, kShape.qk_rope_head_dim);
+  const Index rank = kShape.kv_lora_rank + kShape.norm_coordinates;
+  out.q = random.linear(kShape.heads * (kShape.qk_nope_head_dim + kShape.qk_rope_head_dim), kHidden, false);
+  out.rotary_key = random.linear(kShape.qk_rope_head_dim, kHidden, false);
   LatentBranch branch;
   branch.head_count = kShape.heads;
   branch.down = random.linear(rank, kHidden, false);
   branch.norm = {random.row(rank).array() + 2.0F, 1e-6F};
-  branch.up = random.matrix(kShape.heads * (kShape.nope_dim + kShape.v_dim), rank, 0.3);
+  branch.up = random.matrix(kShape.heads * (kShape.qk_nope_head_dim + kShape.v_head_dim), rank, 0.3);
   out.branches.push_back(branch);
-  out.o = random.linear(kHidden, kShape.heads * kShape.v_dim, false);
+  out.o = random.linear(kHidden, kShape.heads * kShape.v_head_dim, false);
   return out;
 }
 
@@ -109,16 +109,16 @@ TEST(Deepseek, ReadsBackAsWritten) {
   for (const TensorSpec& spec : specs) {
     EXPECT_EQ(spec.name.find("bias"), std::string::npos);
   }
-  std::vector<std::string> carried;
+  std::vector<std::string> copied;
   for (const PlacedTensor& tensor : before.tensors()) {
     if (!is_attention(tensor.role)) {
       specs.push_back({tensor.name, DType::f32, before.checkpoint().info(tensor.name).shape});
-      carried.push_back(tensor.name);
+      copied.push_back(tensor.name);
     }
   }
   std::filesystem::create_directory(temp / "out");
   CheckpointWriter writer(temp / "out", specs, 1'000'000'000);
-  for (const std::string& name : carried) {
+  for (const std::string& name : copied) {
     writer.copy(name, before.folder("copied"), name);
   }
   attention.write(layer, 0, writer);
@@ -128,11 +128,11 @@ TEST(Deepseek, ReadsBackAsWritten) {
   write_text(temp / "out" / "config.json", config.dump());
   EXPECT_EQ(config.at("attention_bias"), false);
   EXPECT_EQ(config.at("tie_word_embeddings"), false);
-  EXPECT_EQ(config.at("kv_lora_rank"), kShape.rank + kShape.norm_coordinates);
+  EXPECT_EQ(config.at("kv_lora_rank"), kShape.kv_lora_rank + kShape.norm_coordinates);
   EXPECT_EQ(config.at("rope_theta"), 10000.0);
 
   const Model after = Model::open(temp / "out");
-  EXPECT_EQ(after.config().cache_numbers(), 9 + 3 + 8);
+  EXPECT_EQ(after.config().cache_elements(), 9 + 3 + 8);
   const MatrixF x = testing_support::sample_inputs(random, 20, kHidden);
   EXPECT_LE(
       relative_error(testing_support::output_of(after.attention(0), x), testing_support::output_of(layer, x)),

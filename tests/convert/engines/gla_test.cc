@@ -9,6 +9,7 @@
 #include <variant>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/author_layouts.h"
 #include "tests/support/expect_error.h"
 
@@ -57,7 +58,7 @@ TEST(GlaEngine, WhatIsWrittenComputesTheSame) {
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().family->name, "gla");
-    EXPECT_EQ(model.config().cache_numbers(), 4 * 8 + 6);
+    EXPECT_EQ(model.config().cache_elements(), 4 * 8 + 6);
     for (Index i = 0; i < 2; ++i) {
       EXPECT_LE(relative_error(output_of(model.attention(i), x), output_by_the_book(layer, x)), kFloatNoise);
     }
@@ -77,7 +78,7 @@ TEST(GlaEngine, SizesOfTheLatentsDoNotMatter) {
       down.weight *= factor;
       down.bias *= factor;
       up /= factor;
-      return static_cast<double>(down(x).squaredNorm()) / static_cast<double>(x.rows() * down.out());
+      return static_cast<double>(product(down, x).squaredNorm()) / static_cast<double>(x.rows() * down.out());
     };
     layer.q_mean_square = stretch(layer.q_down, layer.q.weight, 900.0F);
     layer.branches[0].mean_square = stretch(layer.branches[0].down, layer.branches[0].up, 3000.0F);

@@ -54,7 +54,7 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
     const MatrixF x = sample_inputs(random, 30, sample.hidden);
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().family->name, "mlra");
-    EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
+    EXPECT_EQ(model.config().cache_elements(), layer.total_rank() + layer.rope_dim);
     EXPECT_TRUE(model.config().tie_word_embeddings);
     for (Index i = 0; i < 2; ++i) {
       EXPECT_LE(relative_error(output_of(model.attention(i), x), output_by_the_book(layer, x)), kFloatNoise);
@@ -67,7 +67,7 @@ TEST(MlraEngine, WhatIsWrittenComputesTheSame) {
       EXPECT_EQ(back.branches[b].norm.eps, 1e-6F);
       EXPECT_EQ(back.branches[b].first_head, layer.branches[b].first_head);
       EXPECT_EQ(back.branches[b].head_count, layer.branches[b].head_count);
-      EXPECT_EQ(back.branches[b].shared, -1);
+      EXPECT_FALSE(back.branches[b].shared);
     }
     EXPECT_EQ(back.rotary.inv_freq.size(), 3U);
   }
@@ -207,8 +207,8 @@ TEST(MlraEngine, NamesOfWhatSurroundsAttention) {
     }
     return out;
   }());
-  EXPECT_EQ(names.at(Role::embed_tokens, -1), "transformer.wte.weight");
-  EXPECT_EQ(names.at(Role::final_norm, -1), "layernorm.weight");
+  EXPECT_EQ(names.at(Role::embed_tokens, {}), "transformer.wte.weight");
+  EXPECT_EQ(names.at(Role::final_norm, {}), "layernorm.weight");
   EXPECT_EQ(names.at(Role::input_norm, 2), "transformer.h.2.input_layernorm.weight");
   EXPECT_EQ(names.at(Role::post_attention_norm, 2), "transformer.h.2.post_attention_layernorm.weight");
   EXPECT_EQ(names.at(Role::gate_weight, 11), "transformer.h.11.mlp.c_fc1.weight");

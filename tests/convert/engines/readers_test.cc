@@ -1,5 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <string>
+#include <vector>
+
 #include "convert/engines/engine.h"
 #include "convert/model/families/family.h"
 
@@ -13,17 +17,14 @@ ModelConfig latent_model(const std::string& family, Index rank, Index rotary, bo
   out.latent->kv_lora_rank = rank;
   out.latent->qk_rope_head_dim = rotary;
   out.latent->attention_bias = bias;
-  out.latent->branches = {{0, 4, rank, -1}};
+  out.latent->branches = {{0, 4, rank}};
   return out;
 }
 
 bool says(const ModelConfig& config, const std::string& part) {
-  for (const std::string& line : readers_of(config)) {
-    if (line.find(part) != std::string::npos) {
-      return true;
-    }
-  }
-  return false;
+  const std::vector<std::string> lines = readers_of(config);
+  return std::any_of(lines.begin(), lines.end(),
+                     [&](const std::string& line) { return line.find(part) != std::string::npos; });
 }
 
 TEST(Readers, OfAShapeThatKernelsHave) {

@@ -97,7 +97,7 @@ TEST(RelatentEngine, WhatIsWrittenReadsBackAsTheLayer) {
     const Model model = write_and_open(layer, sample, DType::f32, folder);
     EXPECT_EQ(model.config().model_type, "relatent");
     EXPECT_EQ(model.config().dtype, DType::f32);
-    EXPECT_EQ(model.config().cache_numbers(), layer.total_rank() + layer.rope_dim);
+    EXPECT_EQ(model.config().cache_elements(), layer.total_rank() + layer.rope_dim);
 
     const auto back = std::get<LatentAttention>(model.attention(1));
     EXPECT_EQ(back.heads, layer.heads);
@@ -228,7 +228,7 @@ TEST(RelatentEngine, ShapesOfTheTensors) {
                    {"q_b_proj.weight", {66, 9}},
                    {"kv_norm_proj.weight", {10, 24}}});
   EXPECT_EQ(shapes(sample), expected);
-  EXPECT_EQ(engine->written_config(source_config, source, shape_of(sample), DType::bf16).cache_numbers(),
+  EXPECT_EQ(engine->written_config(source_config, source, shape_of(sample), DType::bf16).cache_elements(),
             11 + 12 + 6);
   EXPECT_TRUE(engine->traits().any_frequencies);
 }
@@ -285,7 +285,7 @@ TEST(RelatentEngine, ConfigSaysHowTheLatentIsDivided) {
 TEST(RelatentConfig, ReadsBackEveryForm) {
   for (const LatentSample& sample : latent_samples()) {
     SCOPED_TRACE(sample.name);
-    const LatentGeometry expected = shape_of(sample).geometry();
+    const LatentSizes expected = shape_of(sample);
     const ModelConfig found = parse_config(config_of(sample, body_of(sample)), "config.json");
     ASSERT_TRUE(found.latent.has_value());
     EXPECT_EQ(found.latent->form, expected.form);

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "convert/engines/layout.h"
 #include "convert/model/model.h"
 #include "formats/error.h"
@@ -85,7 +87,7 @@ TEST(NormUndo, ReturnsTheLatent) {
           RmsNorm norm{RowVectorF::Constant(rank + 1, static_cast<float>(undo.gain)),
                        static_cast<float>(kEps)};
           norm.gain(rank) = 1;
-          norm.apply(latent);
+          normalise(norm, latent);
           const MatrixF found = latent.leftCols(rank) * static_cast<float>(undo.correction);
           const double unit = root * root * undo.scale * undo.scale * static_cast<double>(rank);
           const double surplus = std::abs(size * size - 1) * unit / (undo.beta * undo.beta) / 2;
@@ -120,11 +122,11 @@ std::vector<ShapeSample> shape_samples() {
 LatentShape shape_of(const ShapeSample& sample) {
   LatentShape out;
   out.heads = 6;
-  out.nope_dim = sample.nope_dim;
-  out.rope_dim = 6;
-  out.v_dim = 7;
-  out.rank = 9;
-  out.q_rank = sample.q_rank;
+  out.qk_nope_head_dim = sample.nope_dim;
+  out.qk_rope_head_dim = 6;
+  out.v_head_dim = 7;
+  out.kv_lora_rank = 9;
+  out.q_lora_rank = sample.q_rank;
   out.has_q_bias = sample.q_bias;
   return out;
 }
@@ -134,33 +136,33 @@ LatentAttention random_layer(Random& random, const ShapeSample& sample, Index hi
   const LatentShape shape = shape_of(sample);
   LatentAttention out;
   out.heads = shape.heads;
-  out.nope_dim = shape.nope_dim;
-  out.rope_dim = shape.rope_dim;
-  out.v_dim = shape.v_dim;
+  out.nope_dim = shape.qk_nope_head_dim;
+  out.rope_dim = shape.qk_rope_head_dim;
+  out.v_dim = shape.v_head_dim;
   // Not what an engine would take by itself.
   out.scale = 0.55F;
   const auto mean_square = [](const MatrixF& m) {
     return static_cast<double>(m.squaredNorm()) / static_cast<double>(m.size());
   };
-  if (shape.q_rank) {
-    out.q_down = random.linear(*shape.q_rank, hidden, sample.other_biases);
+  if (shape.q_lora_rank) {
+    out.q_down = random.linear(*shape.q_lora_rank, hidden, sample.other_biases);
     out.q_down.weight *= 20;
-    out.q_mean_square = mean_square(out.q_down(x));
+    out.q_mean_square = mean_square(product(out.q_down, x));
   } else {
     out.q_mean_square = mean_square(x);
   }
-  out.q =
-      random.linear(out.heads * (out.nope_dim + out.rope_dim), shape.q_rank.value_or(hidden), sample.q_bias);
-  if (shape.q_rank) {
+  out.q = random.linear(out.heads * (out.nope_dim + out.rope_dim), shape.q_lora_rank.value_or(hidden),
+                        sample.q_bias);
+  if (shape.q_lora_rank) {
     out.q.weight /= 20;
   }
   out.rotary_key = random.linear(out.rope_dim, hidden, sample.other_biases);
   LatentBranch branch;
-  branch.down = random.linear(shape.rank, hidden, sample.other_biases);
+  branch.down = random.linear(shape.kv_lora_rank, hidden, sample.other_biases);
   branch.down.weight *= 1e-2F;
   branch.down.bias *= 1e-2F;
-  branch.mean_square = mean_square(branch.down(x));
-  branch.up = random.matrix(out.heads * (out.nope_dim + out.v_dim), shape.rank, 30);
+  branch.mean_square = mean_square(product(branch.down, x));
+  branch.up = random.matrix(out.heads * (out.nope_dim + out.v_dim), shape.kv_lora_rank, 30);
   branch.head_count = out.heads;
   out.branches.push_back(std::move(branch));
   out.o = random.linear(hidden, out.heads * out.v_dim, sample.other_biases);
@@ -195,11 +197,14 @@ TEST(TransformersEngine, WhatIsWrittenReadsBackAsTheLayer) {
       for (Index i = 0; i < 2; ++i) {
         const Attention back = model.attention(i);
         const RotaryTable table(rotary_of(back), x.rows());
-        const MatrixF expected = layer.o(attention_forward(layer, x, RotaryTable(layer.rotary, x.rows())));
-        EXPECT_LE(relative_error(output_projection(back)(attention_forward(back, x, table)), expected),
-                  test.tolerance);
+        const MatrixF expected =
+            product(layer.o, attention_forward(layer, x, RotaryTable(layer.rotary, x.rows())));
+        EXPECT_LE(
+            relative_error(product(output_projection(back), attention_forward(back, x, table)), expected),
+            test.tolerance);
       }
-      EXPECT_EQ(model.config().cache_numbers(), shape_of(sample).rank + 1 + shape_of(sample).rope_dim);
+      EXPECT_EQ(model.config().cache_elements(),
+                shape_of(sample).kv_lora_rank + 1 + shape_of(sample).qk_rope_head_dim);
     }
   }
 }
@@ -257,7 +262,7 @@ TEST(TransformersEngine, ShapesOfTheTensors) {
   expected["q_b_proj.weight"] = {66, 8};
   EXPECT_EQ(shapes({.name = "", .q_bias = true, .q_rank = 7}), expected);
   EXPECT_EQ(
-      engine->written_config(source_config, source, shape_of({.name = ""}), DType::bf16).cache_numbers(),
+      engine->written_config(source_config, source, shape_of({.name = ""}), DType::bf16).cache_elements(),
       9 + 1 + 6);
 }
 

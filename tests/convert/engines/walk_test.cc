@@ -100,13 +100,13 @@ TEST(Walk, PlannedIsWrittenIsPlaced) {
           ASSERT_TRUE(planned.contains(tensor.name)) << tensor.name;
           const PlannedTensor& plan = *planned.at(tensor.name);
           EXPECT_EQ(tensor.role, plan.role) << tensor.name;
-          EXPECT_EQ(tensor.layer_idx, plan.layer_idx.value_or(-1)) << tensor.name;
-          EXPECT_EQ(tensor.part, plan.part.value_or(-1)) << tensor.name;
+          EXPECT_EQ(tensor.layer_idx, plan.layer_idx) << tensor.name;
+          EXPECT_EQ(tensor.part, plan.part) << tensor.name;
           EXPECT_EQ(after.checkpoint().info(tensor.name).shape, plan.spec.shape) << tensor.name;
           EXPECT_EQ(after.checkpoint().info(tensor.name).dtype, plan.spec.dtype) << tensor.name;
         }
         EXPECT_EQ(after.config().family->name, make_engine(engine, form->name)->family());
-        EXPECT_EQ(after.config().cache_numbers(), conversion->plan().converted_cache_numbers);
+        EXPECT_EQ(after.config().cache_elements(), conversion->plan().converted_cache_elements);
         ++converted[engine];
       }
     }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/latent_norm.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/lay_out.h"
 #include "linalg/decompose.h"
@@ -270,7 +271,9 @@ std::vector<JointLatent> latents_of(const LayerSample& sample, const RotaryKey& 
   std::vector<JointLatent> out;
   for (Index g = 0; g < partition.groups; ++g) {
     JointLatentOptions options{.rank = rank + g};
-    options.key_rank = partition.parts > 1 ? key_rank : -1;
+    if (partition.parts > 1) {
+      options.key_rank = key_rank;
+    }
     options.first_head = partition.first_head(g, sample.maps.heads);
     options.head_count = partition.first_head(g + 1, sample.maps.heads) - options.first_head;
     out.push_back(joint_latent(sample.maps, sample.moments, key, options));
@@ -316,7 +319,7 @@ TEST(AbsorbInParts, IsTheAssembledLayerSplit) {
       const LatentAttention found = to_latent_attention(absorbed, sample.moments.second);
       ASSERT_EQ(found.branches.size(), expected.branches.size());
       ASSERT_EQ(found.shared.size(), expected.shared.size());
-      EXPECT_EQ(found.total_rank(), laid.rank);
+      EXPECT_EQ(found.total_rank(), laid.kv_lora_rank);
       for (std::size_t b = 0; b < found.branches.size(); ++b) {
         const LatentBranch& branch = found.branches[b];
         EXPECT_EQ(branch.first_head, expected.branches[b].first_head);
@@ -358,7 +361,7 @@ TEST(AbsorbInParts, KeyLatentIsSharedAndOwn) {
   for (const LatentGroup& group : a.groups) {
     EXPECT_EQ(group.shared, 3);
     for (const LatentPart& part : group.parts) {
-      const MatrixD latents = a.key_latent_of(group, part) * with_ones(sample.x);
+      const MatrixD latents = key_latent_of(a, group, part) * with_ones(sample.x);
       ASSERT_EQ(latents.rows(), 3 + part.rank);
       const MatrixD centred = latents.colwise() - latents.rowwise().mean();
       EXPECT_LE(relative_error(centred * centred.transpose() / static_cast<double>(latents.cols()),

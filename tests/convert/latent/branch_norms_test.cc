@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/latents.h"
 
 namespace relatent {
@@ -51,15 +52,15 @@ std::vector<LatentSample> plain_samples() {
 }
 
 MatrixF latent_of(const LatentAttention& layer, const LatentBranch& branch, const MatrixF& x) {
-  const MatrixF own = branch.down(x);
-  const Index shared = branch.shared < 0 ? 0 : layer.shared[static_cast<std::size_t>(branch.shared)].out();
+  const MatrixF own = product(branch.down, x);
+  const Index shared = branch.shared ? layer.shared[static_cast<std::size_t>(*branch.shared)].out() : 0;
   MatrixF out(x.rows(), shared + own.cols());
   if (shared > 0) {
-    out.leftCols(shared) = layer.shared[static_cast<std::size_t>(branch.shared)](x);
+    out.leftCols(shared) = product(layer.shared[static_cast<std::size_t>(*branch.shared)], x);
   }
   out.rightCols(own.cols()) = own;
   if (branch.norm.present()) {
-    branch.norm.apply(out);
+    normalise(branch.norm, out);
   }
   return out;
 }
@@ -124,7 +125,7 @@ TEST(BranchNorms, SharedCoordinatesBecomeEveryBranchesOwn) {
     const LatentBranch& is = normed.branches[b];
     const LatentBranch& was = sample.layer.branches[b];
     const Index whole = 3 + was.down.out();
-    EXPECT_EQ(is.shared, -1);
+    EXPECT_FALSE(is.shared);
     EXPECT_EQ(is.down.out(), whole + 5);
     EXPECT_EQ(is.down.bias.size(), 0);
     EXPECT_EQ(is.up.cols(), whole + 5);
@@ -134,7 +135,7 @@ TEST(BranchNorms, SharedCoordinatesBecomeEveryBranchesOwn) {
     EXPECT_EQ(is.first_head, was.first_head);
     // Row by row a multiple of the shared rows, then of its own.
     MatrixF rows(whole, hidden);
-    rows << sample.layer.shared[static_cast<std::size_t>(was.shared)].weight, was.down.weight;
+    rows << sample.layer.shared[static_cast<std::size_t>(*was.shared)].weight, was.down.weight;
     for (Index i = 0; i < whole; ++i) {
       const float factor = is.down.weight.row(i).dot(rows.row(i)) / rows.row(i).squaredNorm();
       EXPECT_GT(factor, 0);
@@ -153,7 +154,7 @@ TEST(BranchNorms, StoredLatentsHaveAGoodSize) {
   normalise_branches(normed, sample.inputs, sample.moment, 8);
   const MatrixF x = sample.inputs.leftCols(hidden);
   for (const LatentBranch& branch : normed.branches) {
-    const MatrixF latent = branch.down(x);
+    const MatrixF latent = product(branch.down, x);
     const double mean_square = static_cast<double>(latent.squaredNorm()) / static_cast<double>(latent.size());
     EXPECT_NEAR(mean_square, 256, 60);
     EXPECT_LE(latent.cwiseAbs().maxCoeff(), 1000);

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "linalg/decompose.h"
 #include "tests/support/absorbed.h"
 #include "tests/support/latents.h"
@@ -197,7 +199,7 @@ Losses losses_of(const MlaSample& sample, const AbsorbedAttention& a, const Late
   const Index w = source.v_dim;
   const MatrixD latents = latents_by_the_book(sample);
   const MatrixF features = query_features(source, sample.x);
-  const MatrixD asked = source.q(features).cast<double>();
+  const MatrixD asked = product(source.q, features).cast<double>();
   const MatrixD inputs = with_ones(features);
   const MatrixD kept = a.latent_of(group) * with_ones(sample.x);
   Losses all;
@@ -226,7 +228,7 @@ VectorD optimum_of(const MlaSample& sample, const LatentGroup& group, double lam
   const Index w = source.v_dim;
   const MatrixD latents = latents_by_the_book(sample);
   const MatrixD covariance = latents * latents.transpose() / static_cast<double>(latents.cols());
-  const MatrixD asked = source.q(query_features(source, sample.x)).cast<double>();
+  const MatrixD asked = product(source.q, query_features(source, sample.x)).cast<double>();
   MatrixD keys = MatrixD::Zero(8, 8);
   MatrixD values = MatrixD::Zero(8, 8);
   for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {

@@ -268,7 +268,8 @@ TEST(JointLatent, KeysReadOnlyTheFirstCoordinates) {
       EXPECT_LT(after.value, before.value);
     }
     // All that keys may read is all.
-    EXPECT_EQ(joint_latent(sample.maps, sample.moments, key, {.rank = keys, .key_rank = keys}).key_rank, -1);
+    EXPECT_EQ(joint_latent(sample.maps, sample.moments, key, {.rank = keys, .key_rank = keys}).key_rank,
+              std::nullopt);
   }
 }
 
@@ -349,7 +350,7 @@ TEST(JointLatent, OfSomeHeadsIsThatOfTheirOwnLayer) {
   const RotaryKey key = some_key(sample, 3);
   for (const auto& [first, count] :
        std::vector<std::pair<Index, Index>>{{0, 3}, {3, 3}, {1, 2}, {4, 1}, {0, 6}}) {
-    for (const Index key_rank : {-1, 4}) {
+    for (const std::optional<Index> key_rank : {std::optional<Index>(), std::optional<Index>(4)}) {
       SCOPED_TRACE(std::to_string(count) + " heads from " + std::to_string(first));
       JointLatentOptions options{.rank = 7, .lambda = 1.5, .key_rank = key_rank};
       const LayerMaps own = heads_of(sample.maps, key, first, count);

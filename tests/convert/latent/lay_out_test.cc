@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/forms/form.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/lossless.h"
@@ -35,7 +36,7 @@ TEST(LayOut, DividesWhatIsNotShared) {
   LatentShape shape;
   shape.heads = 6;
   lay_out({1, 4}, {{3, 13}}, shape);
-  EXPECT_EQ(shape.rank, 13);
+  EXPECT_EQ(shape.kv_lora_rank, 13);
   EXPECT_EQ(shape.shared_ranks, std::vector<Index>{3});
   ASSERT_EQ(shape.branches.size(), 4U);
   const std::vector<Index> ranks = {2, 3, 2, 3};
@@ -45,31 +46,31 @@ TEST(LayOut, DividesWhatIsNotShared) {
   }
   // Nothing of an earlier shape stays, and nothing shared is no latent of rank 0.
   lay_out({1, 2}, {{0, 7}}, shape);
-  EXPECT_EQ(shape.rank, 7);
+  EXPECT_EQ(shape.kv_lora_rank, 7);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 2U);
-  expect_branch(shape.branches[0], {0, 6, 3, -1});
-  expect_branch(shape.branches[1], {0, 6, 4, -1});
+  expect_branch(shape.branches[0], {0, 6, 3});
+  expect_branch(shape.branches[1], {0, 6, 4});
 }
 
 TEST(LayOut, ASinglePartSharesWithNobody) {
   LatentShape shape;
   shape.heads = 6;
   lay_out({4, 1}, {{2, 5}, {0, 6}, {7, 7}, {1, 8}}, shape);
-  EXPECT_EQ(shape.rank, 26);
+  EXPECT_EQ(shape.kv_lora_rank, 26);
   EXPECT_TRUE(shape.shared_ranks.empty());
   ASSERT_EQ(shape.branches.size(), 4U);
-  expect_branch(shape.branches[0], {0, 1, 5, -1});
-  expect_branch(shape.branches[1], {1, 2, 6, -1});
-  expect_branch(shape.branches[2], {3, 1, 7, -1});
-  expect_branch(shape.branches[3], {4, 2, 8, -1});
+  expect_branch(shape.branches[0], {0, 1, 5});
+  expect_branch(shape.branches[1], {1, 2, 6});
+  expect_branch(shape.branches[2], {3, 1, 7});
+  expect_branch(shape.branches[3], {4, 2, 8});
 }
 
 TEST(LayOut, GroupsOfPartsShareWithinThemselves) {
   LatentShape shape;
   shape.heads = 5;
   lay_out(*partition_of("mlra", 2), {{2, 7}, {3, 10}}, shape);
-  EXPECT_EQ(shape.rank, 17);
+  EXPECT_EQ(shape.kv_lora_rank, 17);
   EXPECT_EQ(shape.shared_ranks, (std::vector<Index>{2, 3}));
   ASSERT_EQ(shape.branches.size(), 4U);
   expect_branch(shape.branches[0], {0, 2, 2, 0});
@@ -79,7 +80,7 @@ TEST(LayOut, GroupsOfPartsShareWithinThemselves) {
   // One of the groups may share nothing.
   lay_out(*partition_of("mlra", 2), {{0, 6}, {3, 9}}, shape);
   EXPECT_EQ(shape.shared_ranks, std::vector<Index>{3});
-  expect_branch(shape.branches[2], {0, 2, 3, -1});
+  expect_branch(shape.branches[2], {0, 2, 3});
   expect_branch(shape.branches[3], {2, 3, 3, 0});
 }
 
@@ -137,7 +138,7 @@ TEST(SplitValues, ReturnsTheGroupedLayer) {
       EXPECT_LE(relative_error(attention_forward(split, x, table), mix_by_the_book(grouped, x)), kFloatNoise);
 
       // As the shape says.
-      EXPECT_EQ(split.total_rank(), shape.rank);
+      EXPECT_EQ(split.total_rank(), shape.kv_lora_rank);
       ASSERT_EQ(split.shared.size(), shape.shared_ranks.size());
       for (std::size_t s = 0; s < split.shared.size(); ++s) {
         EXPECT_EQ(split.shared[s].out(), shape.shared_ranks[s]);
@@ -237,7 +238,7 @@ TEST(LosslessForms, ReturnTheSource) {
         latents.push_back(lossless_latent(sample.maps, first, end - first));
         const Index keys = sample.maps.group_of(end - 1) + 1 - sample.maps.group_of(first);
         EXPECT_EQ(latents.back().rank(), keys * gqa.head_dim);
-        sizes.push_back({latents.back().key_rank, latents.back().rank()});
+        sizes.push_back({latents.back().key_rank.value_or(0), latents.back().rank()});
       }
       LatentShape shape;
       shape.heads = gqa.heads;
@@ -247,7 +248,7 @@ TEST(LosslessForms, ReturnTheSource) {
       const LatentAttention split = split_values(grouped, partition, shape);
       EXPECT_EQ(static_cast<Index>(split.branches.size()), form.name == "mlra" ? 4 : form.branches);
       EXPECT_TRUE(split.shared.empty());
-      EXPECT_EQ(split.total_rank(), shape.rank);
+      EXPECT_EQ(split.total_rank(), shape.kv_lora_rank);
       EXPECT_LE(relative_error(output_of(split, sample.x), expected), kFloatNoise);
     }
   }

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/samples.h"
 
 namespace relatent {
@@ -28,9 +29,10 @@ TEST(Maps, ActLikeTheLayersLinears) {
     const LayerMaps maps = maps_of(attention);
     const MatrixF x = testing_support::sample_inputs(random, 12, sample.hidden);
     const MatrixD columns = with_ones(x);
-    EXPECT_LE(relative_error(map_of(maps.q) * columns, attention.q(x).transpose()), 16 * kFloatEpsilon);
-    EXPECT_LE(relative_error(maps.k * columns, attention.k(x).transpose()), 16 * kFloatEpsilon);
-    EXPECT_LE(relative_error(maps.v * columns, attention.v(x).transpose()), 16 * kFloatEpsilon);
+    EXPECT_LE(relative_error(map_of(maps.q) * columns, product(attention.q, x).transpose()),
+              16 * kFloatEpsilon);
+    EXPECT_LE(relative_error(maps.k * columns, product(attention.k, x).transpose()), 16 * kFloatEpsilon);
+    EXPECT_LE(relative_error(maps.v * columns, product(attention.v, x).transpose()), 16 * kFloatEpsilon);
     EXPECT_TRUE(maps.o == attention.o.weight);
     EXPECT_EQ(maps.has_q_bias(), sample.q_bias);
     ASSERT_EQ(maps.o_bias.size(), sample.hidden);

@@ -5,6 +5,7 @@
 #include <Eigen/Dense>
 #include <cmath>
 
+#include "convert/compute/cpu/latent_norm.h"
 #include "tests/support/samples.h"
 
 namespace relatent {

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
 #include "linalg/decompose.h"
 #include "tests/support/latents.h"
 
@@ -73,7 +75,7 @@ Sliceable sliceable(std::uint32_t seed, Index rank, LatentNorm norm, bool bias) 
 
 // Columns of the turn that each slice has.
 std::vector<MatrixD> slices_by_the_book(const Sliceable& sample, Index parts, LatentOrder order) {
-  const MatrixF latents = sample.layer.branches[0].down(sample.x);
+  const MatrixF latents = product(sample.layer.branches[0].down, sample.x);
   const Index rank = latents.cols();
   const MatrixD c = latents.cast<double>();
   const MatrixD turn =
@@ -130,7 +132,7 @@ TEST(SliceLatent, SlicesDivideTheTurnedLatent) {
         const LatentBranch& branch = sliced.branches[b];
         EXPECT_EQ(branch.first_head, 0);
         EXPECT_EQ(branch.head_count, 6);
-        EXPECT_EQ(branch.shared, -1);
+        EXPECT_FALSE(branch.shared);
         EXPECT_FALSE(branch.norm.present());
         EXPECT_LE(
             relative_error(branch.down.weight, slices[b].transpose() * whole.down.weight.cast<double>()),
@@ -151,8 +153,8 @@ TEST(SliceLatent, SlicesDivideTheTurnedLatent) {
 double gain_by_the_book(const Sliceable& sample, const MatrixD& slice) {
   const LatentAttention& a = sample.layer;
   const Index n = a.nope_dim;
-  const MatrixD queries = a.q(query_features(a, sample.x)).cast<double>();
-  MatrixD latents = a.branches[0].down(sample.x).cast<double>();
+  const MatrixD queries = product(a.q, query_features(a, sample.x)).cast<double>();
+  MatrixD latents = product(a.branches[0].down, sample.x).cast<double>();
   // What is the same for all keys cancels in the softmax.
   latents.rowwise() -= latents.colwise().mean().eval();
   double together = 0;
@@ -242,7 +244,7 @@ TEST(SliceLatent, NormsMakeGoodForTheEnergyOfASlice) {
       const LatentAttention sliced =
           slice_latent(sample.layer, parts, order, sample.moment, sample.query_moment);
       const std::vector<MatrixD> slices = slices_by_the_book(sample, parts, order);
-      const MatrixD latents = sample.layer.branches[0].down(sample.x).cast<double>();
+      const MatrixD latents = product(sample.layer.branches[0].down, sample.x).cast<double>();
       double together = 0;
       for (std::size_t b = 0; b < slices.size(); ++b) {
         const RmsNorm& norm = sliced.branches[b].norm;

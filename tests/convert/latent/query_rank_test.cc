@@ -6,6 +6,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/latents.h"
 
 namespace relatent {
@@ -147,7 +148,7 @@ TEST(QueryRank, TheRestStays) {
   EXPECT_EQ(compressed.q_down.bias.size(), 0);
   EXPECT_FALSE(compressed.q_norm.present());
   EXPECT_TRUE(compressed.rotary_key.weight == sample.layer.rotary_key.weight);
-  const MatrixF z = compressed.q_down(sample.x);
+  const MatrixF z = product(compressed.q_down, sample.x);
   EXPECT_NEAR(compressed.q_mean_square, static_cast<double>(z.squaredNorm()) / static_cast<double>(z.size()),
               1e-4 * compressed.q_mean_square);
   EXPECT_EQ(compressed.scale, sample.layer.scale);

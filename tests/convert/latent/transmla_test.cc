@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/latent/assemble.h"
 #include "linalg/decompose.h"
 #include "tests/support/expect_error.h"

@@ -8,7 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "convert/model/forward.h"
+#include "convert/compute/backend.h"
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/logits.h"
+#include "convert/compute/cpu/products.h"
 #include "examples_path.h"
 #include "tests/support/samples.h"
 #include "tests/support/temp_folder.h"

@@ -17,7 +17,7 @@ namespace {
 using testing_support::expect_error;
 
 // The trained example: K d = 128, d = 32, so a cache of 256 numbers.
-class Tune : public testing::Test {
+class SizeSearchTest : public testing::Test {
  protected:
   static Sequences tokens(Index count) {
     return read_sequences(RELATENT_EXAMPLES "/tokens/calibration.npy", 64, count, 4096);
@@ -47,12 +47,12 @@ class Tune : public testing::Test {
   std::vector<SizeTrial> heard_;
 };
 
-TEST_F(Tune, KnownTrialsAreNotRepeated) {
+TEST_F(SizeSearchTest, KnownTrialsAreNotRepeated) {
   SizeSearch first = search(quick(), tokens(6));
   const SizeTrial chosen = first.rotary_for(128);
   heard_.clear();
   SizeSearch second = search(quick(), tokens(6));
-  second.know({first.trials()[0], first.trials()[2]});
+  second.take_over({first.trials()[0], first.trials()[2]});
   EXPECT_EQ(second.rotary_for(128).rope_dim, chosen.rope_dim);
   ASSERT_EQ(heard_.size(), 1U);
   EXPECT_EQ(heard_[0].nats, first.trials()[1].nats);
@@ -60,7 +60,7 @@ TEST_F(Tune, KnownTrialsAreNotRepeated) {
   EXPECT_EQ(second.trials()[2].nats, first.trials()[2].nats);
 }
 
-TEST_F(Tune, RotaryIsTheBestOfThoseTried) {
+TEST_F(SizeSearchTest, RotaryIsTheBestOfThoseTried) {
   SizeSearch running = search(quick(), tokens(6));
   const SizeTrial chosen = running.rotary_for(128);
   EXPECT_EQ(chosen.rope_dim + chosen.rank, 128);
@@ -73,7 +73,7 @@ TEST_F(Tune, RotaryIsTheBestOfThoseTried) {
   }
 }
 
-TEST_F(Tune, PlainListsStayWithinTheHead) {
+TEST_F(SizeSearchTest, PlainListsStayWithinTheHead) {
   RelatentOptions options = quick();
   options.plain_list = true;
   SizeSearch running = search(options, tokens(6));
@@ -83,7 +83,7 @@ TEST_F(Tune, PlainListsStayWithinTheHead) {
   }
 }
 
-TEST_F(Tune, OneCandidateIsTakenUntried) {
+TEST_F(SizeSearchTest, OneCandidateIsTakenUntried) {
   SizeSearch running = search(quick(), tokens(6));
   const SizeTrial chosen = running.rotary_for(32);
   EXPECT_EQ(chosen.rope_dim, 16);
@@ -92,7 +92,7 @@ TEST_F(Tune, OneCandidateIsTakenUntried) {
   EXPECT_TRUE(running.trials().empty());
 }
 
-TEST_F(Tune, SmallestWithinIsBracketedByTrials) {
+TEST_F(SizeSearchTest, SmallestWithinIsBracketedByTrials) {
   SizeSearch running = search(quick(), tokens(8));
   const SizeTrial chosen = running.smallest_within(0.5);
   EXPECT_LE(chosen.nats, 0.5);
@@ -109,13 +109,13 @@ TEST_F(Tune, SmallestWithinIsBracketedByTrials) {
   EXPECT_TRUE(smaller_fails);
 }
 
-TEST_F(Tune, AllOfTheCacheWhenNothingLessDoes) {
+TEST_F(SizeSearchTest, AllOfTheCacheWhenNothingLessDoes) {
   SizeSearch running = search(quick(), tokens(4));
   const SizeTrial chosen = running.smallest_within(1e-12);
   EXPECT_EQ(chosen.rope_dim + chosen.rank, 256);
 }
 
-TEST_F(Tune, OneSequenceIsNotEnough) {
+TEST_F(SizeSearchTest, OneSequenceIsNotEnough) {
   expect_error(ErrorKind::usage, {"--rope-dim", "--rank", "only one"}, [&] { search(quick(), tokens(1)); });
 }
 

@@ -5,6 +5,10 @@
 #include <Eigen/Dense>
 #include <utility>
 
+#include "convert/compute/backend.h"
+#include "convert/compute/cpu/attention.h"
+#include "convert/compute/cpu/products.h"
+#include "convert/compute/cpu/sample.h"
 #include "convert/latent/assemble.h"
 #include "convert/latent/lossless.h"
 #include "convert/latent/refit.h"
@@ -143,7 +147,7 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
       EXPECT_TRUE(inputs.leftCols(24) == normed(layer.input_norm, converted.sequence(s)));
       EXPECT_TRUE(inputs.col(24) == VectorF::Constant(17, affine ? 1.0F : 0.0F));
       const MatrixF output = output_of(gqa, x);
-      values.middleRows(s * 17, 17) = gqa.v(x);
+      values.middleRows(s * 17, 17) = product(gqa.v, x);
       for (Index n = 0; n < 17; ++n) {
         const VectorD key = apply(gqa.k, testing_support::position_of(x, n));
         for (Index g = 0; g < 2; ++g) {
@@ -200,7 +204,7 @@ Finished finished(const Model& model, const Sequences& sequences, bool bias, boo
   streams.finish_attention(layer, out.attention, refit, ridge);
   EXPECT_TRUE(streams.source().hidden() == out.wanted);
   out.after = streams.converted().hidden();
-  EXPECT_LE(relative_error(out.after, out.before + out.attention.o(out.mixed)), kFloatNoise);
+  EXPECT_LE(relative_error(out.after, out.before + product(out.attention.o, out.mixed)), kFloatNoise);
   return out;
 }
 

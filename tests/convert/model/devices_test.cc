@@ -22,12 +22,12 @@ using testing_support::random_latent;
 using testing_support::relative_error;
 using testing_support::sample_inputs;
 
-LatentGeometry geometry_of(const LatentSample& sample) {
-  return testing_support::shape_of(sample).geometry();
+LatentSizes geometry_of(const LatentSample& sample) {
+  return testing_support::shape_of(sample);
 }
 
 TEST(WhyNotShared, SaysWhatDoesNotDivide) {
-  const LatentGeometry one = geometry_of({.name = "", .form = "mla", .branches = 1, .heads = 6});
+  const LatentSizes one = geometry_of({.name = "", .form = "mla", .branches = 1, .heads = 6});
   EXPECT_EQ(why_not_shared(one, 1), "");
   EXPECT_EQ(why_not_shared(one, 2), "");
   EXPECT_EQ(why_not_shared(one, 3), "");
@@ -36,7 +36,7 @@ TEST(WhyNotShared, SaysWhatDoesNotDivide) {
   EXPECT_EQ(why_not_shared(one, 0), "there must be at least one device");
   EXPECT_EQ(why_not_shared(one, -2), "there must be at least one device");
 
-  const LatentGeometry two = geometry_of({.name = "", .form = "tpla", .branches = 2, .heads = 6});
+  const LatentSizes two = geometry_of({.name = "", .form = "tpla", .branches = 2, .heads = 6});
   EXPECT_EQ(why_not_shared(two, 1), "");
   EXPECT_EQ(why_not_shared(two, 2), "");
   EXPECT_EQ(why_not_shared(two, 3), "3 devices are not a multiple of 2 latents");
@@ -44,7 +44,7 @@ TEST(WhyNotShared, SaysWhatDoesNotDivide) {
   EXPECT_EQ(why_not_shared(two, 8), "each latent would go to 4 devices, which do not divide its 6 heads");
 
   // Heads 1, 2, 1 and 2.
-  const LatentGeometry four = geometry_of({.name = "", .form = "gla", .branches = 4, .heads = 6});
+  const LatentSizes four = geometry_of({.name = "", .form = "gla", .branches = 4, .heads = 6});
   EXPECT_EQ(why_not_shared(four, 2), "");
   EXPECT_EQ(why_not_shared(four, 3), "3 devices do not divide 4 latents");
   EXPECT_EQ(why_not_shared(four, 4), "");
@@ -53,7 +53,7 @@ TEST(WhyNotShared, SaysWhatDoesNotDivide) {
 }
 
 TEST(DeviceShares, RefuseWithTheReason) {
-  const LatentGeometry two = geometry_of({.name = "", .branches = 2, .heads = 6});
+  const LatentSizes two = geometry_of({.name = "", .branches = 2, .heads = 6});
   expect_error(ErrorKind::usage,
                {"--tp 3 does not fit this model", "3 devices are not a multiple of 2 latents"},
                [&] { device_shares(two, 3); });
@@ -73,20 +73,20 @@ void expect_share(const DeviceShare& share, const DeviceShare& expected) {
   }
 }
 
-void expect_shares(const LatentGeometry& latent, const std::vector<DeviceShare>& expected,
+void expect_shares(const LatentSizes& latent, const std::vector<DeviceShare>& expected,
                    const std::vector<Index>& numbers) {
   const std::vector<DeviceShare> found = device_shares(latent, static_cast<Index>(expected.size()));
   ASSERT_EQ(found.size(), expected.size());
   for (std::size_t i = 0; i < found.size(); ++i) {
     SCOPED_TRACE(std::to_string(i) + " of " + std::to_string(found.size()));
     expect_share(found[i], expected[i]);
-    EXPECT_EQ(found[i].cache_numbers(latent), numbers[i]);
+    EXPECT_EQ(found[i].cache_elements(latent), numbers[i]);
   }
 }
 
 // p = 6, r = 11.
 TEST(DeviceShares, OfOneLatentDivideItsHeads) {
-  const LatentGeometry one = geometry_of({.name = "", .form = "mla", .branches = 1, .heads = 8});
+  const LatentSizes one = geometry_of({.name = "", .form = "mla", .branches = 1, .heads = 8});
   expect_shares(one, {{0, 8, {{0, 0, 8}}, {}}}, {17});
   expect_shares(one, {{0, 4, {{0, 0, 4}}, {}}, {4, 4, {{0, 4, 4}}, {}}}, {17, 17});
   expect_shares(
@@ -102,7 +102,7 @@ TEST(DeviceShares, OfOneLatentDivideItsHeads) {
 
 // 3 shared coordinates, 4 and 4 own.
 TEST(DeviceShares, OfTwoPartsTakeOneEach) {
-  const LatentGeometry two = geometry_of({.name = "", .form = "tpla", .branches = 2, .heads = 8});
+  const LatentSizes two = geometry_of({.name = "", .form = "tpla", .branches = 2, .heads = 8});
   expect_shares(two, {{0, 8, {{0, 0, 8}, {1, 0, 8}}, {0}}}, {6 + 11});
   expect_shares(two, {{0, 8, {{0, 0, 8}}, {0}}, {0, 8, {{1, 0, 8}}, {0}}}, {6 + 7, 6 + 7});
   expect_shares(two,
@@ -120,7 +120,7 @@ TEST(DeviceShares, OfTwoPartsTakeOneEach) {
 
 // Ranks 11, 12, 13 and 14; heads 0, 1-2, 3 and 4-5.
 TEST(DeviceShares, OfUnevenHeadGroups) {
-  const LatentGeometry four = geometry_of({.name = "", .form = "gla", .branches = 4, .heads = 6});
+  const LatentSizes four = geometry_of({.name = "", .form = "gla", .branches = 4, .heads = 6});
   expect_shares(four, {{0, 6, {{0, 0, 1}, {1, 1, 2}, {2, 3, 1}, {3, 4, 2}}, {}}}, {6 + 50});
   expect_shares(four, {{0, 3, {{0, 0, 1}, {1, 1, 2}}, {}}, {3, 3, {{2, 3, 1}, {3, 4, 2}}, {}}},
                 {6 + 23, 6 + 27});
@@ -133,7 +133,7 @@ TEST(DeviceShares, OfUnevenHeadGroups) {
 // Latents 0 and 2 belong to the first half of the heads, 1 and 3 to the second: 4 and 4 own coordinates
 // beside 3, and 4 and 5.
 TEST(DeviceShares, KeepLatentsOfTheSameHeadsTogether) {
-  const LatentGeometry mlra = geometry_of({.name = "", .form = "mlra", .branches = 2, .heads = 8});
+  const LatentSizes mlra = geometry_of({.name = "", .form = "mlra", .branches = 2, .heads = 8});
   expect_shares(mlra, {{0, 8, {{0, 0, 4}, {2, 0, 4}, {1, 4, 4}, {3, 4, 4}}, {0, 1}}}, {6 + 23});
   expect_shares(mlra, {{0, 4, {{0, 0, 4}, {2, 0, 4}}, {0}}, {4, 4, {{1, 4, 4}, {3, 4, 4}}, {1}}},
                 {6 + 11, 6 + 12});
@@ -158,7 +158,7 @@ TEST(DeviceShares, KeepLatentsOfTheSameHeadsTogether) {
 TEST(PartOf, DevicesAddUpToTheLayer) {
   for (const LatentSample& sample : latent_samples()) {
     Random random(1);
-    const LatentGeometry geometry = geometry_of(sample);
+    const LatentSizes geometry = geometry_of(sample);
     const LatentAttention whole = random_latent(random, sample, 24);
     const MatrixF x = sample_inputs(random, 30, 24);
     const MatrixD expected = output_by_the_book(whole, x);
@@ -175,7 +175,7 @@ TEST(PartOf, DevicesAddUpToTheLayer) {
       for (std::size_t i = 0; i < shares.size(); ++i) {
         const LatentAttention part = part_of(whole, shares[i], i == 0);
         EXPECT_EQ(part.heads, shares[i].head_count);
-        EXPECT_EQ(part.total_rank() + part.rope_dim, shares[i].cache_numbers(geometry));
+        EXPECT_EQ(part.total_rank() + part.rope_dim, shares[i].cache_elements(geometry));
         // A layer of its own, as the book reads it.
         EXPECT_LE(relative_error(output_of(part, x), output_by_the_book(part, x)), kFloatNoise);
         sum += output_of(part, x).cast<double>();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -84,15 +85,15 @@ TEST(Families, EveryTensorHasItsPlace) {
   for (const TinyModel& model : models) {
     const std::vector<PlacedTensor> placed = place(model);
     std::set<std::string> names;
-    std::set<std::tuple<Role, Index, Index>> places;
+    std::set<std::tuple<Role, std::optional<Index>, std::optional<Index>>> places;
     for (const PlacedTensor& tensor : placed) {
       EXPECT_TRUE(model.tensors.contains(tensor.name)) << tensor.name;
       names.insert(tensor.name);
       places.emplace(tensor.role, tensor.layer_idx, tensor.part);
       const bool in_layer = tensor.name.find(".layers.") != std::string::npos;
-      EXPECT_EQ(tensor.layer_idx >= 0, in_layer) << tensor.name;
+      EXPECT_EQ(tensor.layer_idx.has_value(), in_layer) << tensor.name;
       if (in_layer) {
-        EXPECT_NE(tensor.name.find(".layers." + std::to_string(tensor.layer_idx) + "."), std::string::npos);
+        EXPECT_NE(tensor.name.find(".layers." + std::to_string(*tensor.layer_idx) + "."), std::string::npos);
       }
       EXPECT_EQ(is_attention(tensor.role),
                 tensor.name.find("self_attn") != std::string::npos && tensor.role != Role::inv_freq)
@@ -108,11 +109,11 @@ TEST(Families, RolesOfTheNames) {
   struct Case {
     const char* name;
     Role role;
-    Index layer_idx;
+    std::optional<Index> layer_idx;
   };
   const std::vector<PlacedTensor> placed = place(tiny_latent_model({.q_rank = 9, .attention_bias = true}));
   for (const Case& test :
-       {Case{"model.embed_tokens.weight", Role::embed_tokens, -1}, Case{"lm_head.weight", Role::lm_head, -1},
+       {Case{"model.embed_tokens.weight", Role::embed_tokens, {}}, Case{"lm_head.weight", Role::lm_head, {}},
         Case{"model.layers.2.post_attention_layernorm.weight", Role::post_attention_norm, 2},
         Case{"model.layers.0.mlp.up_proj.weight", Role::up_weight, 0},
         Case{"model.layers.1.self_attn.q_a_layernorm.weight", Role::q_a_norm, 1},
@@ -132,7 +133,7 @@ TEST(Families, PlacesInTheAuthorsLayouts) {
   struct Place {
     std::string name;
     Role role;
-    Index part;
+    std::optional<Index> part;
   };
   const auto expect_places = [](const TinyModel& model, const std::string& layer,
                                 const std::vector<Place>& expected) {
@@ -153,16 +154,16 @@ TEST(Families, PlacesInTheAuthorsLayouts) {
       EXPECT_EQ(at->layer_idx, 1) << wanted.name;
     }
   };
-  const std::vector<Place> mlra = {{"input_layernorm.weight", Role::input_norm, -1},
-                                   {"post_attention_layernorm.weight", Role::post_attention_norm, -1},
-                                   {"mlp.c_fc1.weight", Role::gate_weight, -1},
-                                   {"mlp.c_fc2.weight", Role::up_weight, -1},
-                                   {"mlp.c_proj.weight", Role::down_weight, -1},
-                                   {"attn.q_a_proj.weight", Role::q_a_weight, -1},
-                                   {"attn.q_a_layernorm.weight", Role::q_a_norm, -1},
-                                   {"attn.q_b_proj.weight", Role::q_weight, -1},
-                                   {"attn.kv_a_proj_with_mqa.weight", Role::kv_a_weight, -1},
-                                   {"attn.c_proj.weight", Role::o_weight, -1}};
+  const std::vector<Place> mlra = {{"input_layernorm.weight", Role::input_norm, {}},
+                                   {"post_attention_layernorm.weight", Role::post_attention_norm, {}},
+                                   {"mlp.c_fc1.weight", Role::gate_weight, {}},
+                                   {"mlp.c_fc2.weight", Role::up_weight, {}},
+                                   {"mlp.c_proj.weight", Role::down_weight, {}},
+                                   {"attn.q_a_proj.weight", Role::q_a_weight, {}},
+                                   {"attn.q_a_layernorm.weight", Role::q_a_norm, {}},
+                                   {"attn.q_b_proj.weight", Role::q_weight, {}},
+                                   {"attn.kv_a_proj_with_mqa.weight", Role::kv_a_weight, {}},
+                                   {"attn.c_proj.weight", Role::o_weight, {}}};
   for (const testing_support::MlraSample& sample : mlra_samples()) {
     SCOPED_TRACE(sample.model());
     std::vector<Place> expected = mlra;
@@ -176,7 +177,7 @@ TEST(Families, PlacesInTheAuthorsLayouts) {
                                        {"attn.kv_a_layernorms.1.weight", Role::kv_a_norm, 1},
                                        {"attn.kv_a_layernorms.2.weight", Role::kv_a_norm, 2},
                                        {"attn.kv_a_layernorms.3.weight", Role::kv_a_norm, 3},
-                                       {"attn.kv_b_proj", Role::kv_b_weight, -1}});
+                                       {"attn.kv_b_proj", Role::kv_b_weight, {}}});
     }
     TinyModel model = tiny_mlra_model(sample);
     expect_places(model, "transformer.h.1.", expected);
@@ -186,50 +187,64 @@ TEST(Families, PlacesInTheAuthorsLayouts) {
   }
   const std::string self = "self_attn.";
   expect_places(tiny_gla_model(), "model.layers.1.",
-                {{"input_layernorm.weight", Role::input_norm, -1},
-                 {"post_attention_layernorm.weight", Role::post_attention_norm, -1},
-                 {"mlp.gate_proj.weight", Role::gate_weight, -1},
-                 {"mlp.up_proj.weight", Role::up_weight, -1},
-                 {"mlp.down_proj.weight", Role::down_weight, -1},
-                 {self + "W_dQ.weight", Role::q_a_weight, -1},
-                 {self + "W_dQ.bias", Role::q_a_bias, -1},
-                 {self + "q_norm.weight", Role::q_a_norm, -1},
-                 {self + "W_uQ_rope.weight", Role::q_weight, -1},
-                 {self + "W_uQ_rope.bias", Role::q_bias, -1},
-                 {self + "W_dKV.weight", Role::kv_a_weight, -1},
-                 {self + "W_dKV.bias", Role::kv_a_bias, -1},
+                {{"input_layernorm.weight", Role::input_norm, {}},
+                 {"post_attention_layernorm.weight", Role::post_attention_norm, {}},
+                 {"mlp.gate_proj.weight", Role::gate_weight, {}},
+                 {"mlp.up_proj.weight", Role::up_weight, {}},
+                 {"mlp.down_proj.weight", Role::down_weight, {}},
+                 {self + "W_dQ.weight", Role::q_a_weight, {}},
+                 {self + "W_dQ.bias", Role::q_a_bias, {}},
+                 {self + "q_norm.weight", Role::q_a_norm, {}},
+                 {self + "W_uQ_rope.weight", Role::q_weight, {}},
+                 {self + "W_uQ_rope.bias", Role::q_bias, {}},
+                 {self + "W_dKV.weight", Role::kv_a_weight, {}},
+                 {self + "W_dKV.bias", Role::kv_a_bias, {}},
                  {self + "kv_norm_1.weight", Role::kv_a_norm, 0},
                  {self + "kv_norm_2.weight", Role::kv_a_norm, 1},
                  {self + "W_ukv_1.weight", Role::kv_b_weight, 0},
                  {self + "W_ukv_2.weight", Role::kv_b_weight, 1},
                  {self + "W_ukv_1.bias", Role::kv_b_bias, 0},
                  {self + "W_ukv_2.bias", Role::kv_b_bias, 1},
-                 {self + "o_proj.weight", Role::o_weight, -1},
-                 {self + "o_proj.bias", Role::o_bias, -1}});
+                 {self + "o_proj.weight", Role::o_weight, {}},
+                 {self + "o_proj.bias", Role::o_bias, {}}});
 }
 
-TEST(Families, Refusals) {
-  struct Case {
-    std::string name;
-    TinyModel model;
-    std::function<void(TinyModel&)> spoil;
-    std::vector<std::string> parts;
+// What is done to a model, and what is said of the result.
+struct Refusal {
+  std::string name;
+  TinyModel model;
+  std::function<void(TinyModel&)> spoil;
+  std::vector<std::string> parts;
+};
+
+std::function<void(TinyModel&)> drop(const std::string& name) {
+  return [name](TinyModel& model) { ASSERT_EQ(model.tensors.erase(name), 1U) << name; };
+}
+
+std::function<void(TinyModel&)> add(const std::string& name, const std::vector<std::int64_t>& shape) {
+  return [name, shape](TinyModel& model) {
+    Index size = 1;
+    for (const std::int64_t n : shape) {
+      size *= n;
+    }
+    model.put(name, shape, MatrixF::Ones(1, size));
   };
-  const auto drop = [](const std::string& name) {
-    return [name](TinyModel& model) { ASSERT_EQ(model.tensors.erase(name), 1U) << name; };
-  };
-  const auto add = [](const std::string& name, std::vector<std::int64_t> shape) {
-    return [name, shape](TinyModel& model) {
-      Index size = 1;
-      for (const std::int64_t n : shape) {
-        size *= n;
-      }
-      model.put(name, shape, MatrixF::Ones(1, size));
-    };
-  };
+}
+
+void expect_refused(const std::vector<Refusal>& cases) {
+  for (const Refusal& test : cases) {
+    SCOPED_TRACE(test.name);
+    EXPECT_NO_THROW(place(test.model));
+    TinyModel spoilt = test.model;
+    test.spoil(spoilt);
+    expect_error(ErrorKind::input, test.parts, [&] { place(spoilt); });
+  }
+}
+
+TEST(Families, GroupedQueryRefusals) {
   const std::string q_bias = layer_name(1, "self_attn.q_proj.bias");
   const std::string k_weight = layer_name(2, "self_attn.k_proj.weight");
-  const std::vector<Case> cases = {
+  expect_refused({
       {"a stranger",
        tiny_model(),
        add("model.extra.weight", {3}),
@@ -269,6 +284,11 @@ TEST(Families, Refusals) {
        tiny_model(),
        [&](TinyModel& model) { model.tensors.at(k_weight).dtype = DType::i32; },
        {k_weight, "dtype", "BF16, F16, F32 or F64", "I32"}},
+  });
+}
+
+TEST(Families, LatentRefusals) {
+  expect_refused({
       {"a bias that the config denies",
        tiny_latent_model(),
        add(layer_name(0, "self_attn.kv_a_proj_with_mqa.bias"), {17}),
@@ -281,6 +301,15 @@ TEST(Families, Refusals) {
        tiny_latent_model({.q_rank = 9}),
        [](TinyModel& model) { model.config["q_lora_rank"] = nullptr; },
        {"no place", "q_a_proj.weight"}},
+      {"a latent norm of another size",
+       tiny_latent_model(),
+       add(layer_name(0, "self_attn.kv_a_layernorm.weight"), {12}),
+       {"kv_a_layernorm.weight", "[11]", "[12]"}},
+  });
+}
+
+TEST(Families, ExpertRefusals) {
+  expect_refused({
       {"a router's bias that greedy choice has no use for",
        tiny_latent_model({.experts = tiny_experts(TopkMethod::greedy)}),
        add(layer_name(1, "mlp.gate.e_score_correction_bias"), {8}),
@@ -316,10 +345,11 @@ TEST(Families, Refusals) {
          model.tensors.at(layer_name(1, "self_attn.o_proj.weight")).dtype = DType::f8_e4m3;
        },
        {"layers.1.self_attn.o_proj.weight_scale_inv", "FP8", "cast them to bfloat16"}},
-      {"a latent norm of another size",
-       tiny_latent_model(),
-       add(layer_name(0, "self_attn.kv_a_layernorm.weight"), {12}),
-       {"kv_a_layernorm.weight", "[11]", "[12]"}},
+  });
+}
+
+TEST(Families, AuthorsLayoutRefusals) {
+  expect_refused({
       {"a third latent",
        tiny_mlra_model(mlra_samples()[2]),
        add("transformer.h.0.attn.kv_a_layernorm_3.weight", {15}),
@@ -348,14 +378,7 @@ TEST(Families, Refusals) {
        tiny_gla_model(),
        [](TinyModel& model) { model.config["attention_bias"] = false; },
        {"no place", "o_proj.bias"}},
-  };
-  for (const Case& test : cases) {
-    SCOPED_TRACE(test.name);
-    EXPECT_NO_THROW(place(test.model));
-    TinyModel spoilt = test.model;
-    test.spoil(spoilt);
-    expect_error(ErrorKind::input, test.parts, [&] { place(spoilt); });
-  }
+  });
 }
 
 TEST(Families, PredictionLayersAreOnlyCounted) {

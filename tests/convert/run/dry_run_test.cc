@@ -59,7 +59,7 @@ class DryRun : public testing::Test {
     EXPECT_TRUE(plan.trials.empty());
     EXPECT_TRUE(plan.open);
     const Index keys = plan.shape.shared_ranks.empty() ? 0 : plan.shape.shared_ranks.front();
-    EXPECT_TRUE(among(*plan.open, {plan.shape.rope_dim, plan.shape.rank, keys}));
+    EXPECT_TRUE(among(*plan.open, {plan.shape.qk_rope_head_dim, plan.shape.kv_lora_rank, keys}));
     EXPECT_FALSE(fs::exists(options_.output));
     EXPECT_FALSE(fs::exists(options_.output.string() + ".partial"));
     return plan;
@@ -91,9 +91,9 @@ TEST_F(DryRun, ABudgetSaysWhatWillBeTried) {
   const ConvertPlan plan = expect_open();
   EXPECT_TRUE(plan.open->all_tried);
   ASSERT_EQ(plan.open->candidates.size(), 2U);
-  EXPECT_EQ(plan.shape.rope_dim, 32);
-  EXPECT_EQ(plan.shape.rope_dim + plan.shape.rank, 64);
-  EXPECT_EQ(plan.converted_cache_numbers, 65);
+  EXPECT_EQ(plan.shape.qk_rope_head_dim, 32);
+  EXPECT_EQ(plan.shape.qk_rope_head_dim + plan.shape.kv_lora_rank, 64);
+  EXPECT_EQ(plan.converted_cache_elements, 65);
   EXPECT_EQ(plan.source_cache_bytes, 128U * 3 * 4);
   EXPECT_EQ(plan.converted_cache_bytes, 65U * 3 * 4);
   EXPECT_GT(plan.memory_bytes, 0U);
@@ -115,9 +115,9 @@ TEST_F(DryRun, ALimitOfTheLossSaysBetweenWhichCaches) {
   EXPECT_FALSE(plan.open->all_tried);
   EXPECT_EQ(plan.open->step, 16);
   // The first that is tried.
-  EXPECT_EQ(plan.shape.rope_dim + plan.shape.rank, 64);
+  EXPECT_EQ(plan.shape.qk_rope_head_dim + plan.shape.kv_lora_rank, 64);
   expect_said(*plan.open);
-  EXPECT_EQ(Conversion(options_).plan().trials.front().rank, plan.shape.rank);
+  EXPECT_EQ(Conversion(options_).plan().trials.front().rank, plan.shape.kv_lora_rank);
 }
 
 TEST_F(DryRun, NumbersPerDeviceSayBetweenWhichSizes) {
@@ -129,10 +129,10 @@ TEST_F(DryRun, NumbersPerDeviceSayBetweenWhichSizes) {
     const ConvertPlan plan = expect_open();
     EXPECT_FALSE(plan.open->all_tried);
     EXPECT_EQ(plan.open->step, 8);
-    EXPECT_EQ(plan.shape.rope_dim, 16);
+    EXPECT_EQ(plan.shape.qk_rope_head_dim, 16);
     expect_said(*plan.open);
     const SizeTrial first = Conversion(options_).plan().trials.front();
-    EXPECT_EQ(first.rank, plan.shape.rank);
+    EXPECT_EQ(first.rank, plan.shape.kv_lora_rank);
     EXPECT_EQ(first.key_rank, plan.shape.shared_ranks.front());
   }
 }
@@ -141,12 +141,12 @@ TEST_F(DryRun, SettledSizesArePlannedAsTheyAre) {
   options_.kv_budget = 0.5;
   options_.rope_dim = 16;
   EXPECT_FALSE(dry().open);
-  EXPECT_EQ(dry().shape.rank, 48);
+  EXPECT_EQ(dry().shape.kv_lora_rank, 48);
   // One candidate is taken untried.
   options_.rope_dim.reset();
   options_.kv_budget = 0.25;
   EXPECT_FALSE(dry().open);
-  EXPECT_EQ(dry().shape.rope_dim + dry().shape.rank, 32);
+  EXPECT_EQ(dry().shape.qk_rope_head_dim + dry().shape.kv_lora_rank, 32);
   options_.method = Method::lossless;
   options_.kv_budget.reset();
   EXPECT_FALSE(dry().open);

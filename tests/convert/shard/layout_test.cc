@@ -197,7 +197,7 @@ TEST(ShardLayout, SaysWhatDoesNotFit) {
   EXPECT_EQ(why_not_sharded(config, 6), "6 ranks are not a multiple of num_key_value_heads 4");
   config.gqa.reset();
   config.latent.emplace();
-  config.latent->branches = {{0, 12, 4, -1}, {0, 12, 4, -1}};
+  config.latent->branches = {{0, 12, 4}, {0, 12, 4}};
   EXPECT_EQ(why_not_sharded(config, 4), "");
   EXPECT_NE(why_not_sharded(config, 3).find("2 latents"), std::string::npos);
   EXPECT_EQ(why_not_sharded(config, 24), "intermediate_size 1408 does not divide by 24");

@@ -27,7 +27,7 @@ ShardManifest sample() {
   out.fingerprint = "00ff";
   out.weights = {{"model.safetensors", 100, "{\"é\\n\": 1}\n "}};
   out.index = "{ }\n";
-  out.carried = {{"config.json", 7, "0123"}};
+  out.copied = {{"config.json", 7, "0123"}};
   out.tensors = {{{"a", DType::bf16, {4, 6}}, Split::columns, {RankPart{0, 3}, RankPart{3, 3}}},
                  {{"b", DType::f32, {5}}, Split::rows, {RankPart{0, 2}, RankPart{2, 3}}},
                  {{"c", DType::u8, {3}}, Split::whole, {RankPart{0, 3}, std::nullopt}}};
@@ -97,7 +97,7 @@ TEST(ShardManifest, RefusesWhatMakesNoSense) {
   const std::vector<Case> cases = {
       {[](Json& json) { json["format"] = "other"; }, {"format", "relatent_shards", "other"}},
       {[](Json& json) { json.erase("format"); }, {"format", "found nothing"}},
-      {[](Json& json) { json["version"] = 2; }, {"version", "expected 1", "found 2"}},
+      {[](Json& json) { json["version"] = 1; }, {"version", "expected 2", "found 1"}},
       {[](Json& json) { json["layout"] = 1; }, {"layout", "a string"}},
       {[](Json& json) { json["tp"] = 0; }, {"tp", "1 to 512"}},
       {[](Json& json) { json["tp"] = 513; }, {"tp", "1 to 512", "found 513"}},
@@ -114,9 +114,9 @@ TEST(ShardManifest, RefusesWhatMakesNoSense) {
       {[](Json& json) { json["weights"][0]["bytes"] = UINT64_MAX; }, {"bytes", "whole number"}},
       {[](Json& json) { json["weights"][0].erase("header"); }, {"header", "a string"}},
       {[](Json& json) { json.erase("index"); }, {"index", "a string", "found nothing"}},
-      {[](Json& json) { json["carried"][0]["file"] = "model.safetensors"; }, {"file", "each file once"}},
-      {[](Json& json) { json["carried"][0]["file"] = "/etc/passwd"; }, {"file", "plain file name"}},
-      {[](Json& json) { json["carried"][0]["checksum"] = 1; }, {"checksum", "a string"}},
+      {[](Json& json) { json["copied"][0]["file"] = "model.safetensors"; }, {"file", "each file once"}},
+      {[](Json& json) { json["copied"][0]["file"] = "/etc/passwd"; }, {"file", "plain file name"}},
+      {[](Json& json) { json["copied"][0]["checksum"] = 1; }, {"checksum", "a string"}},
       {[](Json& json) { json["tensors"][0].erase("name"); }, {"name", "a string"}},
       {tensor(0, "dtype", "F33"), {"tensor a", "dtype", "F33"}},
       {tensor(0, "shape", "big"), {"tensor a", "shape", "a list"}},

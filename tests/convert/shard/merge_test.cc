@@ -166,7 +166,7 @@ TEST_F(Merge, ManifestsThatDoNotFitTogether) {
   expect_refused({kShardsName, "each file once"});
   rewrite([&](Json& json) { json["weights"] = Json::array(); });
   expect_refused({kShardsName, "the list of tensors"});
-  rewrite([&](Json& json) { json["carried"].erase(0); });
+  rewrite([&](Json& json) { json["copied"].erase(0); });
   expect_refused({"config.json"});
 }
 

@@ -116,12 +116,12 @@ LatentShape uneven_shape() {
   LatentShape shape;
   shape.form = "gla";
   shape.heads = 8;
-  shape.nope_dim = 0;
-  shape.rope_dim = 4;
-  shape.v_dim = 2;
-  shape.rank = 12;
-  shape.q_rank = 9;
-  shape.branches = {{2, 6, 5, -1}, {0, 2, 7, -1}};
+  shape.qk_nope_head_dim = 0;
+  shape.qk_rope_head_dim = 4;
+  shape.v_head_dim = 2;
+  shape.kv_lora_rank = 12;
+  shape.q_lora_rank = 9;
+  shape.branches = {{2, 6, 5}, {0, 2, 7}};
   shape.norm = LatentNorm::branch;
   return shape;
 }
@@ -147,12 +147,12 @@ TEST_F(Shard, RanksHoldThePartsOfTheCanonicalLayer) {
           for (const TensorInfo& tensor : file.tensors()) {
             tensors += tensor.name.starts_with(self) ? 1 : 0;
           }
-          if (shape.q_rank) {
+          if (shape.q_lora_rank) {
             expect_equal(file, self + "q_a_proj", part.q_down);
             expect_equal(file, self + "q_a_layernorm.weight", MatrixF(part.q_norm.gain));
             tensors -= 2;
           }
-          expect_equal(file, self + (shape.q_rank ? "q_b_proj" : "q_proj"), part.q);
+          expect_equal(file, self + (shape.q_lora_rank ? "q_b_proj" : "q_proj"), part.q);
           expect_equal(file, self + "k_rope_proj", part.rotary_key);
           if (part.norm_rows.size() > 0) {
             expect_equal(file, self + "kv_norm_proj.weight", part.norm_rows);
@@ -173,9 +173,9 @@ TEST_F(Shard, RanksHoldThePartsOfTheCanonicalLayer) {
           }
           expect_equal(file, self + "o_proj", part.o);
           // Nothing else.
-          const std::size_t each = shape.has_bias ? 2 : 1;
+          const std::size_t each = shape.attention_bias ? 2 : 1;
           EXPECT_EQ(tensors, each * (3 + share.shared.size() + share.branches.size()) +
-                                 share.branches.size() - (shape.has_bias && k > 0 ? 1 : 0));
+                                 share.branches.size() - (shape.attention_bias && k > 0 ? 1 : 0));
         }
       }
     }
@@ -239,7 +239,7 @@ TEST_F(Shard, MergeReturnsEveryByte) {
 // Latents of overlapping heads that no two of have the same: ranks share some of their heads.
 TEST_F(Shard, HeadsMayOverlapBetweenRanks) {
   LatentShape shape = uneven_shape();
-  shape.branches = {{0, 5, 5, -1}, {3, 5, 7, -1}};
+  shape.branches = {{0, 5, 5}, {3, 5, 7}};
   write(tiny_relatent_model(shape, {.heads = 8}));
   expect_round_trip(2);
 }

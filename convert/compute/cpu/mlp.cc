@@ -1,8 +1,10 @@
-#include "convert/model/mlp.h"
+#include "convert/compute/cpu/mlp.h"
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
+
+#include "convert/compute/cpu/products.h"
 
 namespace relatent {
 namespace {
@@ -75,9 +77,9 @@ std::vector<Choice> choose(const Experts& experts, const RowVectorF& logits) {
 
 }  // namespace
 
-MatrixF Mlp::inner(const MatrixF& x) const {
-  MatrixF out = gate(x);
-  const MatrixF factor = up(x);
+MatrixF swiglu(const Mlp& mlp, const MatrixF& x) {
+  MatrixF out = product(mlp.gate, x);
+  const MatrixF factor = product(mlp.up, x);
   out.array() = out.array() / (1.0F + (-out.array()).exp()) * factor.array();
   return out;
 }
@@ -113,7 +115,7 @@ MatrixF mix_experts(const Experts& experts, const MatrixF& x) {
       rows.row(static_cast<Index>(i)) = x.row(visits[e][i].row);
     }
     const Mlp expert = experts.expert(static_cast<Index>(e));
-    const MatrixF added = expert.down(expert.inner(rows));
+    const MatrixF added = product(expert.down, swiglu(expert, rows));
     for (std::size_t i = 0; i < visits[e].size(); ++i) {
       out.row(visits[e][i].row) += visits[e][i].weight * added.row(static_cast<Index>(i));
     }

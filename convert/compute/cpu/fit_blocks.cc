@@ -1,4 +1,4 @@
-#include "convert/latent/fit_blocks.h"
+#include "convert/compute/cpu/fit_blocks.h"
 
 #include <Eigen/Dense>
 #include <algorithm>
@@ -33,7 +33,8 @@ Index source_heads(const AttentionSample& sample) {
   return sample.source_query.cols() / sample.head_dim;
 }
 
-Turns::Turns(const Rotary& rotary, const AttentionSample& sample) : all(rotary, sample.length) {
+SampleRotations::SampleRotations(const Rotary& rotary, const AttentionSample& sample)
+    : all(rotary, sample.length) {
   for (Index offset = 0; offset < std::min(sample.stride, sample.count); ++offset) {
     RotaryTable table;
     table.cos.resize(sample.per_sequence(), all.cos.cols());
@@ -63,10 +64,10 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
 }
 
 MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
-                   const Turns& turns) {
+                   const SampleRotations& rotations) {
   const Index rows = sample.per_sequence();
   MatrixF u = map(sample.asked().middleRows(sequence * rows, rows));
-  rotate_in_place(turns.of(sequence), 0, width, map.out() / width, u);
+  rotate_in_place(rotations.of(sequence), 0, width, map.out() / width, u);
   return u;
 }
 
@@ -90,13 +91,13 @@ MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, 
   return out;
 }
 
-void scatter_queries(const MatrixF& pull, Index heads, const LatentGroup& group, const LatentPart& part,
+void scatter_queries(const MatrixF& gradient, Index heads, const LatentGroup& group, const LatentPart& part,
                      Index p, MatrixF& sum) {
   const Index width = sum.cols() / heads;
   const Index content = group.width(part);
   for (Index h = 0; h < heads; ++h) {
-    sum.middleCols(h * width, p) += pull.middleCols(h * (p + content), p);
-    sum.middleCols(h * width + part.query, content) += pull.middleCols(h * (p + content) + p, content);
+    sum.middleCols(h * width, p) += gradient.middleCols(h * (p + content), p);
+    sum.middleCols(h * width + part.query, content) += gradient.middleCols(h * (p + content) + p, content);
   }
 }
 
@@ -186,11 +187,6 @@ Index sequences_at_once(Index length) {
   return std::max<Index>(1, batch_tokens / length);
 }
 
-double scarcity(const AttentionSample& sample) {
-  return 1 + 8 * static_cast<double>(sample.sampled_inputs.cols()) /
-                 static_cast<double>(sample.sampled_inputs.rows());
-}
-
 ScoreSide score_side(MatrixD moment) {
   const double mean = moment.diagonal().mean();
   // What says nothing (all zero) needs no step; any positive number keeps the inverse finite.
@@ -223,10 +219,6 @@ void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems
     image[i].middleRows(first, rows).noalias() +=
         ridge * (scores[i].moment.middleRows(first, rows) * direction[i]);
   });
-}
-
-double mean_square(const MatrixD& input_moment) {
-  return input_moment.diagonal().head(input_moment.rows() - 1).mean();
 }
 
 void average_pairs(MatrixD& moment, Index p) {

@@ -1,4 +1,4 @@
-#include "convert/model/forward.h"
+#include "convert/compute/cpu/logits.h"
 
 #include <gtest/gtest.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/backend.h"
 #include "tests/support/reference.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/thread_count.h"
@@ -25,7 +26,6 @@ using testing_support::TempFolder;
 using testing_support::ThreadCount;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
-using testing_support::TinyOptions;
 
 Model open(const TinyModel& tiny, const TempFolder& folder, const std::string& name = "model") {
   tiny.write(folder / name);
@@ -36,111 +36,6 @@ void run(const Model& model, Stream& stream) {
   for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
     run_layer(model.layer(i), stream);
   }
-}
-
-// down(silu(gate x) * up x) of the normed state, in double precision.
-VectorD mlp_by_the_book(const Layer& layer, const VectorD& hidden) {
-  const VectorD x = apply(layer.post_attention_norm, hidden);
-  const VectorD gate = apply(layer.mlp.gate, x);
-  const VectorD up = apply(layer.mlp.up, x);
-  VectorD inner(gate.size());
-  for (Index i = 0; i < gate.size(); ++i) {
-    inner(i) = gate(i) / (1 + std::exp(-gate(i))) * up(i);
-  }
-  return apply(layer.mlp.down, inner);
-}
-
-TEST(Forward, StreamStartsWithTheEmbedding) {
-  const TempFolder folder;
-  const Model model = open(tiny_model(), folder);
-  const Sequences sequences = random_sequences(1, 3, 5, 50);
-  Stream stream(model, sequences);
-  EXPECT_EQ(stream.count(), 3);
-  EXPECT_EQ(stream.length(), 5);
-  EXPECT_TRUE(stream.hidden() == model.embed(sequences.tokens));
-  stream.sequence(1).setZero();
-  EXPECT_TRUE(stream.hidden().middleRows(5, 5).isZero(0));
-  EXPECT_FALSE(stream.hidden().middleRows(4, 1).isZero(0));
-  EXPECT_FALSE(stream.hidden().middleRows(10, 1).isZero(0));
-}
-
-TEST(Forward, LayerIsAttentionThenMlpOnTheNormedStream) {
-  const TempFolder folder;
-  TinyModel tiny = tiny_model({.q_bias = true, .o_bias = true});
-  tiny.put_vector("model.layers.1.mlp.gate_proj.bias", RowVectorF::LinSpaced(40, -1, 1));
-  tiny.put_vector("model.layers.1.mlp.down_proj.bias", RowVectorF::LinSpaced(24, -1, 1));
-  const Model model = open(tiny, folder);
-  const Sequences sequences = random_sequences(2, 3, 9, 50);
-  Stream stream(model, sequences);
-  for (Index i = 0; i < 3; ++i) {
-    const Layer layer = model.layer(i);
-    const auto& attention = std::get<GqaAttention>(layer.attention);
-    MatrixD expected = stream.hidden().cast<double>();
-    for (Index s = 0; s < 3; ++s) {
-      const MatrixF hidden = stream.sequence(s);
-      MatrixF x(9, 24);
-      for (Index n = 0; n < 9; ++n) {
-        x.row(n) = apply(layer.input_norm, position_of(hidden, n)).cast<float>().transpose();
-      }
-      EXPECT_LE(relative_error(normed(layer.input_norm, stream.sequence(s)), x), kFloatNoise);
-      const MatrixD mixed = testing_support::mix_by_the_book(attention, x);
-      for (Index n = 0; n < 9; ++n) {
-        VectorD h = expected.row(s * 9 + n).transpose() + apply(attention.o, mixed.row(n).transpose());
-        h += mlp_by_the_book(layer, h);
-        expected.row(s * 9 + n) = h.transpose();
-      }
-    }
-    run_layer(layer, stream);
-    EXPECT_LE(relative_error(stream.hidden(), expected), kFloatNoise) << "layer " << i;
-  }
-}
-
-TEST(Forward, MlpLeavesOtherSequencesAlone) {
-  const TempFolder folder;
-  const Model model = open(tiny_model(), folder);
-  Stream stream(model, random_sequences(3, 2, 4, 50));
-  const MatrixF before = stream.hidden();
-  const Layer layer = model.layer(0);
-  const MatrixF added =
-      layer.mlp.down(layer.mlp.inner(normed(layer.post_attention_norm, stream.sequence(1))));
-  add_mlp(layer, stream.sequence(1));
-  EXPECT_TRUE(stream.hidden().topRows(4) == before.topRows(4));
-  EXPECT_LE(relative_error(stream.hidden().bottomRows(4), before.bottomRows(4) + added), kFloatNoise);
-  EXPECT_FALSE(added.isZero(1e-3F));
-}
-
-TEST(Forward, ExpertsAddToTheSharedOnes) {
-  const TempFolder folder;
-  const Model model =
-      open(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}), folder);
-  const Layer layer = model.layer(1);
-  EXPECT_FALSE(model.layer(0).experts);
-  ASSERT_TRUE(layer.experts);
-  EXPECT_EQ(layer.mlp.gate.weight.rows(), 20);
-  EXPECT_EQ(layer.experts->expert(3).down.weight.cols(), 10);
-  Stream stream(model, random_sequences(3, 2, 4, 50));
-  const MatrixF before = stream.sequence(1);
-  const MatrixF x = normed(layer.post_attention_norm, before);
-  const MatrixF shared = layer.mlp.down(layer.mlp.inner(x));
-  const MatrixF added = mix_experts(*layer.experts, x);
-  EXPECT_FALSE(added.isZero(1e-3F));
-  add_mlp(layer, stream.sequence(1));
-  EXPECT_LE(relative_error(stream.sequence(1), before + shared + added), kFloatNoise);
-}
-
-TEST(Forward, ExpertsGiveTheSameForAnyNumberOfThreads) {
-  const TempFolder folder;
-  const Model model =
-      open(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}), folder);
-  std::vector<MatrixF> found;
-  for (const int threads : {1, 2, 5}) {
-    const ThreadCount count(threads);
-    Stream stream(model, random_sequences(9, 7, 11, 50));
-    run(model, stream);
-    found.push_back(stream.hidden());
-  }
-  EXPECT_TRUE(found[1] == found[0]);
-  EXPECT_TRUE(found[2] == found[0]);
 }
 
 // Everything that compare_logits reports, from whole rows of logits in double precision.
@@ -200,7 +95,7 @@ void expect_same(const LogitComparison& found, const LogitComparison& expected) 
   EXPECT_NEAR(found.rel_logit_error, expected.rel_logit_error, kFloatNoise);
 }
 
-TEST(Forward, ComparisonIsThatOfWholeSoftmaxes) {
+TEST(Logits, ComparisonIsThatOfWholeSoftmaxes) {
   // 5000 and 8192 + 1 tokens take more than one slice of the vocabulary, 150 rows more than one block.
   for (const Index vocab : {50, 5000, 8193}) {
     SCOPED_TRACE(vocab);
@@ -236,7 +131,7 @@ TEST(Forward, ComparisonIsThatOfWholeSoftmaxes) {
   }
 }
 
-TEST(Forward, LogitsAreProductsWithTheHead) {
+TEST(Logits, LogitsAreProductsWithTheHead) {
   const TempFolder folder;
   const TinyModel tiny = tiny_model({.layers = 1, .vocab = 5000, .tied = true});
   const Model model = open(tiny, folder);
@@ -251,7 +146,7 @@ TEST(Forward, LogitsAreProductsWithTheHead) {
   EXPECT_LE(relative_error(found, expected), kFloatNoise);
 }
 
-TEST(Forward, SharpLogitsKeepTheirPrecision) {
+TEST(Logits, SharpLogitsKeepTheirPrecision) {
   const TempFolder folder;
   TinyModel tiny = tiny_model({.layers = 1, .vocab = 5000});
   // Peaks of about a hundred, most of them in the last slice.
@@ -277,7 +172,7 @@ TEST(Forward, SharpLogitsKeepTheirPrecision) {
   EXPECT_EQ(found.top1_agreement, 1);
 }
 
-TEST(Forward, AgainstItselfNothingDiffers) {
+TEST(Logits, AgainstItselfNothingDiffers) {
   const TempFolder folder;
   const Model model = open(tiny_model({.layers = 1, .vocab = 4200}), folder);
   const Sequences sequences = random_sequences(8, 2, 10, 4200);
@@ -292,7 +187,7 @@ TEST(Forward, AgainstItselfNothingDiffers) {
   EXPECT_EQ(found.rel_logit_error, 0);
 }
 
-TEST(Forward, OneWrongLogitIsNoticed) {
+TEST(Logits, OneWrongLogitIsNoticed) {
   const TempFolder folder;
   TinyModel tiny = tiny_model({.layers = 1, .vocab = 5000});
   const Model source = open(tiny, folder);
@@ -313,7 +208,7 @@ TEST(Forward, OneWrongLogitIsNoticed) {
 }
 
 // The targets of a sequence are its own tokens but the first.
-TEST(Forward, LastPositionsPredictNothing) {
+TEST(Logits, LastPositionsPredictNothing) {
   const TempFolder folder;
   const Model model = open(tiny_model({.layers = 1}), folder);
   const Sequences sequences = random_sequences(10, 3, 5, 50);

@@ -1,4 +1,4 @@
-#include "convert/model/attention.h"
+#include "convert/compute/cpu/attention.h"
 
 #include <gtest/gtest.h>
 
@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/reference.h"
 #include "tests/support/samples.h"
 
@@ -31,7 +32,7 @@ TEST(Linear, IsAnAffineMap) {
   for (const bool bias : {false, true}) {
     const Linear linear = random.linear(7, 5, bias);
     EXPECT_EQ(linear.out(), 7);
-    const MatrixF y = linear(x);
+    const MatrixF y = product(linear, x);
     MatrixD expected(9, 7);
     for (Index n = 0; n < x.rows(); ++n) {
       expected.row(n) = apply(linear, testing_support::position_of(x, n)).transpose();
@@ -50,7 +51,7 @@ TEST(RmsNorm, DividesByTheRootMeanSquare) {
   x.row(2) *= 1e4F;
   x.row(3).setZero();
   MatrixF y = x;
-  norm.apply(y);
+  normalise(norm, y);
   for (Index n = 0; n < x.rows(); ++n) {
     const VectorD expected = apply(norm, testing_support::position_of(x, n));
     EXPECT_LE((y.row(n).transpose().cast<double>() - expected).norm(), 16 * kFloatEpsilon * expected.norm())

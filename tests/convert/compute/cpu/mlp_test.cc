@@ -1,4 +1,4 @@
-#include "convert/model/mlp.h"
+#include "convert/compute/cpu/mlp.h"
 
 #include <gtest/gtest.h>
 

@@ -1,12 +1,14 @@
 // What the fits of queries and of keys share: the sampled queries of a sequence in blocks, the source's
-// attention weights over them, and how the work is cut into pieces. Private to convert/latent.
+// attention weights over them, and how the work is cut into pieces.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
-#include "convert/latent/attention_fit.h"
-#include "convert/latent/conjugate_gradients.h"
+#include "convert/compute/absorbed_attention.h"
+#include "convert/compute/attention_sample.h"
+#include "convert/compute/fit_problem.h"
+#include "convert/model/rotary.h"
 #include "linalg/matrix.h"
 #include "linalg/packed.h"
 #include "linalg/threads.h"
@@ -16,12 +18,6 @@ namespace relatent {
 // Every how many-th sequence tells how keys and values vary, which only weighs and preconditions.
 inline constexpr Index moment_sequences = 4;
 
-// Some heads, one after the other.
-struct Heads {
-  Index first;
-  Index count;
-};
-
 // The heads that are worked on at once: a piece of work is one sequence and one of these. Each has this many,
 // the last one perhaps fewer.
 inline constexpr Index chunk_heads = 4;
@@ -30,11 +26,11 @@ std::vector<Heads> head_chunks(Heads heads);
 Index source_heads(const AttentionSample& sample);
 
 // Rotations of all positions, and of the sampled ones for each offset at which a sequence may start.
-struct Turns {
+struct SampleRotations {
   RotaryTable all;
   std::vector<RotaryTable> sampled;
 
-  Turns(const Rotary& rotary, const AttentionSample& sample);
+  SampleRotations(const Rotary& rotary, const AttentionSample& sample);
   const RotaryTable& of(Index sequence) const {
     return sampled[static_cast<std::size_t>(sequence) % sampled.size()];
   }
@@ -48,7 +44,7 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
 
 // u of one sequence's sampled rows for all heads of `map`: [per_sequence, heads * width].
 MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
-                   const Turns& turns);
+                   const SampleRotations& rotations);
 
 // Columns of z that the scores of a part read; the group's latent starts `first` columns after the rotary
 // key.
@@ -58,8 +54,8 @@ MatrixF gather_keys(const MatrixF& z, const LatentGroup& group, const LatentPart
 MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, const LatentPart& part,
                        Index p);
 
-// Adds what pulls on a part's queries to the pull on the heads' whole queries.
-void scatter_queries(const MatrixF& pull, Index heads, const LatentGroup& group, const LatentPart& part,
+// Adds the gradient by a part's queries to that by the heads' whole queries.
+void scatter_queries(const MatrixF& gradient, Index heads, const LatentGroup& group, const LatentPart& part,
                      Index p, MatrixF& sum);
 
 // The maps of several heads, one under the other, in float32.
@@ -134,9 +130,6 @@ void for_slices(const Systems& systems, const Body& body) {
                [&](std::size_t i) { body(slices[i].system, slices[i].first, slices[i].rows); });
 }
 
-// By how much ridges are raised where queries are few against what is unknown.
-double scarcity(const AttentionSample& sample);
-
 // Ridge of the preconditioners on the side of the scores, and what it leaves of a moment.
 struct ScoreSide {
   MatrixD moment;  // the ridge inside
@@ -151,9 +144,6 @@ ProductMap input_side(const MatrixD& moment, double added, DType compute);
 Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const ProductMap& inputs);
 // image += ridge moment direction, of every system.
 void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
-
-// The mean square of what a map reads, the constant apart.
-double mean_square(const MatrixD& input_moment);
 
 // The coordinates of a pair turn into one another, so they weigh the same, and none correlates with the
 // latent once the pair has turned.

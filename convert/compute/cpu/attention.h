@@ -1,0 +1,46 @@
+// Causal attention over one sequence.
+#pragma once
+
+#include "convert/model/attention.h"
+#include "convert/model/rotary.h"
+#include "linalg/matrix.h"
+
+namespace relatent {
+
+// Sums, per head, the attention mass that queries put on keys Δ positions back.
+struct DistanceMass {
+  MatrixD sum;  // [heads, length], column = Δ
+};
+
+// Runs attention over one sequence (row = position, from 0) and returns the concatenated head outputs before
+// o_proj, [length, heads * v size]. x is the normed input [length, hidden]; table must cover length. mass,
+// when given, is added to; a head of several branches counts their mean.
+MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass = nullptr);
+MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass = nullptr);
+MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table,
+                          DistanceMass* mass = nullptr);
+
+// What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
+struct GqaProjections {
+  MatrixF q;
+  MatrixF k;
+  MatrixF v;
+};
+GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
+MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
+                          DistanceMass* mass = nullptr);
+
+// What LatentAttention's queries act on: x, or norm(q_down x).
+MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
+
+// Queries and keys of attention with one branch in latent space, for attention samples: one key for all
+// heads.
+struct MlaProjections {
+  MatrixF query;  // [length, heads * (p + r)]: rotated rotary part, then U^K_hᵀ q^N_h
+  MatrixF key;    // [length, p + r]: rotated rotary key, then the latent, norm and gain applied
+};
+MlaProjections project(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table);
+
+}  // namespace relatent
