@@ -66,7 +66,9 @@ void tell_candidates(const ConvertPlan& plan, OpenText& out) {
     out.tried += (out.tried.empty() ? "" : ", ") + sizes_text(sizes);
   }
   out.tried += "; the one that loses least on held-out calibration tokens is taken";
-  out.planned = sizes_text(planned) + ", the one in the middle";
+  // Of two the second.
+  const bool middle = plan.open->candidates.size() > 2;
+  out.planned = sizes_text(planned) + (middle ? ", the one in the middle" : ", the second of them");
 }
 
 // The smallest cache that loses little enough.
@@ -116,7 +118,7 @@ OpenText open_text(const ConvertPlan& plan) {
   } else {
     tell_split(plan, out);
   }
-  out.open += ": `convert` chooses by trials, which read every weight; a dry run makes none";
+  out.open += "; `convert` chooses by trials, which read every weight, and a dry run makes none";
   return out;
 }
 

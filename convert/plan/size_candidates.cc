@@ -69,7 +69,8 @@ DeviceSplit::DeviceSplit(const ConvertOptions& options, const ConvertInputs& inp
     fail_usage("--per-device " + std::to_string(per_device_) + " leaves " +
                (room ? "more than a latent can hold" : "no room") + " beside a rotary key of " +
                std::to_string(rotary) +
-               (partition_.parts > 1 ? " and shared coordinates of " + std::to_string(keys) : ""));
+               (partition_.parts > 1 ? " and shared coordinates of " + std::to_string(keys) : "") +
+               (room ? ": give less" : ""));
   }
   first_ = *first;
 }

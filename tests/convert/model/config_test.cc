@@ -21,7 +21,6 @@ using Json = nlohmann::ordered_json;
 using testing_support::expect_error;
 using testing_support::parse;
 using testing_support::score_factor;
-using testing_support::TinyLatentOptions;
 
 Json gqa_config() {
   return testing_support::tiny_config({.tied = true, .dtype = DType::bf16});

@@ -55,7 +55,7 @@ class DryRun : public testing::Test {
   }
   // Tries nothing, and plans a size that the trials may choose.
   ConvertPlan expect_open() const {
-    const ConvertPlan plan = dry();
+    ConvertPlan plan = dry();
     EXPECT_TRUE(plan.trials.empty());
     EXPECT_TRUE(plan.open);
     const Index keys = plan.shape.shared_ranks.empty() ? 0 : plan.shape.shared_ranks.front();
