@@ -200,6 +200,7 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
         report.measured = measure_output(plan, inputs, work);
         work.record(measured_entry, to_text(*report.measured));
       }
+      require_unchanged_inputs(work.journal().given(), plan.options, inputs.source.folder("converted"));
     }
     report.warnings = loss_warnings(plan, inputs, report.fold_error, report.measured);
     work.commit();
