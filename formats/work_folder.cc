@@ -100,6 +100,7 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
     }
   } catch (...) {
     ::close(lock_);
+    journal_.reset();  // removing folders takes descriptors, of which there may be no more
     if (!left_over && locked) {
       std::error_code ignored;
       std::filesystem::remove_all(folder_, ignored);
@@ -139,6 +140,7 @@ WorkFolder::~WorkFolder() {
   if (lock_ < 0) {
     return;
   }
+  journal_.reset();  // removing folders takes descriptors, of which there may be no more
   if (!kept_) {
     // The journal goes last: with it, a run that ends in the middle of this can be tidied up after.
     std::error_code ignored;
