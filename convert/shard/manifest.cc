@@ -261,10 +261,4 @@ ShardManifest ShardManifest::read(const std::filesystem::path& path) {
   return out;
 }
 
-std::string checksum_of(const std::filesystem::path& file) {
-  Hasher hasher;
-  hasher.add(MappedFile::open(file).bytes());
-  return hasher.hexadecimal();
-}
-
 }  // namespace relatent

@@ -78,7 +78,4 @@ struct ShardManifest {
   static ShardManifest read(const std::filesystem::path& path);
 };
 
-// XXH3-128 of a whole file in hexadecimal.
-std::string checksum_of(const std::filesystem::path& file);
-
 }  // namespace relatent
