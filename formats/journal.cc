@@ -218,7 +218,7 @@ std::int64_t Journal::last_number(std::string_view name) const {
   const std::string text = last(name).value_or("");
   std::int64_t out = 0;
   const auto [end, status] = std::from_chars(text.data(), text.data() + text.size(), out);
-  return status == std::errc() && end == text.data() + text.size() ? out : 0;
+  return status == std::errc() && end == text.data() + text.size() ? std::max<std::int64_t>(out, 0) : 0;
 }
 
 void Journal::append(std::string_view name, std::string_view value) {

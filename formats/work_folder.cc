@@ -30,6 +30,20 @@ bool is_there(const std::filesystem::path& path) {
   return ::lstat(path.c_str(), &status) == 0;
 }
 
+// Makes the folder unless it is one already, and not a link to one elsewhere.
+void make_folder(const std::filesystem::path& path) {
+  if (::mkdir(path.c_str(), 0777) == 0) {
+    return;
+  }
+  if (errno != EEXIST) {
+    fail_machine(path, "cannot create the folder", errno);
+  }
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
+    fail_usage(path.string() + ": is in the way of a folder (delete it and try again)");
+  }
+}
+
 }  // namespace
 
 WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const RunIdentity& facts,
@@ -78,14 +92,15 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
           }
         }
       }
-      if (kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 && errno != EEXIST) {
-        fail_machine(output(), "cannot create the folder", errno);
+      if (kind_ == OutputKind::new_folder) {
+        make_folder(output());
       }
       journal_ = std::make_unique<Journal>(Journal::create(folder_ / kJournalName, facts));
       flush_folder(parent_of(folder_));
     }
   } catch (...) {
     ::close(lock_);
+    journal_.reset();  // removing folders takes descriptors, of which there may be no more
     if (!left_over && locked) {
       std::error_code ignored;
       std::filesystem::remove_all(folder_, ignored);
@@ -115,9 +130,8 @@ void WorkFolder::take_up(const RunIdentity& facts) {
       require_absent(path_);
     }
   }
-  if (!complete_ && kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 &&
-      errno != EEXIST) {
-    fail_machine(output(), "cannot create the folder", errno);
+  if (!complete_ && kind_ == OutputKind::new_folder) {
+    make_folder(output());
   }
   resumed_ = !journal_->entries().empty();
 }
@@ -126,6 +140,7 @@ WorkFolder::~WorkFolder() {
   if (lock_ < 0) {
     return;
   }
+  journal_.reset();  // removing folders takes descriptors, of which there may be no more
   if (!kept_) {
     // The journal goes last: with it, a run that ends in the middle of this can be tidied up after.
     std::error_code ignored;

@@ -144,6 +144,9 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
       saves = false;
     }
   }
+  RunIdentity now;
+  add_source_identity(model.folder("calibrated"), now);
+  require_unchanged(work.journal().given(), now);
   writer->finish();
 }
 

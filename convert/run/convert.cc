@@ -237,6 +237,7 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
         report.measured = measure_output(plan, inputs, work);
         work.record(measured_entry, to_text(*report.measured));
       }
+      require_unchanged_inputs(work.journal().given(), plan.options, inputs.source.folder("converted"));
       write_report(plan, inputs, work.output(), std::move(checksums), report.measured);
     }
     report.warnings = loss_warnings(plan, inputs, report.fold_error, report.measured);

@@ -261,4 +261,12 @@ ShardManifest ShardManifest::read(const std::filesystem::path& path) {
   return out;
 }
 
+void copy_as_listed(const std::filesystem::path& source, const std::filesystem::path& target,
+                    const std::string& checksum) {
+  copy_whole_file(source, target);
+  if (const std::string found = checksum_of(target); found != checksum) {
+    fail_input({source, "", "changed while it was copied", "checksum " + checksum, found, ""});
+  }
+}
+
 }  // namespace relatent

@@ -78,4 +78,9 @@ struct ShardManifest {
   static ShardManifest read(const std::filesystem::path& path);
 };
 
+// Copies a file that has this checksum. Throws Error: input when the copy has another, machine when writing
+// fails.
+void copy_as_listed(const std::filesystem::path& source, const std::filesystem::path& target,
+                    const std::string& checksum);
+
 }  // namespace relatent

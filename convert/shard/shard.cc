@@ -11,6 +11,7 @@
 #include "formats/error.h"
 #include "formats/files.h"
 #include "formats/mapped_file.h"
+#include "formats/resume.h"
 
 namespace relatent {
 namespace {
@@ -89,6 +90,8 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   }
   const Model model = Model::open(options.source);
   const Checkpoint& checkpoint = model.folder("sharded");
+  RunIdentity before;
+  add_source_identity(checkpoint, before);
   std::vector<ShardedTensor> tensors = sharded_tensors(model, *layout, options.tp);
   const std::vector<std::filesystem::path> copied = copied_files(checkpoint);
   PendingFolder folder(options.output);
@@ -119,9 +122,12 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   for (const std::unique_ptr<SafetensorsWriter>& writer : writers) {
     writer->finish();
   }
-  for (const std::filesystem::path& file : copied) {
-    copy_whole_file(file, folder.staging() / file.filename());
+  for (std::size_t i = 0; i < copied.size(); ++i) {
+    copy_as_listed(copied[i], folder.staging() / copied[i].filename(), manifest.copied[i].checksum);
   }
+  RunIdentity now;
+  add_source_identity(checkpoint, now);
+  require_unchanged(before, now);
   write_text(folder.staging() / kShardsName, text, permissions);
   folder.commit();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

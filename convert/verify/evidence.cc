@@ -65,13 +65,12 @@ bool is_lossless(const std::optional<ConversionReport>& report) {
 }  // namespace
 
 double rounding_error(DType dtype) {
-  // Of float32, what its sums make; of the narrower ones, that and a rounding of every weight of the
-  // attention, of which a model of some dozen layers makes less than ten times as much.
+  // Measured of lossless conversions of a llama, a qwen2 and SmolLM2-135M: at most 1.0e-6, 1.4e-4 and 1.6e-3.
   switch (dtype) {
     case DType::bf16:
-      return 5e-2;
-    case DType::f16:
       return 1e-2;
+    case DType::f16:
+      return 1e-3;
     default:
       return 1e-5;
   }

@@ -51,7 +51,8 @@ TEST(Journal, RemembersWhatWasAppended) {
   EXPECT_EQ(journal.last("none"), std::nullopt);
   EXPECT_EQ(journal.last_number("none"), 0);
   EXPECT_EQ(journal.last_number("trial"), 0);
-  journal.append("more", "x");
+  journal.append("more", "-1");
+  EXPECT_EQ(journal.last_number("more"), 0);
   EXPECT_EQ(Journal::open(path).entries().size(), kEntries.size() + 1);
 }
 

@@ -157,6 +157,16 @@ TEST_F(Work, ForeignFoldersAreLeftAlone) {
   EXPECT_EQ(read_bytes(partial()), "a file");
 }
 
+TEST_F(Work, NothingIsWrittenThroughALink) {
+  interrupt();
+  fs::remove(partial() / "output");
+  fs::create_directory(folder_ / "precious");
+  fs::create_directory_symlink(folder_ / "precious", partial() / "output");
+  expect_error(ErrorKind::usage, {"output", "in the way"}, [&] { open(true); });
+  EXPECT_TRUE(fs::is_symlink(partial() / "output"));
+  EXPECT_TRUE(fs::exists(partial() / "journal"));
+}
+
 TEST_F(Work, TakenNamesAreRefused) {
   fs::create_directory(out());
   for (const bool resume : {false, true}) {
