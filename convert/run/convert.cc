@@ -223,7 +223,7 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
       report.fold = settled_fold(plan, inputs, work);
       std::istringstream(work.journal().last(fold_error_entry).value_or("0")) >> report.fold_error;
       report.measured = measurement_from(work.journal().last(measured_entry).value_or(""));
-      report.bytes_written = weight_bytes(work.complete_output());
+      report.bytes_written = weight_bytes(plan.options.output);
     } else {
       if (inputs.calibration) {
         check_calibration(inputs);

@@ -160,11 +160,13 @@ void check_side_files(const Checkpoint& from, const Checkpoint& to, std::vector<
 void check_written_files(const Checkpoint& from, const Checkpoint& to, const ConversionReport& report,
                          std::vector<std::string>& findings) {
   const std::map<std::string, std::string> found = file_checksums(to.path());
-  const std::vector<std::filesystem::path> side_files = from.linked_side_files();
+  std::set<std::string> side_files;
+  for (const std::filesystem::path& file : from.linked_side_files()) {
+    side_files.insert(file.filename().string());
+  }
   for (const auto& [name, checksum] : report.files) {
     const auto there = found.find(name);
-    if (std::any_of(side_files.begin(), side_files.end(),
-                    [&](const std::filesystem::path& file) { return file.filename() == name; })) {
+    if (side_files.contains(name)) {
       continue;  // it was compared with the source's
     }
     if (there == found.end()) {

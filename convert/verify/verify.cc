@@ -39,6 +39,8 @@ std::vector<Verification> verify(const Model& source, const Model& converted,
   std::vector<Verification> out(runs.size());
   std::vector<Stream> source_streams;
   std::vector<Stream> converted_streams;
+  source_streams.reserve(runs.size());
+  converted_streams.reserve(runs.size());
   for (const Sequences& sequences : runs) {
     source_streams.emplace_back(source, sequences);
     converted_streams.emplace_back(converted, sequences);

@@ -73,7 +73,7 @@ TEST(ConversionReport, SaysWhatIsWrong) {
   const std::filesystem::path path = folder / kReportName;
   write_text(path, "{\"format_version\": 7}");
   expect_error(ErrorKind::input, {kReportName, "format_version", "7"}, [&] { ConversionReport::read(path); });
-  write_text(path, "{\"format_version\": 1, \"checksum\": \"00\"}");
+  write_text(path, R"({"format_version": 1, "checksum": "00"})");
   expect_error(ErrorKind::input, {kReportName, "was changed"}, [&] { ConversionReport::read(path); });
   ConversionReport long_probe = example();
   long_probe.probe->tokens.assign(static_cast<std::size_t>(probe_tokens) + 1, 3);

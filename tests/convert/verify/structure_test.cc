@@ -19,7 +19,6 @@ namespace relatent {
 namespace {
 
 namespace fs = std::filesystem;
-using testing_support::ignore;
 using testing_support::layer_name;
 using testing_support::read_bytes;
 
