@@ -337,7 +337,7 @@ void CheckpointWriter::flush() {
   flush_folder(folder_);
 }
 
-SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) {
+SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) const {
   const auto found = shard_of_.find(name);
   if (found == shard_of_.end()) {
     throw std::invalid_argument("tensor " + name + " was not announced to " + folder_.string());

@@ -20,6 +20,8 @@
 
 namespace relatent {
 
+// What a conversion leaves beside its weights (convert/verify/conversion_report.h).
+inline constexpr const char* kReportName = "conversion_report.json";
 inline constexpr const char* kIndexName = "model.safetensors.index.json";
 // More bytes than any checkpoint's index takes.
 inline constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
@@ -96,12 +98,18 @@ class CheckpointWriter final : public TensorSink {
                                                   std::uint64_t max_shard_bytes,
                                                   FilePermissions permissions = {});
   void mark_written(const std::string& name) override { writer_of(name).mark_written(name); }
+  std::string checksum(const std::string& name) const override { return writer_of(name).checksum(name); }
+  std::string stored_checksum(const std::string& name) const override {
+    return writer_of(name).stored_checksum(name);
+  }
   void flush() override;
   void write(const std::string& name, std::span<const std::byte> bytes);
   void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override;
   void write_floats(const std::string& name, std::span<const float> values) override;
   void finish() override;
   std::uint64_t bytes_written() const override;
+  // Of the weight files, without the folder.
+  const std::vector<std::string>& file_names() const { return file_names_; }
 
  private:
   CheckpointWriter(std::filesystem::path folder, FilePermissions permissions)
@@ -109,7 +117,7 @@ class CheckpointWriter final : public TensorSink {
   // Decides which tensor goes where and names the shards.
   std::vector<std::vector<TensorSpec>> cut(const std::vector<TensorSpec>& specs,
                                            std::uint64_t max_shard_bytes);
-  SafetensorsWriter& writer_of(const std::string& name);
+  SafetensorsWriter& writer_of(const std::string& name) const;
 
   std::filesystem::path folder_;
   FilePermissions permissions_;

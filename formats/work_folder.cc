@@ -124,11 +124,10 @@ void WorkFolder::take_up(const RunIdentity& facts) {
     refuse("cannot be continued by this command: " + differs,
            "repeat the command that began it, or delete the folder and try again");
   }
-  complete_ = journal_->last(kComplete).has_value();
-  if (!complete_ || (is_there(output()) && is_there(path_))) {
-    if (kind_ != OutputKind::file) {
-      require_absent(path_);
-    }
+  // What did not get its name lay here unguarded since: it is looked at again as all of an unfinished run is.
+  complete_ = journal_->last(kComplete).has_value() && !is_there(output()) && is_there(path_);
+  if (!complete_ && kind_ != OutputKind::file) {
+    require_absent(path_);
   }
   if (!complete_ && kind_ == OutputKind::new_folder) {
     make_folder(output());
@@ -154,10 +153,6 @@ WorkFolder::~WorkFolder() {
     std::filesystem::remove_all(folder_, ignored);
   }
   ::close(lock_);
-}
-
-std::filesystem::path WorkFolder::complete_output() const {
-  return is_there(output()) ? output() : path_;
 }
 
 void WorkFolder::refuse(const std::string& problem, const std::string& next_step) const {
@@ -193,9 +188,6 @@ void WorkFolder::commit() {
   kept_ = true;
   if (!complete_) {
     record(kComplete, "");
-    complete_ = true;
-  }
-  if (is_there(output())) {
     if (kind_ == OutputKind::new_folder) {
       rename_new_folder(output(), path_);
     } else {
@@ -209,8 +201,7 @@ void WorkFolder::commit() {
       }
       flush_folder(parent_of(path_));
     }
-  } else if (!is_there(path_)) {
-    refuse("is finished, but its output is gone", "delete it and try again");
+    complete_ = true;
   }
   flush_folder(folder_);
   kept_ = false;  // the destructor removes what is left

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "convert/engines/deepseek.h"
@@ -45,6 +46,10 @@ class FolderSink final : public TensorSink {
     writer_->copy(name, source, source_name);
   }
   void mark_written(const std::string& name) override { writer_->mark_written(name); }
+  std::string checksum(const std::string& name) const override { return writer_->checksum(name); }
+  std::string stored_checksum(const std::string& name) const override {
+    return writer_->stored_checksum(name);
+  }
   void flush() override { writer_->flush(); }
   std::uint64_t bytes_written() const override { return writer_->bytes_written(); }
 
@@ -68,6 +73,19 @@ class FolderSink final : public TensorSink {
   std::vector<ExtraFile> extra_;
 };
 
+// Nothing but what this run writes gets the output's name.
+void remove_all_but(const std::set<std::string>& names, const std::filesystem::path& folder) {
+  std::vector<std::filesystem::path> others;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (!names.contains(entry.path().filename().string())) {
+      others.push_back(entry.path());
+    }
+  }
+  for (const std::filesystem::path& other : others) {
+    std::filesystem::remove_all(other);
+  }
+}
+
 }  // namespace
 
 std::string to_string(const CacheShape& shape) {
@@ -83,9 +101,19 @@ ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, 
 
 std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reopen) const {
   const FilePermissions permissions = plan.source->weight_permissions();
+  if (!reopen) {
+    remove_all_but({}, plan.path);
+  }
   std::unique_ptr<CheckpointWriter> writer =
       reopen ? CheckpointWriter::reopen(plan.path, plan.tensors, plan.max_shard_bytes, permissions)
              : std::make_unique<CheckpointWriter>(plan.path, plan.tensors, plan.max_shard_bytes, permissions);
+  if (reopen && writer) {
+    std::set<std::string> names;
+    for (const std::string& name : writer->file_names()) {
+      names.insert(name + ".partial");
+    }
+    remove_all_but(names, plan.path);
+  }
   return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
 }
 

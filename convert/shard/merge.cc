@@ -8,6 +8,7 @@
 #include "formats/checkpoint.h"
 #include "formats/error.h"
 #include "formats/files.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 namespace {

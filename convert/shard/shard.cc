@@ -10,6 +10,7 @@
 #include "convert/shard/manifest.h"
 #include "formats/error.h"
 #include "formats/files.h"
+#include "formats/mapped_file.h"
 #include "formats/resume.h"
 
 namespace relatent {

@@ -20,7 +20,7 @@ const RunIdentity kEntries = {{"copied", "3"}, {"trial", "16 48"}, {"copied", "1
 
 // A journal with all of kEntries; its path.
 fs::path sample(const TempFolder& folder) {
-  const fs::path path = folder / "journal";
+  fs::path path = folder / "journal";
   Journal journal = Journal::create(path, kGiven);
   for (const auto& [name, value] : kEntries) {
     journal.append(name, value);

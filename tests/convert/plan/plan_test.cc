@@ -136,7 +136,6 @@ TEST_F(Plan, PlanIsWhatIsWritten) {
     EXPECT_EQ(plan.output_bytes, bytes + side_bytes);
     EXPECT_EQ(report.bytes_read, before.tensor_bytes());
     EXPECT_EQ(report.bytes_written, fs::file_size(output() / "model.safetensors"));
-    EXPECT_GE(report.seconds, 0);
     EXPECT_EQ(written.config()["dtype"], torch_name(plan.dtype));
   }
 }
