@@ -121,6 +121,11 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
   }
   tensors_done_ = 0;
   layers_done_ = 0;
+  if (std::filesystem::is_directory(work_.output())) {
+    for (const auto& entry : std::filesystem::directory_iterator(work_.output())) {
+      std::filesystem::remove_all(entry.path());
+    }
+  }
   std::error_code none;
   std::filesystem::remove(state_file(), none);
   flush_folder(state_file().parent_path());
