@@ -135,7 +135,8 @@ def command_options() -> dict[str, set[str]]:
 
 @cache
 def script_options() -> set[str]:
-    files = (support.ROOT / "tests" / "bench").glob("*.py")
+    folders = (support.ROOT / "tests" / name for name in ("bench", "attack"))
+    files = (file for folder in folders for file in folder.glob("*.py"))
     added = re.compile(r'add_argument\(\s*"(--[a-z-]+)"')
     return {option for file in files for option in added.findall(file.read_text())}
 
