@@ -138,9 +138,13 @@ def journal_lines(left: Path, chance: random.Random) -> str:
 
 
 def is_weight(name: str) -> bool:
-    return name.startswith("output") and ("safetensors" in name or name == "output") and (
-        "index" not in name
-    )
+    """Also the single file of a GGUF or a calibration."""
+    single = name in ("output", "output.partial")
+    return single or has_header(name)
+
+
+def has_header(name: str) -> bool:
+    return name.startswith("output/") and "safetensors" in name and "index" not in name
 
 
 def weight_bytes(left: Path, chance: random.Random) -> str:
@@ -155,7 +159,7 @@ def other_output(left: Path, chance: random.Random) -> str:
 
 def header_bytes(left: Path, chance: random.Random) -> str:
     """The header of a weight file: its length, or something in its text."""
-    path = any_file(left, chance, lambda n: n.startswith("output") and "safetensors" in n and "index" not in n)
+    path = any_file(left, chance, has_header)
     data = bytearray(path.read_bytes())
     (size,) = struct.unpack("<Q", data[:8])
     if chance.random() < 0.3:
@@ -285,7 +289,7 @@ def forged_journal(left: Path, chance: random.Random) -> str:
     begun = bodies.index(b"begun")
     done = bodies[begun + 1 :]
     way = chance.choice(("more done", "numbers", "complete", "gone", "order", "odd", "given"))
-    numbers = (b"0", b"1", b"2", b"3", b"17", b"99", b"-1", b"9223372036854775807", b"1e9", b"", b"nan")
+    numbers = (b"0", b"1", b"2", b"3", b"17", b"99", b"-1", b"9223372036854775807", b"1e9", b"", b"x")
     if way == "more done":
         done.append(chance.choice((b"copied\t", b"layers\t")) + chance.choice(numbers))
     elif way == "numbers" and done:
