@@ -204,7 +204,7 @@ const Key attention_factor = {"attention_factor",
                               {0, -5, 1001, infinite, nan_json, "1", true},
                               "a number from 0.001 to 1000"};
 const Key theta = {"rope_theta",
-                   {1.5, 10000, 10000.0, 5e5, 4.6e10, 1e15},
+                   {1.5, 10000, 10000.0, 5e5, 4.6e10, 1e20},
                    {0, -1, 0.5, 1e16, 1e300, infinite, nan_json, "1e4"},
                    "a number from 1 to 1e+15"};
 const Key truncate = {"truncate", {true, false, nullptr}, {0, "no"}, "true or false"};
