@@ -326,7 +326,19 @@ std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path
       return nullptr;
     }
   }
+  out->remove_others();
   return out;
+}
+
+void CheckpointWriter::remove_others() const {
+  for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
+    const std::string name = entry.path().filename().string();
+    const bool own = std::any_of(file_names_.begin(), file_names_.end(),
+                                 [&](const std::string& file) { return name == file + ".partial"; });
+    if (!own) {
+      std::filesystem::remove_all(entry.path());
+    }
+  }
 }
 
 void CheckpointWriter::flush() {

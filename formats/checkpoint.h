@@ -92,7 +92,8 @@ class CheckpointWriter final : public TensorSink {
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
                    std::uint64_t max_shard_bytes, FilePermissions permissions = {});
   // Goes on with the shards that an earlier process flushed into the folder, whose specs and limit were the
-  // same; no tensor counts as written yet. nullptr when the shards are not there or not those.
+  // same; no tensor counts as written yet. What else lies in the folder is removed. nullptr when the shards
+  // are not there or not those.
   static std::unique_ptr<CheckpointWriter> reopen(std::filesystem::path folder,
                                                   const std::vector<TensorSpec>& specs,
                                                   std::uint64_t max_shard_bytes,
@@ -118,6 +119,8 @@ class CheckpointWriter final : public TensorSink {
   std::vector<std::vector<TensorSpec>> cut(const std::vector<TensorSpec>& specs,
                                            std::uint64_t max_shard_bytes);
   SafetensorsWriter& writer_of(const std::string& name) const;
+  // All but shards on their way.
+  void remove_others() const;
 
   std::filesystem::path folder_;
   FilePermissions permissions_;

@@ -90,13 +90,18 @@ void convert_in_sequence(ConversionMethod& method, const ConvertInputs& inputs, 
 std::map<std::string, std::string> write_output(const ConvertPlan& plan, const ConvertInputs& inputs,
                                                 WorkFolder& work, const LayerProgress& progress,
                                                 ConvertReport& report) {
-  const std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
+  std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
   const Rotary rotary = method->rotary();
   ConvertedOutput output(plan, inputs, rotary, work);
   // One layer at least is converted again, so that there is progress to report.
   const Index layers = inputs.source.config().num_hidden_layers;
   const Index done = std::min(output.layers_done(), layers - 1);
-  const Index first = method->resume(output.state_file(), done);
+  Index first = method->resume(output.state_file(), done);
+  if (!output.has_layers(first)) {
+    // The state is ahead of a journal that has lost its end.
+    method = make_method(plan, inputs, report.fold);
+    first = 0;
+  }
   output.keep_layers(first);
   const WriteLayer write = [&](Index layer_idx, const LatentAttention& attention) {
     check_rotary(rotary, attention);

@@ -121,6 +121,11 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
   }
   tensors_done_ = 0;
   layers_done_ = 0;
+  if (std::filesystem::is_directory(work_.output())) {
+    for (const auto& entry : std::filesystem::directory_iterator(work_.output())) {
+      std::filesystem::remove_all(entry.path());
+    }
+  }
   std::error_code none;
   std::filesystem::remove(state_file(), none);
   flush_folder(state_file().parent_path());
@@ -135,14 +140,25 @@ bool ConvertedOutput::is_as_written() const {
                                                : ++count > tensors_done_) {
       return true;
     }
-    const std::string found = writer_->stored_checksum(tensor.spec.name);
     if (tensor.action == TensorAction::copy) {
+      const std::string found = writer_->stored_checksum(tensor.spec.name);
       const std::string wanted = checksum_of(source.bytes(tensor.source));
       source.release(tensor.source);
       return found == wanted;
     }
-    const auto wanted = recorded_.find(tensor.spec.name);
-    return wanted != recorded_.end() && found == wanted->second;
+    return is_as_recorded(tensor);
+  });
+}
+
+bool ConvertedOutput::is_as_recorded(const PlannedTensor& tensor) const {
+  const auto wanted = recorded_.find(tensor.spec.name);
+  return wanted != recorded_.end() && writer_->stored_checksum(tensor.spec.name) == wanted->second;
+}
+
+bool ConvertedOutput::has_layers(Index count) const {
+  return std::all_of(plan_.tensors.begin(), plan_.tensors.end(), [&](const PlannedTensor& tensor) {
+    return tensor.action != TensorAction::convert || *tensor.layer_idx < layers_done_ ||
+           *tensor.layer_idx >= count || is_as_recorded(tensor);
   });
 }
 
@@ -222,8 +238,9 @@ void ConvertedOutput::make_durable(SaveClock& clock, const WriteState& write_sta
   const std::lock_guard lock(saving_);
   clock.save([&] {
     writer_->flush();
+    // Before the state, which counts from the moment it is there.
+    record_checksums(entry, value);
     if (!write_state || state_written(write_state)) {
-      record_checksums(entry, value);
       work_.record(entry, value);
     }
   });

@@ -30,6 +30,9 @@ class ConvertedOutput {
 
   // Writes what is not converted.
   void copy_tensors();
+  // Whether the first layers, up to `count`, are on the disk as the journal's checksums say. Those up to
+  // layers_done() are known to be.
+  bool has_layers(Index count) const;
   // The first layers, up to `count`, are there and stay.
   void keep_layers(Index count);
   void write_layer(Index layer_idx, const LatentAttention& attention);
@@ -48,7 +51,9 @@ class ConvertedOutput {
   void open_writer(const Rotary& rotary);
   // Whether what counts as done is on the disk as it was written.
   bool is_as_written() const;
-  // Records what is durable from now on. Returns without a record when write_state found no room.
+  // Whether a tensor that was converted or cast has the checksum in the journal.
+  bool is_as_recorded(const PlannedTensor& tensor) const;
+  // Records what is durable from now on. When write_state finds no room nothing counts as done.
   void make_durable(SaveClock& clock, const WriteState& write_state, const char* entry, Index value);
   bool state_written(const WriteState& write_state) const;
   // Puts into the journal the checksums of what `entry` says is done up to `value`, where it lacks them.
