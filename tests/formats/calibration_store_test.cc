@@ -289,6 +289,14 @@ void expect_refused(const std::vector<Damage>& damages) {
   }
 }
 
+TEST(CalibrationFile, RefusesMetadataWithoutChecksums) {
+  const TempFolder folder;
+  const fs::path path = folder / "c.h5";
+  H5Fclose(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT));
+  expect_error(ErrorKind::input, {"c.h5", "checksums", "an older format"},
+               [&] { CalibrationFile::open(path); });
+}
+
 TEST(CalibrationFile, RefusesBadAttributes) {
   expect_refused({
       {"no format", [](hid_t file) { H5Adelete(file, "format"); }, {"attribute format", "found nothing"}},
@@ -467,7 +475,11 @@ TEST(CalibrationFile, RefusesNumbersThatNoTokensHave) {
       {[](LayerMoments& m) { m.second_moment.setZero(); }, "mean is above"},
       {[](LayerMoments& m) { m.mean(2) = 10; }, "mean is above"},
       {[](LayerMoments& m) { m.distance_mass *= 2; }, "no distribution"},
-      {[](LayerMoments& m) { m.distance_mass(1, 2) -= 2; m.distance_mass(1, 3) += 2; }, "no distribution"},
+      {[](LayerMoments& m) {
+         m.distance_mass(1, 2) -= 2;
+         m.distance_mass(1, 3) += 2;
+       },
+       "no distribution"},
   };
   for (const auto& [spoil, wrong] : cases) {
     fs::remove(folder / "c.h5");
