@@ -46,6 +46,7 @@ step "lint" tests/lint.sh
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
 run_tests "engine tests: pinned transformers" tests/engine
 run_tests "llama.cpp tests" tests/llamacpp
+step "planted faults: a sample" "$ENVIRONMENT/bin/python" tests/attack/planted_faults.py --short
 
 make_python transformers-newest true tests/engine/requirements-newest.txt
 if [[ "${RELATENT_FULL:-}" == 1 ]]; then
