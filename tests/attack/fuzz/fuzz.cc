@@ -144,7 +144,10 @@ Files split_files(std::string_view input, const std::vector<std::string>& names)
 std::string join_files(const Files& files) {
   std::string out;
   for (const auto& [name, bytes] : files) {
-    out += std::string(kMark) + name + "\n" + bytes;
+    out += kMark;
+    out += name;
+    out += '\n';
+    out += bytes;
   }
   return out;
 }
@@ -159,7 +162,7 @@ std::string repaired_safetensors(std::string_view file) {
   std::string data(file.substr(last + 1));
   if (Json json = Json::parse(header, nullptr, false); json.is_object()) {
     std::uint64_t end = 0;
-    for (auto& [name, tensor] : json.items()) {
+    for (const auto& [name, tensor] : json.items()) {
       const std::optional<std::uint64_t> bytes =
           name != "__metadata__" && tensor.is_object() ? bytes_of(tensor) : std::nullopt;
       if (bytes && *bytes <= kMostData - end) {

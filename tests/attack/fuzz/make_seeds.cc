@@ -109,8 +109,8 @@ const std::set<std::string>& json_words() {
                                               "2147483648",
                                               "65536",
                                               "1048576",
-                                              "\"\\ud800\"",
-                                              "\"\\u0000\"",
+                                              R"("\ud800")",
+                                              R"("\u0000")",
                                               "\xff",
                                               "\xc3\xa9",
                                               "\"\""};
@@ -263,7 +263,7 @@ void write_checkpoints(const Seeds& seeds) {
 
 void write_tokens(const Seeds& seeds) {
   const auto npy = [](char version, const std::string& dtype, const std::string& items) {
-    const std::size_t item = static_cast<std::size_t>(dtype.back() - '0');
+    const auto item = static_cast<std::size_t>(dtype.back() - '0');
     std::string header = "{'descr': '" + dtype + "', 'fortran_order': False, 'shape': (" +
                          std::to_string(items.size() / item) + ",), }";
     const std::size_t width = version == 1 ? 2 : 4;
