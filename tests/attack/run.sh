@@ -5,6 +5,11 @@
 #       fuzzes the readers of outside data, N seconds each (default 60): all targets (tests/attack/fuzz/*.cc) unless some
 #       are named. What was learnt stays in build/fuzz/corpus and is where the next run begins. Ends with a table, and
 #       exits with 1 when there is a finding; the table then names the file that brings it about again.
+#   tests/attack/run.sh planted_faults|false_alarms|crashes|mutate_calibration|mutate_resume [ARGUMENT]...
+#       builds the program and runs the script of that name, whose arguments --help tells.
+#   tests/attack/run.sh short
+#       all but the fuzzers for a short while, as tests/run.sh does; it needs the program built and PYTHON, an
+#       environment with tests/engine/requirements.txt (default: made here).
 set -euo pipefail
 # shellcheck source=examples/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../../examples/setup.sh"
@@ -90,7 +95,38 @@ attack_fuzz() {
   return "$failed"
 }
 
+# Runs a script beside this one.
+attack() {
+  step "attack: $*" "$python" "tests/attack/$1.py" "${@:2}"
+}
+
+attack_short() {
+  attack planted_faults --short
+  attack crashes --seconds 40
+  attack mutate_calibration --seconds 30
+  attack mutate_resume --seconds 30
+}
+
+# The Python that the scripts need, in the environment of the engine tests.
+find_python() {
+  if [[ -z "${PYTHON:-}" ]]; then
+    install_packages python3 python3-venv
+    make_python attack true tests/engine/requirements.txt
+  fi
+  python="${PYTHON:-$ENVIRONMENT/bin/python}"
+}
+
 case "${1:-}" in
+  short)
+    find_python
+    attack_short
+    ;;
+  planted_faults | false_alarms | crashes | mutate_calibration | mutate_resume)
+    install_packages "${BUILD_PACKAGES[@]}"
+    build_release relatent
+    find_python
+    attack "$@"
+    ;;
   fuzz)
     shift
     attack_fuzz "$@"
