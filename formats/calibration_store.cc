@@ -1,7 +1,10 @@
 #include "formats/calibration_store.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -97,6 +100,16 @@ std::string why_no_moments(const LayerMoments& moments) {
     return "distance_mass has a row that is no distribution";
   }
   return "";
+}
+
+// Nothing notices damage to the metadata of an older file, and libhdf5 does not survive all that it then
+// reads.
+bool has_metadata_checksums(std::span<const std::byte> bytes) {
+  constexpr std::string_view signature = "\x89HDF\r\n\x1a\n";
+  constexpr std::byte first_with_checksums{2};
+  return bytes.size() > signature.size() &&
+         std::memcmp(bytes.data(), signature.data(), signature.size()) == 0 &&
+         bytes[signature.size()] >= first_with_checksums;
 }
 
 void require_shape(bool fits, const char* what) {
@@ -266,12 +279,16 @@ CalibrationFile::~CalibrationFile() = default;
 
 CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   // Complains about anything but a readable regular file, and knows its size.
-  const std::uint64_t file_bytes = MappedFile::open(path).bytes().size();
+  const MappedFile mapped = MappedFile::open(path);
   const LibraryLock lock;
-  auto impl = std::make_unique<Impl>(path, file_bytes);
+  auto impl = std::make_unique<Impl>(path, mapped.bytes().size());
   const Reading& reading = impl->reading;
   if (H5Fis_hdf5(path.c_str()) <= 0) {
     reading.fail("not a calibration store", "an HDF5 file", "something else");
+  }
+  if (!has_metadata_checksums(mapped.bytes())) {
+    reading.fail("its metadata has no checksums", "an HDF5 file as `relatent calibrate` writes it",
+                 "one of an older format");
   }
   impl->file = reading.open_file();
   const hid_t file = impl->file.get();

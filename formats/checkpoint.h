@@ -109,8 +109,6 @@ class CheckpointWriter final : public TensorSink {
   void write_floats(const std::string& name, std::span<const float> values) override;
   void finish() override;
   std::uint64_t bytes_written() const override;
-  // Of the weight files, without the folder.
-  const std::vector<std::string>& file_names() const { return file_names_; }
 
  private:
   CheckpointWriter(std::filesystem::path folder, FilePermissions permissions)

@@ -46,9 +46,9 @@ step "lint" tests/lint.sh
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
 run_tests "engine tests: pinned transformers" tests/engine
 run_tests "llama.cpp tests" tests/llamacpp
-for attack in mutate_calibration mutate_resume crashes; do
-  step "attack: $attack" "$ENVIRONMENT/bin/python" "tests/attack/$attack.py"
-done
+step "planted faults: a sample" "$ENVIRONMENT/bin/python" tests/attack/planted_faults.py --short
+
+step "attacks, for a short while" env PYTHON="$ENVIRONMENT/bin/python" tests/attack/run.sh short
 
 make_python transformers-newest true tests/engine/requirements-newest.txt
 if [[ "${RELATENT_FULL:-}" == 1 ]]; then

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <utility>
 
 #include "convert/engines/deepseek.h"
@@ -73,19 +72,6 @@ class FolderSink final : public TensorSink {
   std::vector<ExtraFile> extra_;
 };
 
-// Nothing but what this run writes gets the output's name.
-void remove_all_but(const std::set<std::string>& names, const std::filesystem::path& folder) {
-  std::vector<std::filesystem::path> others;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
-    if (!names.contains(entry.path().filename().string())) {
-      others.push_back(entry.path());
-    }
-  }
-  for (const std::filesystem::path& other : others) {
-    std::filesystem::remove_all(other);
-  }
-}
-
 }  // namespace
 
 std::string to_string(const CacheShape& shape) {
@@ -101,19 +87,9 @@ ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, 
 
 std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reopen) const {
   const FilePermissions permissions = plan.source->weight_permissions();
-  if (!reopen) {
-    remove_all_but({}, plan.path);
-  }
   std::unique_ptr<CheckpointWriter> writer =
       reopen ? CheckpointWriter::reopen(plan.path, plan.tensors, plan.max_shard_bytes, permissions)
              : std::make_unique<CheckpointWriter>(plan.path, plan.tensors, plan.max_shard_bytes, permissions);
-  if (reopen && writer) {
-    std::set<std::string> names;
-    for (const std::string& name : writer->file_names()) {
-      names.insert(name + ".partial");
-    }
-    remove_all_but(names, plan.path);
-  }
   return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
 }
 

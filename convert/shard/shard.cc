@@ -3,27 +3,18 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <nlohmann/json.hpp>
 
 #include "convert/model/model.h"
 #include "convert/shard/layout.h"
 #include "convert/shard/manifest.h"
 #include "formats/error.h"
 #include "formats/files.h"
+#include "formats/json_text.h"
 #include "formats/mapped_file.h"
 #include "formats/resume.h"
 
 namespace relatent {
 namespace {
-
-bool is_utf8(const std::string& text) {
-  try {
-    static_cast<void>(nlohmann::json(text).dump());
-    return true;
-  } catch (const nlohmann::json::exception&) {
-    return false;
-  }
-}
 
 // config.json and the side files.
 std::vector<std::filesystem::path> copied_files(const Checkpoint& checkpoint) {

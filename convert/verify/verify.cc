@@ -101,6 +101,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
     run_layer(layer, whole);
     const auto& attention = std::get<LatentAttention>(layer.attention);
     std::vector<LatentAttention> parts;
+    parts.reserve(shares.size());
     for (const DeviceShare& share : shares) {
       parts.push_back(part_of(attention, share, parts.empty()));
     }

@@ -3,12 +3,12 @@
     tests/attack/crashes.py               # a minute
     tests/attack/crashes.py --count 400   # some 200 of them kills
 
-Each time: the exit code and one sentence, or death by the very signal that was sent; nothing but the
-whole output under its name; inputs as they were; and what --resume (or the same command again) makes
-of it has the same bytes as an undisturbed run.
+Each time: the exit code and one sentence, or death by the very signal that was sent; nothing but
+the whole output under its name; inputs as they were; and what --resume (or the same command again)
+makes of it has the same bytes as an undisturbed run.
 
-Listed attacks come first, each in its turn: outputs that are links, pipes, sockets or devices, and a
-standard output that takes nothing. Then, at random moments: SIGTERM, SIGINT and SIGKILL, limits on
+Listed attacks come first, each in its turn: outputs that are links, pipes, sockets or devices, and
+a standard output that takes nothing. Then, at random moments: SIGTERM, SIGINT and SIGKILL, limits on
 file sizes, memory and open files, full file systems, and sources that are changed while they are
 read. Full file systems and devices are made in a mount namespace of our own; where that is not
 permitted, they are left out, which is said.
@@ -332,7 +332,7 @@ def changes(path: Path, other: Path, chance: random.Random) -> tuple[str, Callab
 
 @dataclass
 class Changing:
-    """A job whose inputs are copies that may be changed, with sound others to put in their place."""
+    """A job whose inputs are copies that may be changed, with others to put in their place."""
 
     job: Job
     originals: Path
@@ -466,7 +466,9 @@ def strange(path: Path, kind: str, precious: Path) -> None:
 
 
 LINKS = ("link to a file", "link to a folder", "link to nothing", "link to itself")
-STRANGE = (*LINKS, "pipe", "socket", "file", "second name of a file", "folder", "folder with a file")
+FILES = ("file", "second name of a file")
+FOLDERS = ("folder", "folder with a file")
+STRANGE = (*LINKS, "pipe", "socket", *FILES, *FOLDERS)
 DEVICES = ("character device", "full device", "block device")
 
 
@@ -621,8 +623,9 @@ class Jobs:
         tokens = ("--tokens", tiny.tokens, "--length", 64)
         yield "inspect", ("inspect", tiny.source), None
         yield "inspect --json", ("inspect", tiny.source, "--json"), None
-        yield "verify", ("verify", tiny.source, tiny.source, *tokens, "--quiet"), None
-        yield "verify --json", ("verify", tiny.source, tiny.source, *tokens, "--json", "--quiet"), None
+        verify = ("verify", tiny.source, tiny.source, *tokens, "--quiet")
+        yield "verify", verify, None
+        yield "verify --json", (*verify, "--json"), None
         yield "dry run", (*self.small[2].make(out), "--dry-run"), None
         yield "dry run --json", (*self.small[2].make(out), "--dry-run", "--json"), None
         yield "version", ("--version",), None
@@ -640,7 +643,8 @@ class Jobs:
             others / "moments.h5",
         )
         # Another calibration of the same checkpoint: one of another would be refused anyway.
-        harness.done(*Tiny(tiny.source, other.tokens, other.calibration).calibrate(other.calibration))
+        same = Tiny(tiny.source, other.tokens, other.calibration)
+        harness.done(*same.calibrate(other.calibration))
         config = (others / "tiny" / "config.json").read_text().replace("1e-05", "1e-03")
         (others / "tiny" / "config.json").write_text(config)
         for path in (tiny.tokens, tiny.calibration):

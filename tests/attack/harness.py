@@ -1,4 +1,4 @@
-"""What the attacks on files and runs share: a tiny checkpoint, the program, and a table of findings.
+"""What attacks on files and runs share: a tiny checkpoint, the program, a table of findings.
 
 No torch: a checkpoint that small is written by hand, and every run of the program takes some
 hundredths of a second.

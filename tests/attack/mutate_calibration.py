@@ -227,7 +227,8 @@ def declare(file: h5py.File, chance: random.Random) -> str:
         kinds = h5py.h5t.py_create(kind)
         h5py.h5d.create(file.id, name.encode(), kinds, space)  # contiguous, allocated late
     else:
-        file.create_dataset(name, shape=wanted, dtype=kind, chunks=tuple(min(n, 16) for n in wanted))
+        chunks = tuple(min(n, 16) for n in wanted)
+        file.create_dataset(name, shape=wanted, dtype=kind, chunks=chunks)
     for key, value in attributes.items():
         file[name].attrs[key] = value
     return "declared only"

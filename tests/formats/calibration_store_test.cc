@@ -289,6 +289,14 @@ void expect_refused(const std::vector<Damage>& damages) {
   }
 }
 
+TEST(CalibrationFile, RefusesMetadataWithoutChecksums) {
+  const TempFolder folder;
+  const fs::path path = folder / "c.h5";
+  H5Fclose(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT));
+  expect_error(ErrorKind::input, {"c.h5", "checksums", "an older format"},
+               [&] { CalibrationFile::open(path); });
+}
+
 TEST(CalibrationFile, RefusesBadAttributes) {
   expect_refused({
       {"no format", [](hid_t file) { H5Adelete(file, "format"); }, {"attribute format", "found nothing"}},
