@@ -8,9 +8,9 @@ the whole output under its name; inputs as they were; and what --resume (or the 
 makes of it has the same bytes as an undisturbed run.
 
 Listed attacks come first, each in its turn: outputs that are links, pipes, sockets or devices, and
-a standard output that takes nothing. Then, at random moments: SIGTERM, SIGINT and SIGKILL, limits on
-file sizes, memory and open files, full file systems, and sources that are changed while they are
-read. Full file systems and devices are made in a mount namespace of our own; where that is not
+a standard output that takes nothing. Then, at random moments: SIGTERM, SIGINT and SIGKILL, limits
+on file sizes, memory and open files, full file systems, and sources that are changed while they
+are read. Full file systems and devices are made in a mount namespace of our own; where that is not
 permitted, they are left out, which is said.
 """
 

@@ -305,7 +305,7 @@ def forged_journal(left: Path, chance: random.Random) -> str:
     elif way == "order":
         chance.shuffle(done)
     elif way == "odd":
-        odd = (b"\t", b"a\tb\tc", b"\\\t\\", b"\xff\xfe\t\x00", b"begun", b"given x\ty", b"x" * 9999)
+        odd = (b"\t", b"a\tb\tc", b"\\\t\\", b"\xff\t\x00", b"begun", b"given x\ty", b"x" * 9999)
         done.insert(chance.randrange(len(done) + 1), chance.choice(odd))
     else:
         at = chance.randrange(begun)
