@@ -29,6 +29,7 @@ from conversions import (
     TPLA,
     Conversion,
     Workshop,
+    as_options,
     binary,
     limits_above,
 )
@@ -149,7 +150,7 @@ def check(workshop: Workshop, case: Case, by_environment: bool) -> list[str]:
             alarms.append(f"exit {outcome.code}{how}: {'; '.join(said[:6]) or outcome.error}")
         if not outcome.report:
             break
-        limits = limits_above(outcome)
+        limits = as_options(limits_above(outcome))
     return alarms
 
 
