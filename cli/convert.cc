@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <map>
@@ -99,10 +100,6 @@ ConvertOptions resolve(const Options& options) {
   }
   if (const Method able = chosen_method(named, calibrated); able != out.method) {
     out.method = able;
-    std::fputs(
-        "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
-        "the place of data\n",
-        stderr);
   }
   if (options.kv_budget == "auto") {
     if (!options.max_nats) {
@@ -151,10 +148,64 @@ void say_trial(const SizeTrial& trial) {
                trial.nats);
 }
 
+// The object of --json.
+Json result_json(const ConvertPlan& plan, const ConvertReport& report,
+                 const std::vector<std::string>& readers, double seconds) {
+  Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
+              {"branches", report.branches},     {"seconds", seconds},
+              {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
+  if (plan.options.method == Method::relatent) {
+    out["compute"] = torch_name(plan.options.relatent.compute);
+  }
+  out["bias_fold_error"] = report.fold_error;
+  out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
+  out["readers"] = readers;
+  out["warnings"] = plan.warnings;
+  for (const std::string& warning : report.warnings) {
+    out["warnings"].push_back(warning);
+  }
+  out["trials"] = Json::array();
+  for (const SizeTrial& trial : plan.trials) {
+    out["trials"].push_back({{"rope_dim", trial.rope_dim},
+                             {"kv_rank", trial.rank},
+                             {"key_rank", trial.key_rank},
+                             {"nats", trial.nats}});
+  }
+  if (report.fold) {
+    out["fold"] = *report.fold;
+  }
+  add_cost(out);
+  return out;
+}
+
+void print_result(const ConvertPlan& plan, const ConvertReport& report,
+                  const std::vector<std::string>& readers, double seconds) {
+  std::fprintf(
+      stderr,
+      "converted by %s: rotary %td + latent %td%s, cache %td of %td elements per token and layer, %.1f s, "
+      "peak memory %s: %s\n",
+      std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
+      report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_elements,
+      plan.source_cache_elements, seconds, bytes_text(peak_rss_bytes()).c_str(), plan.options.output.c_str());
+  std::fprintf(stderr, "%s\n",
+               report.measured ? in_words(*report.measured).c_str()
+                               : "not measured: `relatent verify` says how close it is");
+  for (const std::string& reader : readers) {
+    std::fprintf(stderr, "%s\n", reader.c_str());
+  }
+}
+
 int run(const Options& options) {
+  const auto start = std::chrono::steady_clock::now();
   ConvertOptions resolved = resolve(options);
   resolved.save.taken_up = say_taken_up(options.quiet);
   const ConvertInputs inputs = open_inputs(resolved);
+  if (resolved.method == Method::weights_only && options.method != "weights-only") {
+    std::fputs(
+        "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
+        "the place of data\n",
+        stderr);
+  }
   const std::unique_ptr<WorkFolder> work = options.dry_run ? nullptr : claim_output(resolved, inputs);
   const ConvertPlan plan = options.dry_run ? plan_without_trials(resolved, inputs)
                                            : plan_conversion(resolved, inputs, work.get(),
@@ -175,52 +226,17 @@ int run(const Options& options) {
     Progress progress("convert", options.quiet, "layer", {.bytes = static_cast<double>(plan.output_bytes)});
     report = convert(plan, inputs, *work, std::ref(progress));
   }
+  // With the search for sizes, which people wait for too.
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::vector<std::string> readers = readers_of(Model::open(plan.options.output).config());
   if (options.json) {
-    Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
-                {"branches", report.branches},     {"seconds", report.seconds},
-                {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
-    if (plan.options.method == Method::relatent) {
-      out["compute"] = torch_name(plan.options.relatent.compute);
-    }
-    out["bias_fold_error"] = report.fold_error;
-    out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
-    out["readers"] = readers;
-    out["warnings"] = plan.warnings;
-    for (const std::string& warning : report.warnings) {
-      out["warnings"].push_back(warning);
-    }
-    out["trials"] = Json::array();
-    for (const SizeTrial& trial : plan.trials) {
-      out["trials"].push_back({{"rope_dim", trial.rope_dim},
-                               {"kv_rank", trial.rank},
-                               {"key_rank", trial.key_rank},
-                               {"nats", trial.nats}});
-    }
-    if (report.fold) {
-      out["fold"] = *report.fold;
-    }
-    add_cost(out);
-    std::puts(out.dump().c_str());
+    std::puts(result_json(plan, report, readers, seconds).dump().c_str());
   }
   for (const std::string& warning : report.warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
   if (!options.quiet) {
-    std::fprintf(
-        stderr,
-        "converted by %s: rotary %td + latent %td%s, cache %td of %td elements per token and layer, %.1f s, "
-        "peak memory %s: %s\n",
-        std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
-        report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_elements,
-        plan.source_cache_elements, report.seconds, bytes_text(peak_rss_bytes()).c_str(),
-        plan.options.output.c_str());
-    std::fprintf(stderr, "%s\n",
-                 report.measured ? in_words(*report.measured).c_str()
-                                 : "not measured: `relatent verify` says how close it is");
-    for (const std::string& reader : readers) {
-      std::fprintf(stderr, "%s\n", reader.c_str());
-    }
+    print_result(plan, report, readers, seconds);
   }
   return 0;
 }

@@ -98,7 +98,8 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
           shape);
   ModelConfig converted = config;
   converted.gqa.reset();
-  static_cast<LatentSizes&>(converted.latent.emplace()) = shape;
+  const LatentSizes& sizes = shape;
+  static_cast<LatentSizes&>(converted.latent.emplace()) = sizes;
   return converted.cache_bytes_per_token_on_device(tp);
 }
 

@@ -91,6 +91,7 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  relatent::restart_without_blas_threads(argv);
   relatent::keep_freed_memory();
   const int code = guarded([&] {
     relatent::prepare_process();

@@ -1,14 +1,15 @@
-#include "convert/verify/verify.h"
-
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cli/commands.h"
 #include "cli/progress.h"
-#include "convert/verify/structure.h"
+#include "convert/verify/evidence.h"
 #include "formats/npy.h"
 
 namespace relatent {
@@ -21,9 +22,7 @@ struct Options {
   std::int64_t sequences = 0;
   std::int64_t length = 1024;
   std::optional<Index> tp;
-  std::optional<double> max_kl;
-  std::optional<double> max_nats;
-  std::optional<double> max_rel_error;
+  Limits limits;
   bool json = false;
   bool quiet = false;
 };
@@ -70,59 +69,75 @@ void print_devices(const DeviceVerification& v, FILE* out) {
   std::fputs("\n", out);
 }
 
-// relative logit error up to which two models are the same but for rounding
-constexpr double rounding = 1e-5;
-
-void print_structure(const Structure& s, FILE* out) {
-  std::fprintf(out, "\n  files: %td tensors copied from the source are unchanged, %td cast, %td converted\n",
-               s.copied, s.cast, s.converted);
-  for (const std::string& finding : s.findings) {
-    std::fprintf(out, "  %s\n", finding.c_str());
+void print_findings(const char* what, Outcome outcome, const std::string& passed,
+                    const std::vector<std::string>& findings, FILE* out) {
+  switch (outcome) {
+    case Outcome::passed:
+      std::fprintf(out, "  %-11s passed       %s\n", what, passed.c_str());
+      return;
+    case Outcome::failed:
+      std::fprintf(out, "  %-11s FAILED\n", what);
+      break;
+    case Outcome::not_checked:
+      std::fprintf(out, "  %-11s not checked\n", what);
+      break;
+  }
+  constexpr std::size_t shown = 20;
+  for (std::size_t i = 0; i < std::min(shown, findings.size()); ++i) {
+    std::fprintf(out, "    %s\n", findings[i].c_str());
+  }
+  if (findings.size() > shown) {
+    std::fprintf(out, "    and %zu more, all of them in --json\n", findings.size() - shown);
   }
 }
 
-nlohmann::ordered_json to_json(const Structure& s) {
-  return {{"copied", s.copied}, {"cast", s.cast}, {"converted", s.converted}, {"findings", s.findings}};
+std::string files_in_words(const Structure& s) {
+  std::string out = std::to_string(s.copied) + " tensors are the source's";
+  if (s.cast > 0) {
+    out += ", " + std::to_string(s.cast) + " the source's in another dtype";
+  }
+  return out + "; of " + std::to_string(s.cast + s.converted) + " cast or converted, " +
+         std::to_string(s.checked) + " have the checksum that convert wrote down";
 }
 
-// What all of it comes to, worst first.
-std::string verdict_of(const Structure& structure, const Verification& v, bool within_limits) {
-  if (v.logits.non_finite > 0) {
-    return "broken: logits are NaN or infinite at " + std::to_string(v.logits.non_finite) + " positions";
+std::string limits_in_words(const Limits& limits) {
+  std::string out;
+  for (const auto& [what, limit] : {std::pair("mean KL", limits.mean_kl), std::pair("nats", limits.nats),
+                                    std::pair("relative logit error", limits.rel_logit_error),
+                                    std::pair("attention error of every layer", limits.layer_error)}) {
+    if (limit) {
+      out += (out.empty() ? "" : ", ") + std::string(what) + " within " + number_text("%.3g", *limit);
+    }
   }
-  if (!structure.findings.empty()) {
-    return "not what a conversion writes: " + structure.findings.front() +
-           (structure.findings.size() > 1
-                ? " (and " + std::to_string(structure.findings.size() - 1) + " more)"
-                : "");
-  }
-  if (!within_limits) {
-    return "further from the source than the limits allow";
-  }
-  if (v.logits.rel_logit_error <= rounding) {
-    return "the same function as the source, up to rounding, on these tokens";
-  }
-  return "as close as measured, on these tokens";
+  return out.empty() ? "all logits are finite; no limit was set" : out;
 }
 
-// Says which limits are exceeded.
-bool keeps_limits(const Options& options, const Verification& v) {
-  bool out = true;
-  if (options.max_kl && !(v.logits.mean_kl <= *options.max_kl)) {
-    std::fprintf(stderr, "relatent: mean KL %.6g is above the limit %.6g\n", v.logits.mean_kl,
-                 *options.max_kl);
-    out = false;
+void print_evidence(const AllEvidence& all, const Limits& limits, FILE* out) {
+  const auto outcome = [](const std::vector<std::string>& findings) {
+    return findings.empty() ? Outcome::passed : Outcome::failed;
+  };
+  const Structure& s = all.structure;
+  std::fputs("\n", out);
+  print_findings("files", outcome(s.findings), files_in_words(s), s.findings, out);
+  print_findings("finiteness", outcome(s.not_finite), "no tensor holds NaN or infinity", s.not_finite, out);
+  print_findings("function", all.function.outcome, limits_in_words(limits), all.function.findings, out);
+  print_findings("prediction", all.prediction.outcome,
+                 "what convert measured of every layer is measured again", all.prediction.findings, out);
+  const Coverage& c = all.coverage;
+  std::fprintf(out,
+               "  %-11s the tokens reach %td of %td rows of the vocabulary and %td of %td positions; for the "
+               "others only the files speak\n",
+               "coverage", c.tokens_used, c.vocab_size, c.positions, c.max_position_embeddings);
+}
+
+void warn_of_length(const Options& options, const Model& source) {
+  const Index most = source.config().max_position_embeddings;
+  if (most > 0 && options.length > most) {
+    std::fprintf(stderr,
+                 "relatent: --length %lld is beyond the %td positions that the model is made for: what is "
+                 "measured there says little\n",
+                 static_cast<long long>(options.length), most);
   }
-  if (options.max_nats && !(v.nats <= *options.max_nats)) {
-    std::fprintf(stderr, "relatent: %.6g nats lost is above the limit %.6g\n", v.nats, *options.max_nats);
-    out = false;
-  }
-  if (options.max_rel_error && !(v.logits.rel_logit_error <= *options.max_rel_error)) {
-    std::fprintf(stderr, "relatent: relative logit error %.6g is above the limit %.6g\n",
-                 v.logits.rel_logit_error, *options.max_rel_error);
-    out = false;
-  }
-  return out;
 }
 
 int run(const Options& options) {
@@ -130,42 +145,57 @@ int run(const Options& options) {
   const Model converted = Model::open(options.converted);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, source.config().vocab_size);
-  std::optional<DeviceVerification> devices;
+  warn_of_length(options, source);
+  AllEvidence all;
   if (options.tp) {
     Progress progress("verify devices", options.quiet);
-    devices = verify_devices(converted, sequences, *options.tp, std::ref(progress));
+    all.devices = verify_devices(converted, sequences, *options.tp, std::ref(progress));
   }
-  const Structure structure = check_structure(source, converted);
-  Verification v;
+  std::vector<std::string> unreadable;
+  const std::optional<ConversionReport> report = find_report(converted, unreadable);
+  all.structure = check_structure(source, converted, report);
+  all.structure.findings.insert(all.structure.findings.begin(), unreadable.begin(), unreadable.end());
+  std::vector<Sequences> runs = {sequences};
+  if (report && report->probe && fits(*report->probe, source.config())) {
+    runs.push_back(sequence_of(*report->probe));
+  }
+  std::vector<Verification> measured;
   {
     Progress progress("verify", options.quiet);
-    v = verify(source, converted, sequences, std::ref(progress));
+    measured = verify(source, converted, runs, std::ref(progress));
   }
-  const bool within_limits = keeps_limits(options, v);
-  const bool holds = within_limits && structure.findings.empty() && v.logits.non_finite == 0 &&
-                     !(devices && devices->logits.non_finite > 0);
-  const std::string verdict = verdict_of(structure, v, within_limits);
+  all.measured = std::move(measured.front());
+  const Limits limits = with_defaults(options.limits, report);
+  all.function = function_evidence(all.measured, all.devices, limits);
+  all.prediction =
+      prediction_evidence(report, runs.size() > 1 ? std::optional(measured.back()) : std::nullopt);
+  all.coverage = coverage_of(sequences, source.config());
+  const Verdict verdict = verdict_of(all, report);
   if (options.json) {
-    nlohmann::ordered_json out = to_json(v);
-    out["structure"] = to_json(structure);
-    out["verdict"] = verdict;
-    if (devices) {
-      out["devices"] = to_json(*devices);
+    nlohmann::ordered_json out = to_json(all.measured);
+    out["evidence"] = to_json(all);
+    out["verdict"] = verdict.text;
+    out["why"] = verdict.why;
+    if (all.devices) {
+      out["devices"] = to_json(*all.devices);
     }
     add_cost(out);
     std::puts(out.dump().c_str());
   }
   if (!options.json || !options.quiet) {
-    print_table(options, v, options.json ? stderr : stdout);
+    FILE* out = options.json ? stderr : stdout;
+    print_table(options, all.measured, out);
+    if (all.devices) {
+      print_devices(*all.devices, out);
+    }
+    print_evidence(all, limits, out);
+    std::fprintf(out, "\nverdict: %s: %s\n", verdict.text.c_str(), verdict.why.c_str());
   }
-  if (devices && (!options.json || !options.quiet)) {
-    print_devices(*devices, options.json ? stderr : stdout);
+  if (!verdict.holds) {
+    std::fprintf(stderr, "relatent: %s: %s: %s\n", options.converted.c_str(), verdict.text.c_str(),
+                 verdict.why.c_str());
   }
-  if (!options.json || !options.quiet) {
-    print_structure(structure, options.json ? stderr : stdout);
-    std::fprintf(options.json ? stderr : stdout, "\nverdict: %s\n", verdict.c_str());
-  }
-  return holds ? 0 : 1;
+  return verdict.holds ? 0 : 1;
 }
 
 }  // namespace
@@ -187,10 +217,16 @@ void add_verify(CLI::App& app, Command& chosen) {
           "Also run the converted model as so many tensor-parallel devices would, each with its share of "
           "weights and cache, and compare")
       ->check(CLI::Range(1, 1024));
-  command->add_option("--max-kl", options->max_kl, "Exit 1 when the mean KL is above this");
-  command->add_option("--max-nats", options->max_nats, "Exit 1 when more nats are lost than this");
-  command->add_option("--max-rel-error", options->max_rel_error,
-                      "Exit 1 when the relative logit error is above this, e.g. 1e-5 for lossless forms");
+  command->add_option("--max-kl", options->limits.mean_kl, "Exit 1 when the mean KL is above this");
+  command->add_option("--max-nats", options->limits.nats,
+                      "Exit 1 when more nats are lost than this, or gained");
+  command->add_option(
+      "--max-rel-error", options->limits.rel_logit_error,
+      "Exit 1 when the relative logit error is above this (default of --method lossless: what "
+      "rounding makes, 1e-5 in float32)");
+  command->add_option("--max-layer-error", options->limits.layer_error,
+                      "Exit 1 when the attention of any layer is further from the source's than this, "
+                      "relative to it");
   command->add_flag("--json", options->json, "One JSON object on stdout, the table on stderr");
   command->add_flag("--quiet", options->quiet, "No progress");
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });

@@ -1,7 +1,10 @@
 #include "formats/calibration_store.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string_view>
 #include <utility>
@@ -24,9 +27,11 @@ using hdf5::Reading;
 using hdf5::Writing;
 
 constexpr std::string_view kFormat = "relatent-calibration";
-constexpr std::int64_t kFormatVersion = 2;
+constexpr std::int64_t kFormatVersion = 3;
 // The first version whose datasets have checksums.
 constexpr std::int64_t kChecksums = 2;
+// The first version with a checksum that binds these, and the attributes, together.
+constexpr std::int64_t kBound = 3;
 // How far rounding may carry sums over tokens from what must hold of them.
 constexpr double kRounding = 1e-6;
 constexpr std::string_view kCreator = "relatent " RELATENT_VERSION;
@@ -57,11 +62,17 @@ LayerShapes layer_shapes(const CalibrationHeader& header, std::int64_t length) {
           {H5T_IEEE_F64LE, "float64", {header.num_attention_heads, length}}};
 }
 
-void write_hashed(const Writing& writing, const Handle& dataset, const MatrixD& values,
-                  const std::string& name) {
-  Hasher hasher;
-  writing.require(hdf5::write_matrix(dataset.get(), values, hasher), name);
-  writing.add_checksum(dataset, hasher);
+// The beginning of what the file's own checksum is over; the checksums of the datasets, each in its place,
+// follow, so that none of them is right in another place or with other attributes.
+void hash_header(const CalibrationHeader& header, Hasher& bound) {
+  for (const std::string& text :
+       {header.source_fingerprint, header.source_config, header.model_type, header.compute}) {
+    bound.add_text(text);
+  }
+  for (const std::int64_t number :
+       {header.hidden_size, header.num_hidden_layers, header.num_attention_heads}) {
+    bound.add_number(static_cast<std::uint64_t>(number));
+  }
 }
 
 // What is wrong with numbers that are to be moments and shares, as a clause; empty when nothing is. Whoever
@@ -91,6 +102,16 @@ std::string why_no_moments(const LayerMoments& moments) {
   return "";
 }
 
+// Nothing notices damage to the metadata of an older file, and libhdf5 does not survive all that it then
+// reads.
+bool has_metadata_checksums(std::span<const std::byte> bytes) {
+  constexpr std::string_view signature = "\x89HDF\r\n\x1a\n";
+  constexpr std::byte first_with_checksums{2};
+  return bytes.size() > signature.size() &&
+         std::memcmp(bytes.data(), signature.data(), signature.size()) == 0 &&
+         bytes[signature.size()] >= first_with_checksums;
+}
+
 void require_shape(bool fits, const char* what) {
   if (!fits) {
     throw std::invalid_argument(std::string("calibration store: ") + what);
@@ -110,9 +131,21 @@ struct CalibrationWriter::Impl {
     file.close();
   }
 
+  void add_checksum(const Handle& dataset, const Hasher& values) {
+    writing.add_checksum(dataset, values);
+    bound.add_text(values.hexadecimal());
+  }
+
+  void write_matrix(const Handle& dataset, const MatrixD& values, const std::string& name) {
+    Hasher hasher;
+    writing.require(hdf5::write_matrix(dataset.get(), values, hasher), name);
+    add_checksum(dataset, hasher);
+  }
+
   CalibrationHeader header;
   std::int64_t length;
   std::int64_t next_layer = 0;
+  Hasher bound;
   PendingFile pending;
   Writing writing;
   Handle file;
@@ -144,6 +177,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   writing.add_number(file, "num_hidden_layers", header.num_hidden_layers);
   writing.add_number(file, "num_attention_heads", header.num_attention_heads);
   writing.add_text(file, "compute", header.compute);
+  hash_header(header, impl_->bound);
 
   const Handle tokens = writing.add_dataset(file, "tokens", tokens_shape(sequences.count, sequences.length),
                                             {"sequence", "position"}, "token id");
@@ -152,7 +186,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
       "the tokens");
   Hasher hasher;
   hasher.add(bytes_of(sequences.tokens));
-  writing.add_checksum(tokens, hasher);
+  impl_->add_checksum(tokens, hasher);
   impl_->layers = writing.add_group(file, "layers");
 }
 
@@ -178,20 +212,21 @@ void CalibrationWriter::add_layer(const LayerMoments& moments) {
   const std::string name = layer_path(impl_->next_layer);
   const Handle layer = writing.add_group(impl_->layers.get(), layer_name(impl_->next_layer));
   writing.add_number(layer.get(), "tokens", moments.tokens);
+  impl_->bound.add_number(static_cast<std::uint64_t>(moments.tokens));
   const LayerShapes shapes = layer_shapes(header, impl_->length);
   const Handle second_moment = writing.add_dataset(layer.get(), "second_moment", shapes.second_moment,
                                                    {"hidden", "hidden"}, "square of the normed input");
-  write_hashed(writing, second_moment, moments.second_moment, name + "/second_moment");
+  impl_->write_matrix(second_moment, moments.second_moment, name + "/second_moment");
   const Handle mean = writing.add_dataset(layer.get(), "mean", shapes.mean, {"hidden"}, "normed input");
   writing.require(
       H5Dwrite(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0,
       name + "/mean");
   Hasher hasher;
   hasher.add(bytes_of(moments.mean));
-  writing.add_checksum(mean, hasher);
+  impl_->add_checksum(mean, hasher);
   const Handle distance_mass = writing.add_dataset(layer.get(), "distance_mass", shapes.distance_mass,
                                                    {"head", "distance"}, "probability");
-  write_hashed(writing, distance_mass, moments.distance_mass, name + "/distance_mass");
+  impl_->write_matrix(distance_mass, moments.distance_mass, name + "/distance_mass");
   ++impl_->next_layer;
 }
 
@@ -202,6 +237,7 @@ void CalibrationWriter::finish() {
   }
   {
     const LibraryLock lock;
+    impl_->writing.add_text(impl_->file.get(), "checksum", impl_->bound.hexadecimal());
     const bool closed = impl_->layers.close() && impl_->file.close();
     impl_->writing.require(closed, "the end of the HDF5 file");
   }
@@ -243,12 +279,16 @@ CalibrationFile::~CalibrationFile() = default;
 
 CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   // Complains about anything but a readable regular file, and knows its size.
-  const std::uint64_t file_bytes = MappedFile::open(path).bytes().size();
+  const MappedFile mapped = MappedFile::open(path);
   const LibraryLock lock;
-  auto impl = std::make_unique<Impl>(path, file_bytes);
+  auto impl = std::make_unique<Impl>(path, mapped.bytes().size());
   const Reading& reading = impl->reading;
   if (H5Fis_hdf5(path.c_str()) <= 0) {
     reading.fail("not a calibration store", "an HDF5 file", "something else");
+  }
+  if (!has_metadata_checksums(mapped.bytes())) {
+    reading.fail("its metadata has no checksums", "an HDF5 file as `relatent calibrate` writes it",
+                 "one of an older format");
   }
   impl->file = reading.open_file();
   const hid_t file = impl->file.get();
@@ -270,6 +310,8 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   header.num_hidden_layers = reading.number(file, "num_hidden_layers", 1);
   header.num_attention_heads = reading.number(file, "num_attention_heads", 1);
   header.compute = reading.text(file, "compute");
+  Hasher bound;
+  hash_header(header, bound);
 
   const std::vector<std::int64_t> tokens =
       reading.dimensions(reading.dataset(file, "tokens", "/tokens"), "dataset /tokens");
@@ -278,16 +320,28 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   }
   impl->count = tokens[0];
   impl->length = tokens[1];
-  static_cast<void>(reading.dataset(file, "tokens", "/tokens", tokens_shape(impl->count, impl->length)));
+  const auto bind = [&](const Handle& dataset) {
+    if (version >= kBound) {
+      bound.add_text(reading.text(dataset.get(), "checksum"));
+    }
+  };
+  bind(reading.dataset(file, "tokens", "/tokens", tokens_shape(impl->count, impl->length)));
 
   impl->layers = reading.group(file, "layers", "/layers");
   const LayerShapes shapes = layer_shapes(header, impl->length);
   for (std::int64_t i = 0; i < header.num_hidden_layers; ++i) {
     const Handle layer = impl->layer_group(i);
-    static_cast<void>(reading.number(layer.get(), "tokens", 1));
-    static_cast<void>(impl->dataset(i, layer, "second_moment", shapes.second_moment));
-    static_cast<void>(impl->dataset(i, layer, "mean", shapes.mean));
-    static_cast<void>(impl->dataset(i, layer, "distance_mass", shapes.distance_mass));
+    bound.add_number(static_cast<std::uint64_t>(reading.number(layer.get(), "tokens", 1)));
+    bind(impl->dataset(i, layer, "second_moment", shapes.second_moment));
+    bind(impl->dataset(i, layer, "mean", shapes.mean));
+    bind(impl->dataset(i, layer, "distance_mass", shapes.distance_mass));
+  }
+  if (version >= kBound) {
+    const std::string expected = reading.text(file, "checksum");
+    if (const std::string found = bound.hexadecimal(); found != expected) {
+      reading.fail("attributes or datasets are not those that were written together", "checksum " + expected,
+                   found);
+    }
   }
   return CalibrationFile(std::move(impl));
 }

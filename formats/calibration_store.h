@@ -71,9 +71,10 @@ class CalibrationWriter {
 // Reads a store. Layers are read when asked for.
 class CalibrationFile {
  public:
-  // Throws Error (input): not HDF5, another format or a newer version, attributes or datasets missing or of
-  // another shape than the header says (naming the dataset, expected and found). sequences and layer: values
-  // that are damaged or cannot be what they are to be.
+  // Throws Error (input): not HDF5, or of a version before 1.8 without checksums of the metadata, another
+  // format or a newer version, attributes or datasets missing or of another shape than the header says
+  // (naming the dataset, expected and found). sequences and layer: values that are damaged or cannot be what
+  // they are to be.
   static CalibrationFile open(const std::filesystem::path& path);
   CalibrationFile(CalibrationFile&&) noexcept;
   CalibrationFile& operator=(CalibrationFile&&) noexcept;

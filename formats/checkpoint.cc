@@ -326,7 +326,19 @@ std::unique_ptr<CheckpointWriter> CheckpointWriter::reopen(std::filesystem::path
       return nullptr;
     }
   }
+  out->remove_others();
   return out;
+}
+
+void CheckpointWriter::remove_others() const {
+  for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
+    const std::string name = entry.path().filename().string();
+    const bool own = std::any_of(file_names_.begin(), file_names_.end(),
+                                 [&](const std::string& file) { return name == file + ".partial"; });
+    if (!own) {
+      std::filesystem::remove_all(entry.path());
+    }
+  }
 }
 
 void CheckpointWriter::flush() {
@@ -337,7 +349,7 @@ void CheckpointWriter::flush() {
   flush_folder(folder_);
 }
 
-SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) {
+SafetensorsWriter& CheckpointWriter::writer_of(const std::string& name) const {
   const auto found = shard_of_.find(name);
   if (found == shard_of_.end()) {
     throw std::invalid_argument("tensor " + name + " was not announced to " + folder_.string());

@@ -20,6 +20,8 @@
 
 namespace relatent {
 
+// What a conversion leaves beside its weights (convert/verify/conversion_report.h).
+inline constexpr const char* kReportName = "conversion_report.json";
 inline constexpr const char* kIndexName = "model.safetensors.index.json";
 // More bytes than any checkpoint's index takes.
 inline constexpr std::size_t kLargestIndex = std::size_t{256} << 20U;
@@ -90,12 +92,17 @@ class CheckpointWriter final : public TensorSink {
   CheckpointWriter(std::filesystem::path folder, const std::vector<TensorSpec>& specs,
                    std::uint64_t max_shard_bytes, FilePermissions permissions = {});
   // Goes on with the shards that an earlier process flushed into the folder, whose specs and limit were the
-  // same; no tensor counts as written yet. nullptr when the shards are not there or not those.
+  // same; no tensor counts as written yet. What else lies in the folder is removed. nullptr when the shards
+  // are not there or not those.
   static std::unique_ptr<CheckpointWriter> reopen(std::filesystem::path folder,
                                                   const std::vector<TensorSpec>& specs,
                                                   std::uint64_t max_shard_bytes,
                                                   FilePermissions permissions = {});
   void mark_written(const std::string& name) override { writer_of(name).mark_written(name); }
+  std::string checksum(const std::string& name) const override { return writer_of(name).checksum(name); }
+  std::string stored_checksum(const std::string& name) const override {
+    return writer_of(name).stored_checksum(name);
+  }
   void flush() override;
   void write(const std::string& name, std::span<const std::byte> bytes);
   void copy(const std::string& name, const Checkpoint& source, const std::string& source_name) override;
@@ -109,7 +116,9 @@ class CheckpointWriter final : public TensorSink {
   // Decides which tensor goes where and names the shards.
   std::vector<std::vector<TensorSpec>> cut(const std::vector<TensorSpec>& specs,
                                            std::uint64_t max_shard_bytes);
-  SafetensorsWriter& writer_of(const std::string& name);
+  SafetensorsWriter& writer_of(const std::string& name) const;
+  // All but shards on their way.
+  void remove_others() const;
 
   std::filesystem::path folder_;
   FilePermissions permissions_;

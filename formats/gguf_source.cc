@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "formats/error.h"
+#include "formats/json_text.h"
 
 namespace relatent {
 namespace {
@@ -29,13 +30,37 @@ GgufSource::GgufSource(GgufFile file) : file_(std::move(file)), config_(nlohmann
   }
 }
 
+// What reports and fingerprints are to hold.
+void GgufSource::require_utf8() const {
+  for (const auto& [key, value] : file_.metadata()) {
+    const auto* text = std::get_if<std::string>(&value);
+    if (!is_utf8(key) || (text != nullptr && !is_utf8(*text))) {
+      fail_input({.file = path(),
+                  .problem = "key \"" + key.substr(0, 200) + "\"",
+                  .expected = "UTF-8",
+                  .found = "other bytes"});
+    }
+  }
+  for (const GgufTensor& tensor : file_.tensors()) {
+    if (!is_utf8(tensor.name)) {
+      fail_input({.file = path(),
+                  .tensor = tensor.name,
+                  .problem = "its name",
+                  .expected = "UTF-8",
+                  .found = "other bytes"});
+    }
+  }
+}
+
 GgufSource GgufSource::open(const std::filesystem::path& path) {
   GgufFile file = GgufFile::open(path);
   if (const auto* parts = file.find_as<std::uint16_t>("split.count"); parts != nullptr && *parts > 1) {
     fail_input({path, "", "is one of several files", "a whole model",
                 "one of " + std::to_string(*parts) + " parts", "merge them with llama-gguf-split --merge"});
   }
-  return GgufSource(std::move(file));
+  GgufSource out(std::move(file));
+  out.require_utf8();
+  return out;
 }
 
 bool GgufSource::is_one(const std::filesystem::path& path) {

@@ -13,7 +13,8 @@ namespace relatent {
 
 class GgufSource final : public TensorSource {
  public:
-  // Throws Error (input) as GgufFile::open does, and for one of several files of a split model.
+  // Throws Error (input) as GgufFile::open does, for one of several files of a split model, and where keys,
+  // texts outside of arrays or tensor names are not UTF-8.
   static GgufSource open(const std::filesystem::path& path);
   // Whether a regular file begins as GGUF files do.
   static bool is_one(const std::filesystem::path& path);
@@ -32,6 +33,7 @@ class GgufSource final : public TensorSource {
 
  private:
   explicit GgufSource(GgufFile file);
+  void require_utf8() const;
 
   GgufFile file_;
   nlohmann::ordered_json config_;

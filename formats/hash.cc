@@ -53,4 +53,10 @@ std::string Hasher::hexadecimal() const {
   return text;
 }
 
+std::string checksum_of(std::span<const std::byte> bytes) {
+  Hasher hasher;
+  hasher.add(bytes);
+  return hasher.hexadecimal();
+}
+
 }  // namespace relatent

@@ -30,4 +30,7 @@ class Hasher {
   std::unique_ptr<State> state_;
 };
 
+// Of the bytes alone, as hexadecimal() gives it.
+std::string checksum_of(std::span<const std::byte> bytes);
+
 }  // namespace relatent

@@ -110,6 +110,9 @@ const std::string* find(const RunIdentity& facts, const std::string& name) {
 }  // namespace
 
 std::string difference(const RunIdentity& before, const RunIdentity& now) {
+  if (before == now) {  // also where a name is in them twice
+    return "";
+  }
   std::vector<std::string> names;
   for (const auto& [name, value] : before) {
     const std::string* other = find(now, name);
@@ -165,21 +168,24 @@ Journal Journal::open(const std::filesystem::path& path) {
   Journal out(path);
   bool begun = false;
   out.end_ = whole.size() - rest.size();
-  while (const std::optional<std::string_view> line = take_checked(rest, out.checksum_)) {
-    out.end_ = whole.size() - rest.size();
+  std::string checksum;
+  while (const std::optional<std::string_view> line = take_checked(rest, checksum)) {
     if (!begun && *line == kBegun) {
       begun = true;
-      continue;
+    } else {
+      if (!begun && !line->starts_with(kGiven)) {
+        break;
+      }
+      const std::optional<std::pair<std::string, std::string>> pair =
+          parse_pair(begun ? *line : line->substr(kGiven.size()));
+      if (!pair) {
+        break;
+      }
+      (begun ? out.entries_ : out.given_).push_back(*pair);
     }
-    if (!begun && !line->starts_with(kGiven)) {
-      break;
-    }
-    const std::optional<std::pair<std::string, std::string>> pair =
-        parse_pair(begun ? *line : line->substr(kGiven.size()));
-    if (!pair) {
-      break;
-    }
-    (begun ? out.entries_ : out.given_).push_back(*pair);
+    // Only now: what is appended next must follow what is read again.
+    out.end_ = whole.size() - rest.size();
+    out.checksum_ = checksum;
   }
   if (!begun) {
     fail_input({.file = path, .problem = "the beginning of the journal is damaged"});
@@ -218,7 +224,7 @@ std::int64_t Journal::last_number(std::string_view name) const {
   const std::string text = last(name).value_or("");
   std::int64_t out = 0;
   const auto [end, status] = std::from_chars(text.data(), text.data() + text.size(), out);
-  return status == std::errc() && end == text.data() + text.size() ? out : 0;
+  return status == std::errc() && end == text.data() + text.size() ? std::max<std::int64_t>(out, 0) : 0;
 }
 
 void Journal::append(std::string_view name, std::string_view value) {

@@ -46,7 +46,7 @@ class Journal {
   const JournalEntries& entries() const { return entries_; }
   // The value of the last entry of that name.
   std::optional<std::string> last(std::string_view name) const;
-  // Likewise as a whole number, 0 where there is none.
+  // Likewise as a count, 0 where there is none.
   std::int64_t last_number(std::string_view name) const;
 
   // Appends an entry; it is on the disk when this returns. Throws Error (machine).

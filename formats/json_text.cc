@@ -101,6 +101,15 @@ class TreeBuilder {
 
 }  // namespace
 
+bool is_utf8(std::string_view text) {
+  try {
+    static_cast<void>(ordered_json(text).dump());
+    return true;
+  } catch (const nlohmann::json::exception&) {
+    return false;
+  }
+}
+
 ordered_json parse_json(const std::filesystem::path& file, std::string_view text) {
   // The parser takes a NUL for the end of the text, whatever follows it.
   if (const std::size_t nul = text.find('\0'); nul != std::string_view::npos) {

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "formats/error.h"
+#include "formats/hash.h"
 #include "formats/open_file.h"
 
 namespace relatent {
@@ -155,6 +156,10 @@ void MappedFile::release(std::size_t offset, std::size_t size) const {
     // Advice only: a refusal costs memory, not correctness.
     static_cast<void>(::madvise(const_cast<std::byte*>(bytes_.data()) + begin, end - begin, MADV_DONTNEED));
   }
+}
+
+std::string checksum_of(const std::filesystem::path& file) {
+  return checksum_of(MappedFile::open(file).bytes());
 }
 
 }  // namespace relatent

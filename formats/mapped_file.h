@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <span>
+#include <string>
 
 namespace relatent {
 
@@ -29,6 +30,9 @@ class MappedFile {
   std::filesystem::path path_;
   std::span<const std::byte> bytes_;
 };
+
+// XXH3-128 of a whole file, in hexadecimal (hash.h). Throws Error as MappedFile::open does.
+std::string checksum_of(const std::filesystem::path& file);
 
 // From here on a mapped file that is cut, or that the disk does not give any more, while it is read ends the
 // program with exit code 4 and a sentence that names it, where the system would end it without a word. What

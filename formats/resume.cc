@@ -6,6 +6,7 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -64,6 +65,22 @@ void add_source_identity(const Checkpoint& source, RunIdentity& facts) {
   }
   for (const std::filesystem::path& path : source.linked_side_files()) {
     add(path, "");
+  }
+}
+
+void require_unchanged(const RunIdentity& before, const RunIdentity& now) {
+  std::map<std::string, std::string> values(before.begin(), before.end());
+  RunIdentity then;
+  RunIdentity named;
+  for (const auto& fact : now) {
+    if (const auto found = values.find(fact.first); found != values.end()) {
+      then.emplace_back(*found);
+      named.push_back(fact);
+    }
+  }
+  if (const std::string differs = difference(then, named); !differs.empty()) {
+    throw Error(ErrorKind::input, to_sentence({.problem = "a file changed while it was read: " + differs,
+                                               .next_step = "run it again when nothing writes there"}));
   }
 }
 

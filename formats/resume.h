@@ -33,6 +33,8 @@ std::string file_identity(const std::filesystem::path& path);
 // Every file of the source that reaches the result: its shards (with a checksum of their headers), index,
 // config (with a checksum) and side files.
 void add_source_identity(const Checkpoint& source, RunIdentity& facts);
+// Throws Error (input) when a file that both name is not as it was: what was read of it may be of two minds.
+void require_unchanged(const RunIdentity& before, const RunIdentity& now);
 
 // Says when it is time to save.
 class SaveClock {

@@ -82,6 +82,9 @@ std::optional<std::int64_t> read_state(const std::filesystem::path& path,
   }
   std::int64_t number = 0;
   std::memcpy(&number, rest.data() + kMagic.size(), sizeof(number));
+  if (number < 0) {
+    return std::nullopt;
+  }
   const std::vector<std::byte> header = header_of(number, sizes);
   Hasher hasher;
   hasher.add(rest.first(rest.size() - kChecksumDigits));

@@ -13,11 +13,11 @@
 
 namespace relatent {
 
-// Writes a number and blocks to a file that gets its name when the caller commits it. Throws Error (machine).
+// Writes a count and blocks to a file that gets its name when the caller commits it. Throws Error (machine).
 PendingFile write_state(const std::filesystem::path& path, std::int64_t number,
                         const std::vector<std::span<const std::byte>>& blocks);
 
-// Fills blocks of the same sizes; the number. Nothing, with the blocks as they were, when there is no such
+// Fills blocks of the same sizes; the count. Nothing, with the blocks as they were, when there is no such
 // file or it is not whole and of these sizes. Throws Error (machine) when it cannot be read.
 std::optional<std::int64_t> read_state(const std::filesystem::path& path,
                                        const std::vector<std::span<std::byte>>& blocks);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "formats/checkpoint.h"
+#include "formats/hash.h"
 #include "formats/mapped_file.h"
 #include "formats/narrowing.h"
 #include "linalg/stages.h"
@@ -77,7 +78,7 @@ TensorFileWriter::TensorFileWriter(PendingFile file, TensorFileLayout layout)
   slots_.reserve(layout.tensors.size());
   for (TensorFileLayout::Place& tensor : layout.tensors) {
     index_.emplace(tensor.spec.name, slots_.size());
-    slots_.push_back({std::move(tensor.spec), tensor.offset, false});
+    slots_.push_back({std::move(tensor.spec), tensor.offset, false, ""});
   }
 }
 
@@ -118,16 +119,19 @@ void TensorFileWriter::flush() {
   }
 }
 
-TensorFileWriter::Slot& TensorFileWriter::claim(const std::string& name) {
+const TensorFileWriter::Slot& TensorFileWriter::slot(const std::string& name) const {
   const auto found = index_.find(name);
   if (found == index_.end()) {
     throw std::invalid_argument("tensor " + name + " was not announced to " + file_.path().string());
   }
-  Slot& slot = slots_[found->second];
-  if (slot.written) {
+  return slots_[found->second];
+}
+
+TensorFileWriter::Slot& TensorFileWriter::claim(const std::string& name) {
+  if (slot(name).written) {
     throw std::invalid_argument("tensor " + name + " is written twice to " + file_.path().string());
   }
-  return slot;
+  return slots_[index_.at(name)];
 }
 
 TensorFileWriter::Slot& TensorFileWriter::claim(const std::string& name, DType dtype,
@@ -155,7 +159,21 @@ void TensorFileWriter::write(const std::string& name, std::span<const std::byte>
 void TensorFileWriter::write_floats(const std::string& name, std::span<const float> values) {
   const Stage stage("write");
   std::vector<std::byte> storage;
-  write(name, narrow_floats(file_.path(), name, claim(name).spec.dtype, values, storage));
+  Slot& slot = claim(name);
+  const std::span<const std::byte> bytes =
+      narrow_floats(file_.path(), name, slot.spec.dtype, values, storage);
+  write(name, bytes);
+  slot.checksum = checksum_of(bytes);
+}
+
+std::string TensorFileWriter::stored_checksum(const std::string& name) const {
+  const Slot& wanted = slot(name);
+  const MappedFile file = MappedFile::open(file_.partial_path());
+  const std::uint64_t bytes = wanted.spec.bytes();
+  if (wanted.offset > file.bytes().size() || bytes > file.bytes().size() - wanted.offset) {
+    return "";
+  }
+  return checksum_of(file.bytes().subspan(wanted.offset, bytes));
 }
 
 void TensorFileWriter::copy(const std::string& name, const SafetensorsFile& source,

@@ -84,6 +84,8 @@ struct TensorFileLayout {
 class TensorFileWriter : public TensorSink {
  public:
   void mark_written(const std::string& name) override { claim(name).written = true; }
+  std::string checksum(const std::string& name) const override { return slot(name).checksum; }
+  std::string stored_checksum(const std::string& name) const override;
   void flush() override;
   // Bytes in the stored dtype; size must be the tensor's (std::invalid_argument otherwise).
   void write(const std::string& name, std::span<const std::byte> bytes);
@@ -102,6 +104,7 @@ class TensorFileWriter : public TensorSink {
     TensorSpec spec;
     std::uint64_t offset = 0;
     bool written = false;
+    std::string checksum;  // of what write_floats wrote
   };
   // A new file. Throws Error (machine).
   TensorFileWriter(const std::filesystem::path& path, TensorFileLayout layout);
@@ -112,7 +115,9 @@ class TensorFileWriter : public TensorSink {
   static std::optional<PendingFile> take_up(const std::filesystem::path& path,
                                             const TensorFileLayout& layout);
 
-  // std::invalid_argument for a tensor that was not announced, is written already or is of another kind.
+  // std::invalid_argument for a tensor that was not announced; claim also for one that is written already or
+  // of another kind.
+  const Slot& slot(const std::string& name) const;
   Slot& claim(const std::string& name);
   Slot& claim(const std::string& name, DType dtype, const std::vector<std::int64_t>& shape);
   PendingFile& file() { return file_; }

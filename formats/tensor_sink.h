@@ -27,6 +27,10 @@ class TensorSink {
 
   // Counts a tensor that an earlier process has written as written.
   virtual void mark_written(const std::string& name) = 0;
+  // XXH3-128 of the bytes that write_floats gave the tensor; empty when this object has not written it.
+  virtual std::string checksum(const std::string& name) const = 0;
+  // XXH3-128 of the tensor's bytes as they lie in the file now.
+  virtual std::string stored_checksum(const std::string& name) const = 0;
   // What was written so far is on the disk when this returns, and outlives this object.
   virtual void flush() = 0;
   // Everything is written (std::logic_error otherwise): the output is complete and on the disk.

@@ -50,6 +50,13 @@ MatrixF TensorSource::read_matrix(const std::string& name) const {
   return matrix;
 }
 
+void TensorSource::require_finite(const std::string& name) const {
+  if (!all_finite(info(name).dtype, bytes(name))) {
+    fail_input({path_of(name), name, "holds NaN or infinity", "finite numbers", "others",
+                "get the checkpoint anew: no model computes with these"});
+  }
+}
+
 std::uint64_t TensorSource::tensor_bytes() const {
   std::uint64_t sum = 0;
   for (const std::string& name : tensor_names()) {

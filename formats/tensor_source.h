@@ -45,6 +45,8 @@ class TensorSource {
   // A floating tensor of one to three dimensions, widened to float32: one gives a single row, of three the
   // first two are its rows. Throws Error (input) when it is not floating or has another number of dimensions.
   MatrixF read_matrix(const std::string& name) const;
+  // Throws Error (input) naming the tensor when it holds NaN or infinity.
+  void require_finite(const std::string& name) const;
   // Sum of all tensors' bytes.
   std::uint64_t tensor_bytes() const;
   // XXH3-128 in hexadecimal over every tensor's name, dtype, shape and bytes in name order, followed by the

@@ -30,6 +30,20 @@ bool is_there(const std::filesystem::path& path) {
   return ::lstat(path.c_str(), &status) == 0;
 }
 
+// Makes the folder unless it is one already, and not a link to one elsewhere.
+void make_folder(const std::filesystem::path& path) {
+  if (::mkdir(path.c_str(), 0777) == 0) {
+    return;
+  }
+  if (errno != EEXIST) {
+    fail_machine(path, "cannot create the folder", errno);
+  }
+  struct stat status {};
+  if (::lstat(path.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
+    fail_usage(path.string() + ": is in the way of a folder (delete it and try again)");
+  }
+}
+
 }  // namespace
 
 WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const RunIdentity& facts,
@@ -78,14 +92,15 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
           }
         }
       }
-      if (kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 && errno != EEXIST) {
-        fail_machine(output(), "cannot create the folder", errno);
+      if (kind_ == OutputKind::new_folder) {
+        make_folder(output());
       }
       journal_ = std::make_unique<Journal>(Journal::create(folder_ / kJournalName, facts));
       flush_folder(parent_of(folder_));
     }
   } catch (...) {
     ::close(lock_);
+    journal_.reset();  // removing folders takes descriptors, of which there may be no more
     if (!left_over && locked) {
       std::error_code ignored;
       std::filesystem::remove_all(folder_, ignored);
@@ -109,15 +124,13 @@ void WorkFolder::take_up(const RunIdentity& facts) {
     refuse("cannot be continued by this command: " + differs,
            "repeat the command that began it, or delete the folder and try again");
   }
-  complete_ = journal_->last(kComplete).has_value();
-  if (!complete_ || (is_there(output()) && is_there(path_))) {
-    if (kind_ != OutputKind::file) {
-      require_absent(path_);
-    }
+  // What did not get its name lay here unguarded since: it is looked at again as all of an unfinished run is.
+  complete_ = journal_->last(kComplete).has_value() && !is_there(output()) && is_there(path_);
+  if (!complete_ && kind_ != OutputKind::file) {
+    require_absent(path_);
   }
-  if (!complete_ && kind_ == OutputKind::new_folder && ::mkdir(output().c_str(), 0777) != 0 &&
-      errno != EEXIST) {
-    fail_machine(output(), "cannot create the folder", errno);
+  if (!complete_ && kind_ == OutputKind::new_folder) {
+    make_folder(output());
   }
   resumed_ = !journal_->entries().empty();
 }
@@ -126,6 +139,7 @@ WorkFolder::~WorkFolder() {
   if (lock_ < 0) {
     return;
   }
+  journal_.reset();  // removing folders takes descriptors, of which there may be no more
   if (!kept_) {
     // The journal goes last: with it, a run that ends in the middle of this can be tidied up after.
     std::error_code ignored;
@@ -139,10 +153,6 @@ WorkFolder::~WorkFolder() {
     std::filesystem::remove_all(folder_, ignored);
   }
   ::close(lock_);
-}
-
-std::filesystem::path WorkFolder::complete_output() const {
-  return is_there(output()) ? output() : path_;
 }
 
 void WorkFolder::refuse(const std::string& problem, const std::string& next_step) const {
@@ -178,9 +188,6 @@ void WorkFolder::commit() {
   kept_ = true;
   if (!complete_) {
     record(kComplete, "");
-    complete_ = true;
-  }
-  if (is_there(output())) {
     if (kind_ == OutputKind::new_folder) {
       rename_new_folder(output(), path_);
     } else {
@@ -194,8 +201,7 @@ void WorkFolder::commit() {
       }
       flush_folder(parent_of(path_));
     }
-  } else if (!is_there(path_)) {
-    refuse("is finished, but its output is gone", "delete it and try again");
+    complete_ = true;
   }
   flush_folder(folder_);
   kept_ = false;  // the destructor removes what is left

@@ -39,11 +39,9 @@ class WorkFolder {
 
   // There was something to go on from.
   bool resumed() const { return resumed_; }
-  // Nothing is left to do but commit().
+  // The output has its name already: nothing is left to do but commit(), which tidies up.
   bool complete() const { return complete_; }
   std::filesystem::path output() const { return folder_ / "output"; }
-  // Where the output of a complete run lies: at its place already when the run ended after the rename.
-  std::filesystem::path complete_output() const;
   std::filesystem::path file(const std::string& name) const { return folder_ / name; }
   const Journal& journal() const { return *journal_; }
   // Appends to the journal: worth keeping from now on.

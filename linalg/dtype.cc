@@ -5,6 +5,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "linalg/layouts.h"
+
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -252,6 +254,21 @@ float rounded(DType dtype, float value) {
   float out = 0;
   decode_floats(dtype, bytes, {&out, 1});
   return out;
+}
+
+bool all_finite(DType dtype, std::span<const std::byte> bytes) {
+  switch (dtype) {
+    case DType::f64:
+      return no_full_exponent<std::uint64_t>(bytes, 0x7ff0000000000000U);
+    case DType::f32:
+      return no_full_exponent<std::uint32_t>(bytes, 0x7f800000U);
+    case DType::f16:
+      return no_full_exponent<std::uint16_t>(bytes, 0x7c00U);
+    case DType::bf16:
+      return all_finite_bf16(bytes);
+    default:
+      return true;
+  }
 }
 
 }  // namespace relatent

@@ -52,6 +52,10 @@ void decode_floats(DType dtype, std::span<const std::byte> bytes, std::span<floa
 // above.
 std::size_t encode_floats(DType dtype, std::span<const float> values, std::span<std::byte> out);
 
+// Whether no stored element is NaN or infinite. What is not floating never is, and of the eight-bit types
+// nothing is known.
+bool all_finite(DType dtype, std::span<const std::byte> bytes);
+
 // The number nearest to value that the dtype can hold (bf16, f16, f32 and f64, infinities included).
 float rounded(DType dtype, float value);
 

@@ -2,14 +2,19 @@
 
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -71,6 +76,20 @@ void make_blas_serial() {
 void set_num_threads(int threads) {
   make_blas_serial();
   g_threads = std::max(threads, 0);
+}
+
+void restart_without_blas_threads(char** arguments) {
+  constexpr const char* kName = "OPENBLAS_NUM_THREADS";
+  const char* const value = std::getenv(kName);
+  if (!blas_address_limit() || (value != nullptr && std::string_view(value) == "1") ||
+      ::setenv(kName, "1", 1) != 0) {
+    return;
+  }
+  std::error_code unknown;
+  const std::filesystem::path program = std::filesystem::read_symlink("/proc/self/exe", unknown);
+  if (!unknown) {
+    ::execv(program.c_str(), arguments);
+  }
 }
 
 std::string why_blas_would_hang(int threads) {

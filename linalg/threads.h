@@ -18,6 +18,11 @@ namespace relatent {
 void set_num_threads(int threads);
 int num_threads();
 
+// Where there is a limit on address space, starts the program again without OpenBLAS's own threads, which the
+// library begins before main: each takes one of the buffers below when it gets to it, and nobody can tell
+// whether it has. Called first of all; returns where there is no need, or no way.
+void restart_without_blas_threads(char** arguments);
+
 // Why OpenBLAS would wait for ever: it takes a large buffer for every thread that calls it, and tries again
 // and again where the limit on address space (ulimit -v) denies it. A sentence, empty when there is no such
 // limit or room for `threads` buffers more. When there is one the program should end without running the

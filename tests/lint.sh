@@ -54,6 +54,14 @@ source_of() {
   fi
 }
 
+# Of the files on stdin those that build/release compiles, which says how; the fuzz targets are built elsewhere.
+built_files() {
+  local file
+  while read -r file; do
+    if grep -qF "\"file\": \"$ROOT/$file\"" build/release/compile_commands.json; then echo "$file"; fi
+  done
+}
+
 # Checks FILE until END, seconds since 1970; writes to a file in OUT what there is to say, or that time ran out.
 tidy_one() {
   local out="$1" left=$(($2 - EPOCHSECONDS)) file="$3" code=124 log
@@ -83,7 +91,7 @@ check_tidy() {
   fi
   mapfile -t files < <(while read -r file; do
     if [[ -f "$file" ]]; then source_of "$file"; fi
-  done <<<"$changed" | awk '!seen[$0]++')
+  done <<<"$changed" | awk '!seen[$0]++' | built_files)
   local seconds="${RELATENT_TIDY_SECONDS:-90}" failed=0 out unchecked
   if [[ "$full" == 1 ]]; then
     seconds=86400

@@ -48,6 +48,8 @@ run_tests "engine tests: pinned transformers" tests/engine
 run_tests "llama.cpp tests" tests/llamacpp
 step "planted faults: a sample" "$ENVIRONMENT/bin/python" tests/attack/planted_faults.py --short
 
+step "attacks, for a short while" env PYTHON="$ENVIRONMENT/bin/python" tests/attack/run.sh short
+
 make_python transformers-newest true tests/engine/requirements-newest.txt
 if [[ "${RELATENT_FULL:-}" == 1 ]]; then
   run_tests "engine tests: newest transformers" tests/engine

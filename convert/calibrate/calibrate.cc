@@ -35,6 +35,19 @@ std::filesystem::path layer_file(const WorkFolder& work, Index layer_idx) {
   return work.file("layer-" + std::to_string(layer_idx));
 }
 
+// Numbers that are none come from weights that are none, which are named, or grew out of range on the way.
+void require_finite(const Model& model, Index layer_idx, const LayerMoments& moments) {
+  if (moments.second_moment.allFinite() && moments.mean.allFinite() && moments.distance_mass.allFinite()) {
+    return;
+  }
+  for (const std::string& name : model.checkpoint().tensor_names()) {
+    model.checkpoint().require_finite(name);
+  }
+  fail_input({model.checkpoint().path(), "",
+              "the input of layer " + std::to_string(layer_idx) + "'s attention is NaN or infinite",
+              "finite numbers", "others", "the model itself has no finite output for these tokens"});
+}
+
 PendingFile write_layer(const std::filesystem::path& path, const LayerMoments& moments) {
   return write_state(
       path, moments.tokens,
@@ -101,6 +114,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
     const LayerMoments moments =
         backend().observe(backend().load_layer(model, i, compute), stream, i + 1 == config.num_hidden_layers);
     return_freed_memory();
+    require_finite(model, i, moments);
     writer->add_layer(moments);
     progress(i + 1, config.num_hidden_layers);
     if (i + 1 == config.num_hidden_layers) {
@@ -130,6 +144,9 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
       saves = false;
     }
   }
+  RunIdentity now;
+  add_source_identity(model.folder("calibrated"), now);
+  require_unchanged(work.journal().given(), now);
   writer->finish();
 }
 

@@ -45,6 +45,10 @@ class FolderSink final : public TensorSink {
     writer_->copy(name, source, source_name);
   }
   void mark_written(const std::string& name) override { writer_->mark_written(name); }
+  std::string checksum(const std::string& name) const override { return writer_->checksum(name); }
+  std::string stored_checksum(const std::string& name) const override {
+    return writer_->stored_checksum(name);
+  }
   void flush() override { writer_->flush(); }
   std::uint64_t bytes_written() const override { return writer_->bytes_written(); }
 

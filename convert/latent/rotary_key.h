@@ -49,7 +49,7 @@ struct PlainList {
   std::vector<Index> components;  // as above
 };
 PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
-                         std::optional<Index> stride = std::nullopt);
+                         std::optional<Index> given = std::nullopt);
 
 // The frequencies of components[f] combinations of every frequency f.
 Rotary kept_rotary(const Rotary& source, const std::vector<Index>& components);

@@ -50,7 +50,7 @@ constexpr std::array<std::pair<std::string_view, Index>, 30> sizes = {
 
 // Kernels work in float32: what is smaller than 1e-38 there is zero, what is larger than 3e38 infinite.
 constexpr NumberRange norm_eps = {1e-30, 0.1};  // published: 1e-6 to 1e-5
-constexpr NumberRange rope_base = {1, 1e15};    // up to 5e10; 1 where the frequencies are a list
+constexpr NumberRange rope_base = {1, 1e20};    // up to 5e10; 1 where the frequencies are a list
 constexpr NumberRange rope_turns = {1e-3, 1e6};
 
 constexpr std::array<std::pair<std::string_view, NumberRange>, 14> numbers = {

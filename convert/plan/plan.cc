@@ -172,6 +172,9 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
   }
   if (!inputs.engine->traits().single_file) {
     plan.side_files = source.folder("converted").side_files();
+    std::erase_if(plan.side_files, [](const std::filesystem::path& file) {
+      return file.filename() == kReportName;  // of an earlier conversion; this one writes its own
+    });
   }
   for (const std::filesystem::path& file : plan.side_files) {
     plan.output_bytes += std::filesystem::file_size(file);

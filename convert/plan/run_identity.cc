@@ -36,6 +36,12 @@ std::string words(const std::optional<Value>& value) {
   return value ? words(*value) : "not given";
 }
 
+void add_inputs(const ConvertOptions& options, const Checkpoint& source, RunIdentity& out) {
+  out.emplace_back("the calibration",
+                   options.calibration ? file_identity(*options.calibration) : "not given");
+  add_source_identity(source, out);
+}
+
 }  // namespace
 
 RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source) {
@@ -84,10 +90,15 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("key ridge", fit.key_ridge);
   add("output ridge", fit.output_ridge);
   add("score weight", fit.score_weight);
-  out.emplace_back("the calibration",
-                   options.calibration ? file_identity(*options.calibration) : "not given");
-  add_source_identity(source, out);
+  add_inputs(options, source, out);
   return out;
+}
+
+void require_unchanged_inputs(const RunIdentity& before, const ConvertOptions& options,
+                              const Checkpoint& source) {
+  RunIdentity now;
+  add_inputs(options, source, now);
+  require_unchanged(before, now);
 }
 
 }  // namespace relatent

@@ -9,5 +9,9 @@ namespace relatent {
 // Program, every option that reaches the output as the command line gave it, source and calibration. Throws
 // Error (input, machine) when a file cannot be examined.
 RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source);
+// Throws Error (input) when source or calibration changed since then: what was read of them may be neither
+// the one nor the other.
+void require_unchanged_inputs(const RunIdentity& before, const ConvertOptions& options,
+                              const Checkpoint& source);
 
 }  // namespace relatent

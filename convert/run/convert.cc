@@ -1,10 +1,11 @@
 #include "convert/run/convert.h"
 
 #include <algorithm>
-#include <chrono>
 #include <functional>
+#include <map>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include "convert/methods/layer_pipeline.h"
 #include "convert/methods/method.h"
@@ -13,6 +14,10 @@
 #include "convert/run/losses.h"
 #include "convert/run/output.h"
 #include "convert/run/size_choice.h"
+#include "convert/verify/conversion_report.h"
+#include "formats/files.h"
+#include "formats/mapped_file.h"
+#include "linalg/decompose.h"
 #include "linalg/heap.h"
 
 namespace relatent {
@@ -32,6 +37,16 @@ void check_rotary(const Rotary& all, const LatentAttention& layer) {
   }
 }
 
+// Runs work for a layer, whose number a failure of the numerics then names.
+template <typename Work>
+LatentAttention for_layer(Index layer_idx, const Work& work) {
+  try {
+    return work();
+  } catch (const NumericalError& error) {
+    throw NumericalError("layer " + std::to_string(layer_idx) + ": " + error.what());
+  }
+}
+
 // Side by side, as many layers as memory allows.
 void convert_independently(const ConversionMethod& method, const ConvertPlan& plan,
                            const ConvertInputs& inputs, Index first, const WriteLayer& write,
@@ -42,8 +57,8 @@ void convert_independently(const ConversionMethod& method, const ConvertPlan& pl
                      {.moments = [&](Index layer_idx) { return input_moments(inputs, layer_idx); },
                       .body =
                           [&](Index layer_idx, Moments moments) {
-                            converted[static_cast<std::size_t>(layer_idx)] =
-                                method.convert(layer_idx, std::move(moments));
+                            converted[static_cast<std::size_t>(layer_idx)] = for_layer(
+                                layer_idx, [&] { return method.convert(layer_idx, std::move(moments)); });
                           },
                       .finish =
                           [&](Index layer_idx) {
@@ -63,7 +78,7 @@ void convert_in_sequence(ConversionMethod& method, const ConvertInputs& inputs, 
   const Index layers = inputs.source.config().num_hidden_layers;
   output.copy_tensors();
   for (Index i = first; i < layers; ++i) {
-    write(i, method.next());
+    write(i, for_layer(i, [&] { return method.next(); }));
     return_freed_memory();
     if (i + 1 < layers) {
       output.save(i + 1, [&](const std::filesystem::path& path) { method.save(path); });
@@ -71,16 +86,22 @@ void convert_in_sequence(ConversionMethod& method, const ConvertInputs& inputs, 
   }
 }
 
-// Converts and writes all layers and the files beside them.
-void write_output(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work,
-                  const LayerProgress& progress, ConvertReport& report) {
-  const std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
+// Converts and writes all layers and the files beside them. Returns the checksums of what was computed.
+std::map<std::string, std::string> write_output(const ConvertPlan& plan, const ConvertInputs& inputs,
+                                                WorkFolder& work, const LayerProgress& progress,
+                                                ConvertReport& report) {
+  std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
   const Rotary rotary = method->rotary();
   ConvertedOutput output(plan, inputs, rotary, work);
   // One layer at least is converted again, so that there is progress to report.
   const Index layers = inputs.source.config().num_hidden_layers;
   const Index done = std::min(output.layers_done(), layers - 1);
-  const Index first = method->resume(output.state_file(), done);
+  Index first = method->resume(output.state_file(), done);
+  if (!output.has_layers(first)) {
+    // The state is ahead of a journal that has lost its end.
+    method = make_method(plan, inputs, report.fold);
+    first = 0;
+  }
   output.keep_layers(first);
   const WriteLayer write = [&](Index layer_idx, const LatentAttention& attention) {
     check_rotary(rotary, attention);
@@ -95,6 +116,28 @@ void write_output(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFold
   report.fold_error = method->fold_error();
   output.finish();
   report.bytes_written = output.bytes_written();
+  return output.checksums();
+}
+
+// conversion_report.json, for verify. A single file has no place for it.
+void write_report(const ConvertPlan& plan, const ConvertInputs& inputs, const std::filesystem::path& folder,
+                  std::map<std::string, std::string> checksums, const std::optional<Measurement>& measured) {
+  if (inputs.engine->traits().single_file) {
+    return;
+  }
+  ConversionReport report;
+  report.version = program_identity().front().second;
+  report.method = method_name(plan.options.method);
+  report.form = plan.options.form;
+  report.engine = plan.options.engine;
+  report.dtype = safetensors_name(plan.dtype);
+  report.source_config = checksum_of(inputs.source.checkpoint().config_path());
+  report.files = file_checksums(folder);
+  report.tensors = std::move(checksums);
+  if (measured) {
+    report.probe = measured->probe;
+  }
+  write_text(folder / kReportName, report.text());
 }
 
 // Runs what was written on the sequences that the fits left alone.
@@ -175,7 +218,6 @@ ConvertPlan plan_without_trials(const ConvertOptions& options, const ConvertInpu
 
 ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, WorkFolder& work,
                       const LayerProgress& progress) {
-  const auto start = std::chrono::steady_clock::now();
   ConvertReport report;
   report.kv_rank = plan.shape.kv_lora_rank;
   report.rope_dim = plan.shape.qk_rope_head_dim;
@@ -186,13 +228,13 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
       report.fold = settled_fold(plan, inputs, work);
       std::istringstream(work.journal().last(fold_error_entry).value_or("0")) >> report.fold_error;
       report.measured = measurement_from(work.journal().last(measured_entry).value_or(""));
-      report.bytes_written = weight_bytes(work.complete_output());
+      report.bytes_written = weight_bytes(plan.options.output);
     } else {
       if (inputs.calibration) {
         check_calibration(inputs);
       }
       report.fold = settled_fold(plan, inputs, work);
-      write_output(plan, inputs, work, progress, report);
+      std::map<std::string, std::string> checksums = write_output(plan, inputs, work, progress, report);
       if (report.fold_error > 0) {
         work.record(fold_error_entry, exact_text(report.fold_error));
       }
@@ -200,11 +242,12 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
         report.measured = measure_output(plan, inputs, work);
         work.record(measured_entry, to_text(*report.measured));
       }
+      require_unchanged_inputs(work.journal().given(), plan.options, inputs.source.folder("converted"));
+      write_report(plan, inputs, work.output(), std::move(checksums), report.measured);
     }
     report.warnings = loss_warnings(plan, inputs, report.fold_error, report.measured);
     work.commit();
   });
-  report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return report;
 }
 

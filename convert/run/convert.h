@@ -31,7 +31,6 @@ struct ConvertReport {
   // What the written checkpoint loses on calibration tokens; none without a calibration.
   std::optional<Measurement> measured;
   std::vector<std::string> warnings;  // beside the plan's: what only the result tells
-  double seconds = 0;
   std::uint64_t bytes_read = 0;
   std::uint64_t bytes_written = 0;
 };

@@ -7,22 +7,19 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "convert/compute/backend.h"
+#include "convert/verify/verify.h"
 #include "formats/resume.h"
 #include "linalg/stages.h"
 
 namespace relatent {
+
 Measurement measure(const Model& source, const std::filesystem::path& folder, const Sequences& sequences,
                     bool held_out) {
   const Stage stage("measure");
   const Model written = Model::open(folder);
-  Stream expected(source, sequences);
-  Stream found(written, sequences);
-  for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
-    run_layer(backend().load_layer(source, i, DType::f32), expected);
-    run_layer(backend().load_layer(written, i, DType::f32), found);
-  }
-  return {held_out, backend().compare_logits(source, expected, written, found, sequences)};
+  const Sequences probe = probe_of(sequences);
+  const std::vector<Verification> found = verify(source, written, {sequences, probe});
+  return {held_out, found.front().logits, probe_from(probe, found.back())};
 }
 
 std::string in_words(const Measurement& measured) {

@@ -8,6 +8,7 @@
 
 #include "convert/compute/statistics.h"
 #include "convert/model/model.h"
+#include "convert/verify/conversion_report.h"
 #include "formats/npy.h"
 
 namespace relatent {
@@ -15,6 +16,7 @@ namespace relatent {
 struct Measurement {
   bool held_out = false;  // no fit has seen the tokens
   LogitComparison logits;
+  std::optional<Probe> probe{};  // not kept in a journal
 
   double nats() const { return logits.converted_nll - logits.source_nll; }
 };

@@ -5,9 +5,11 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "formats/error.h"
+#include "formats/hash.h"
 
 namespace relatent {
 namespace {
@@ -18,6 +20,7 @@ constexpr double record_every = 5;
 // Entries of the journal.
 constexpr const char* copied_entry = "copied";
 constexpr const char* layers_entry = "layers";
+constexpr const char* checksums_entry = "checksums";
 // The file with what later layers depend on, in the work folder.
 constexpr const char* state_name = "streams";
 
@@ -40,6 +43,20 @@ void pass_query_through_norm(const Model& source, Index layer_idx, DType dtype, 
     attention.q.weight.col(i) /= down;
   }
   attention.q_norm = {RowVectorF::Ones(hidden), 1e-6F};
+}
+
+// A JSON object of names and checksums.
+std::map<std::string, std::string> checksums_from(const std::string& text) {
+  const nlohmann::json json = nlohmann::json::parse(text, nullptr, false);
+  std::map<std::string, std::string> out;
+  if (json.is_object()) {
+    for (const auto& [name, checksum] : json.items()) {
+      if (checksum.is_string()) {
+        out.emplace(name, checksum.get<std::string>());
+      }
+    }
+  }
+  return out;
 }
 
 std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
@@ -85,20 +102,82 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
   tensors_done_ = work_.journal().last_number(copied_entry);
   layers_done_ = work_.journal().last_number(layers_entry);
   if (tensors_done_ > 0 || layers_done_ > 0) {
+    for (const auto& [name, value] : work_.journal().entries()) {
+      if (name == checksums_entry) {
+        for (const auto& [tensor, checksum] : checksums_from(value)) {
+          recorded_[tensor] = checksum;
+        }
+      }
+    }
     writer_ = engine.open_output(output, true);
-    if (writer_) {
+    if (writer_ && is_as_written()) {
       return;
     }
     // The weights are not what the journal speaks of.
+    writer_.reset();
+    recorded_.clear();
     work_.record(copied_entry, Index{0});
     work_.record(layers_entry, Index{0});
   }
   tensors_done_ = 0;
   layers_done_ = 0;
+  if (std::filesystem::is_directory(work_.output())) {
+    for (const auto& entry : std::filesystem::directory_iterator(work_.output())) {
+      std::filesystem::remove_all(entry.path());
+    }
+  }
   std::error_code none;
   std::filesystem::remove(state_file(), none);
   flush_folder(state_file().parent_path());
   writer_ = engine.open_output(output, false);
+}
+
+bool ConvertedOutput::is_as_written() const {
+  const Checkpoint& source = inputs_.source.folder("converted");
+  Index count = 0;
+  return std::all_of(plan_.tensors.begin(), plan_.tensors.end(), [&](const PlannedTensor& tensor) {
+    if (tensor.action == TensorAction::convert ? *tensor.layer_idx >= layers_done_
+                                               : ++count > tensors_done_) {
+      return true;
+    }
+    if (tensor.action == TensorAction::copy) {
+      const std::string found = writer_->stored_checksum(tensor.spec.name);
+      const std::string wanted = checksum_of(source.bytes(tensor.source));
+      source.release(tensor.source);
+      return found == wanted;
+    }
+    return is_as_recorded(tensor);
+  });
+}
+
+bool ConvertedOutput::is_as_recorded(const PlannedTensor& tensor) const {
+  const auto wanted = recorded_.find(tensor.spec.name);
+  return wanted != recorded_.end() && writer_->stored_checksum(tensor.spec.name) == wanted->second;
+}
+
+bool ConvertedOutput::has_layers(Index count) const {
+  return std::all_of(plan_.tensors.begin(), plan_.tensors.end(), [&](const PlannedTensor& tensor) {
+    return tensor.action != TensorAction::convert || *tensor.layer_idx < layers_done_ ||
+           *tensor.layer_idx >= count || is_as_recorded(tensor);
+  });
+}
+
+std::map<std::string, std::string> ConvertedOutput::checksums() const {
+  std::map<std::string, std::string> out;
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.action == TensorAction::copy) {
+      continue;
+    }
+    std::string checksum = writer_->checksum(tensor.spec.name);
+    if (checksum.empty()) {
+      const auto recorded = recorded_.find(tensor.spec.name);
+      checksum = recorded != recorded_.end() ? recorded->second : "";
+    }
+    if (!checksum.empty()) {
+      out.emplace(tensor.spec.name, std::move(checksum));
+    }
+  }
+  return out;
 }
 
 void ConvertedOutput::copy_tensors() {
@@ -114,6 +193,7 @@ void ConvertedOutput::copy_tensors() {
       continue;
     }
     if (tensor.action == TensorAction::copy) {
+      source.require_finite(tensor.source);
       writer_->copy(tensor.spec.name, source, tensor.source);
     } else {
       const MatrixF values = source.read_matrix(tensor.source);
@@ -158,10 +238,32 @@ void ConvertedOutput::make_durable(SaveClock& clock, const WriteState& write_sta
   const std::lock_guard lock(saving_);
   clock.save([&] {
     writer_->flush();
+    // Before the state, which counts from the moment it is there.
+    record_checksums(entry, value);
     if (!write_state || state_written(write_state)) {
       work_.record(entry, value);
     }
   });
+}
+
+void ConvertedOutput::record_checksums(const char* entry, Index value) {
+  const bool layers = entry == layers_entry;
+  nlohmann::json added = nlohmann::json::object();
+  Index count = 0;
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    const bool converted = tensor.action == TensorAction::convert;
+    const bool done = converted ? layers && *tensor.layer_idx < value : ++count <= value && !layers;
+    if (!done || tensor.action == TensorAction::copy || recorded_.contains(tensor.spec.name)) {
+      continue;
+    }
+    if (const std::string checksum = writer_->checksum(tensor.spec.name); !checksum.empty()) {
+      added[tensor.spec.name] = checksum;
+      recorded_[tensor.spec.name] = checksum;
+    }
+  }
+  if (!added.empty()) {
+    work_.record(checksums_entry, added.dump());
+  }
 }
 
 bool ConvertedOutput::state_written(const WriteState& write_state) const {

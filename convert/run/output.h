@@ -4,8 +4,10 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include "convert/plan/plan.h"
 #include "formats/tensor_sink.h"
@@ -28,6 +30,9 @@ class ConvertedOutput {
 
   // Writes what is not converted.
   void copy_tensors();
+  // Whether the first layers, up to `count`, are on the disk as the journal's checksums say. Those up to
+  // layers_done() are known to be.
+  bool has_layers(Index count) const;
   // The first layers, up to `count`, are there and stay.
   void keep_layers(Index count);
   void write_layer(Index layer_idx, const LatentAttention& attention);
@@ -39,18 +44,27 @@ class ConvertedOutput {
   void finish() { writer_->finish(); }
 
   std::uint64_t bytes_written() const { return writer_->bytes_written(); }
+  // Of every tensor that was converted or cast, by this run or the one that is continued.
+  std::map<std::string, std::string> checksums() const;
 
  private:
   void open_writer(const Rotary& rotary);
-  // Records what is durable from now on. Returns without a record when write_state found no room.
+  // Whether what counts as done is on the disk as it was written.
+  bool is_as_written() const;
+  // Whether a tensor that was converted or cast has the checksum in the journal.
+  bool is_as_recorded(const PlannedTensor& tensor) const;
+  // Records what is durable from now on. When write_state finds no room nothing counts as done.
   void make_durable(SaveClock& clock, const WriteState& write_state, const char* entry, Index value);
   bool state_written(const WriteState& write_state) const;
+  // Puts into the journal the checksums of what `entry` says is done up to `value`, where it lacks them.
+  void record_checksums(const char* entry, Index value);
 
   const ConvertPlan& plan_;
   const ConvertInputs& inputs_;
   WorkFolder& work_;
   TensorNames names_;
   std::unique_ptr<TensorSink> writer_;
+  std::map<std::string, std::string> recorded_;  // checksums that the journal has
   Index tensors_done_ = 0;
   Index layers_done_ = 0;
   // Tensors are copied beside the conversion, and one record must be durable before the next is begun.

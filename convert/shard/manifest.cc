@@ -261,10 +261,12 @@ ShardManifest ShardManifest::read(const std::filesystem::path& path) {
   return out;
 }
 
-std::string checksum_of(const std::filesystem::path& file) {
-  Hasher hasher;
-  hasher.add(MappedFile::open(file).bytes());
-  return hasher.hexadecimal();
+void copy_as_listed(const std::filesystem::path& source, const std::filesystem::path& target,
+                    const std::string& checksum) {
+  copy_whole_file(source, target);
+  if (const std::string found = checksum_of(target); found != checksum) {
+    fail_input({source, "", "changed while it was copied", "checksum " + checksum, found, ""});
+  }
 }
 
 }  // namespace relatent

@@ -78,7 +78,9 @@ struct ShardManifest {
   static ShardManifest read(const std::filesystem::path& path);
 };
 
-// XXH3-128 of a whole file in hexadecimal.
-std::string checksum_of(const std::filesystem::path& file);
+// Copies a file that has this checksum. Throws Error: input when the copy has another, machine when writing
+// fails.
+void copy_as_listed(const std::filesystem::path& source, const std::filesystem::path& target,
+                    const std::string& checksum);
 
 }  // namespace relatent

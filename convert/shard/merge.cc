@@ -8,6 +8,7 @@
 #include "formats/checkpoint.h"
 #include "formats/error.h"
 #include "formats/files.h"
+#include "formats/mapped_file.h"
 
 namespace relatent {
 namespace {
@@ -176,7 +177,7 @@ class Merger {
       write_text(folder.staging() / kIndexName, *manifest_.index, permissions_of(path_));
     }
     for (const CopiedFile& file : manifest_.copied) {
-      copy_whole_file(folder_ / file.name, folder.staging() / file.name);
+      copy_as_listed(folder_ / file.name, folder.staging() / file.name, file.checksum);
     }
     const std::string fingerprint = Checkpoint::open(folder.staging()).fingerprint();
     if (fingerprint != manifest_.fingerprint) {

@@ -3,25 +3,18 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
-#include <nlohmann/json.hpp>
 
 #include "convert/model/model.h"
 #include "convert/shard/layout.h"
 #include "convert/shard/manifest.h"
 #include "formats/error.h"
 #include "formats/files.h"
+#include "formats/json_text.h"
+#include "formats/mapped_file.h"
+#include "formats/resume.h"
 
 namespace relatent {
 namespace {
-
-bool is_utf8(const std::string& text) {
-  try {
-    static_cast<void>(nlohmann::json(text).dump());
-    return true;
-  } catch (const nlohmann::json::exception&) {
-    return false;
-  }
-}
 
 // config.json and the side files.
 std::vector<std::filesystem::path> copied_files(const Checkpoint& checkpoint) {
@@ -88,6 +81,8 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   }
   const Model model = Model::open(options.source);
   const Checkpoint& checkpoint = model.folder("sharded");
+  RunIdentity before;
+  add_source_identity(checkpoint, before);
   std::vector<ShardedTensor> tensors = sharded_tensors(model, *layout, options.tp);
   const std::vector<std::filesystem::path> copied = copied_files(checkpoint);
   PendingFolder folder(options.output);
@@ -118,9 +113,12 @@ ShardReport write_shards(const ShardOptions& options, const ShardProgress& progr
   for (const std::unique_ptr<SafetensorsWriter>& writer : writers) {
     writer->finish();
   }
-  for (const std::filesystem::path& file : copied) {
-    copy_whole_file(file, folder.staging() / file.filename());
+  for (std::size_t i = 0; i < copied.size(); ++i) {
+    copy_as_listed(copied[i], folder.staging() / copied[i].filename(), manifest.copied[i].checksum);
   }
+  RunIdentity now;
+  add_source_identity(checkpoint, now);
+  require_unchanged(before, now);
   write_text(folder.staging() / kShardsName, text, permissions);
   folder.commit();
   report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -6,82 +6,89 @@
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <set>
 #include <span>
+#include <system_error>
 #include <utility>
 
 #include "formats/checkpoint.h"
+#include "formats/error.h"
+#include "formats/hash.h"
 #include "formats/mapped_file.h"
 #include "formats/safetensors.h"
 #include "linalg/dtype.h"
-#include "linalg/layouts.h"
+#include "linalg/stages.h"
 #include "linalg/threads.h"
 
 namespace relatent {
 namespace {
 
-// Numbers that are cast and compared at once.
-constexpr std::size_t cast_at_once = std::size_t{1} << 16U;
+// Numbers that are looked at together, while a processor's cache still has them.
+constexpr std::size_t numbers_at_once = std::size_t{1} << 16U;
 // What a conversion has no reason to change.
 constexpr std::array<const char*, 4> kept_keys = {"bos_token_id", "eos_token_id", "pad_token_id",
                                                   "max_position_embeddings"};
+// How names of files end that one engine or another loads unasked.
+constexpr std::array<const char*, 9> loaded_endings = {".safetensors", ".bin",  ".pt",    ".pth",  ".gguf",
+                                                       ".index.json",  ".json", ".jinja", ".model"};
+// Those of them that a source without a report may have put there itself.
+constexpr std::array<const char*, 3> side_endings = {".json", ".jinja", ".model"};
 
-enum class Comparison { same, cast, other };
+// The bytes of a tensor that should be another one's.
+struct Origin {
+  DType dtype = DType::f32;
+  std::span<const std::byte> bytes;
+};
 
-bool finite(DType dtype, std::span<const std::byte> bytes) {
-  switch (dtype) {
-    case DType::f64:
-      return no_full_exponent<std::uint64_t>(bytes, 0x7ff0000000000000U);
-    case DType::f32:
-      return no_full_exponent<std::uint32_t>(bytes, 0x7f800000U);
-    case DType::f16:
-      return no_full_exponent<std::uint16_t>(bytes, 0x7c00U);
-    case DType::bf16:
-      return all_finite_bf16(bytes);
-    default:
-      return true;
-  }
+// What one pass over a tensor shows.
+struct Look {
+  bool finite = true;
+  bool same = false;     // byte for byte the origin's
+  bool cast = false;     // the origin's numbers in another dtype
+  std::string checksum;  // where it was wanted
+};
+
+// Whether these numbers are what casting those of the origin gives.
+bool is_cast(const Origin& from, std::size_t first, DType dtype, std::span<const std::byte> to) {
+  const std::size_t count = to.size() / size_of(dtype);
+  std::vector<float> numbers(count);
+  std::vector<std::byte> encoded(to.size());
+  decode_floats(from.dtype, from.bytes.subspan(first * size_of(from.dtype), count * size_of(from.dtype)),
+                numbers);
+  static_cast<void>(encode_floats(dtype, numbers, encoded));
+  return std::memcmp(encoded.data(), to.data(), to.size()) == 0;
 }
 
-// Whether `to` is what casting `from` gives, number by number.
-bool is_cast(DType from_dtype, std::span<const std::byte> from, DType to_dtype,
-             std::span<const std::byte> to) {
-  const std::size_t count = from.size() / size_of(from_dtype);
-  if (count != to.size() / size_of(to_dtype)) {
-    return false;
-  }
-  std::vector<float> numbers(std::min(cast_at_once, count));
-  std::vector<std::byte> encoded(numbers.size() * size_of(to_dtype));
-  for (std::size_t first = 0; first < count; first += cast_at_once) {
-    const std::size_t here = std::min(cast_at_once, count - first);
-    const std::span<float> some(numbers.data(), here);
-    decode_floats(from_dtype, from.subspan(first * size_of(from_dtype), here * size_of(from_dtype)), some);
-    const std::span<std::byte> bytes(encoded.data(), here * size_of(to_dtype));
-    static_cast<void>(encode_floats(to_dtype, some, bytes));
-    if (std::memcmp(bytes.data(), to.data() + first * size_of(to_dtype), bytes.size()) != 0) {
-      return false;
+Look look_at(DType dtype, std::span<const std::byte> bytes, const std::optional<Origin>& origin,
+             bool with_checksum) {
+  Look out;
+  const std::size_t count = bytes.size() / size_of(dtype);
+  const bool comparable = origin && origin->bytes.size() / size_of(origin->dtype) == count;
+  out.same = comparable && origin->dtype == dtype;
+  out.cast = comparable && !out.same && is_float(origin->dtype) && is_float(dtype);
+  Hasher hasher;
+  for (std::size_t first = 0; first < count; first += numbers_at_once) {
+    const std::size_t begin = first * size_of(dtype);
+    const std::span<const std::byte> some =
+        bytes.subspan(begin, std::min(numbers_at_once, count - first) * size_of(dtype));
+    out.finite = all_finite(dtype, some) && out.finite;
+    out.same = out.same && std::memcmp(some.data(), origin->bytes.data() + begin, some.size()) == 0;
+    out.cast = out.cast && is_cast(*origin, first, dtype, some);
+    if (with_checksum) {
+      hasher.add(some);
     }
   }
-  return true;
-}
-
-Comparison compare(const TensorSource& source, const std::string& from, const TensorSource& converted,
-                   const std::string& to) {
-  const DType from_dtype = source.info(from).dtype;
-  const DType to_dtype = converted.info(to).dtype;
-  const std::span<const std::byte> a = source.bytes(from);
-  const std::span<const std::byte> b = converted.bytes(to);
-  if (from_dtype == to_dtype) {
-    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size()) == 0 ? Comparison::same
-                                                                                  : Comparison::other;
+  if (with_checksum) {
+    out.checksum = hasher.hexadecimal();
   }
-  return is_float(from_dtype) && is_float(to_dtype) && is_cast(from_dtype, a, to_dtype, b)
-             ? Comparison::cast
-             : Comparison::other;
+  return out;
 }
 
 // The source's tensor that this one is, whatever it is called.
 std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& source) {
+  if (is_attention(tensor.role)) {
+    return std::nullopt;
+  }
   if (source.has(tensor.role, tensor.layer_idx, tensor.part)) {
     return source.name_of(tensor.role, tensor.layer_idx, tensor.part);
   }
@@ -89,38 +96,54 @@ std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& so
   return tensor.role == Role::lm_head ? std::optional(source.name_of(Role::embed_tokens, {})) : std::nullopt;
 }
 
-// Counts one tensor of the converted checkpoint; what is wrong with it, or nothing.
-std::string check_tensor(const PlacedTensor& tensor, const Model& source, const Model& converted,
-                         Structure& out) {
+// Counts one tensor of the converted checkpoint and says what is wrong with it.
+void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& converted,
+                  const std::map<std::string, std::string>& checksums, Structure& out) {
   const TensorSource& files = converted.checkpoint();
-  const bool is_finite = finite(files.info(tensor.name).dtype, files.bytes(tensor.name));
-  std::string wrong = is_finite ? "" : "holds NaN or infinity";
+  const std::optional<std::string> origin_name = origin_of(tensor, source);
+  std::optional<Origin> origin;
+  if (origin_name) {
+    const TensorSource& from = source.checkpoint();
+    origin = Origin{from.info(*origin_name).dtype, from.bytes(*origin_name)};
+  }
+  const auto written = checksums.find(tensor.name);
+  const bool known = written != checksums.end();
+  const Look found = look_at(files.info(tensor.name).dtype, files.bytes(tensor.name), origin, known);
+  files.release(tensor.name);
+  if (origin_name) {
+    source.checkpoint().release(*origin_name);
+  }
+  const auto complain = [&](std::vector<std::string>& list, const std::string& wrong) {
+    list.push_back(files.path_of(tensor.name).string() + ": tensor " + tensor.name + " " + wrong);
+  };
+  if (!found.finite) {
+    complain(out.not_finite, "holds NaN or infinity");
+  }
+  if (known && found.checksum != written->second) {
+    complain(out.findings, "is not what convert wrote");
+  }
   if (is_attention(tensor.role)) {
     ++out.converted;
-  } else if (const std::optional<std::string> origin = origin_of(tensor, source); !origin) {
-    wrong = "is no tensor of the source";
-  } else {
-    const Comparison found = compare(source.checkpoint(), *origin, files, tensor.name);
-    out.copied += found == Comparison::same ? 1 : 0;
-    out.cast += found == Comparison::cast ? 1 : 0;
-    if (found == Comparison::other && is_finite) {
-      wrong = "is not the source's " + *origin;
+    if (!known && !checksums.empty()) {
+      complain(out.findings, "was not written by convert");
     }
-    source.checkpoint().release(*origin);
+  } else if (!origin_name) {
+    complain(out.findings, "is no tensor of the source");
+  } else if (!found.same && !found.cast) {
+    complain(out.findings, "is not the source's " + *origin_name);
   }
-  files.release(tensor.name);
-  return wrong.empty() ? "" : files.path_of(tensor.name).string() + ": tensor " + tensor.name + " " + wrong;
+  out.copied += found.same ? 1 : 0;
+  out.cast += found.cast ? 1 : 0;
+  out.checked += known && found.checksum == written->second ? 1 : 0;
 }
 
 // Tokenizer, chat template and whatever else goes along.
-void check_side_files(const Model& source, const Model& converted, std::vector<std::string>& findings) {
-  const auto* from = dynamic_cast<const Checkpoint*>(&source.checkpoint());
-  const auto* to = dynamic_cast<const Checkpoint*>(&converted.checkpoint());
-  if (from == nullptr || to == nullptr) {
-    return;
-  }
-  for (const std::filesystem::path& file : from->side_files()) {
-    const std::filesystem::path copy = to->path() / file.filename();
+void check_side_files(const Checkpoint& from, const Checkpoint& to, std::vector<std::string>& findings) {
+  for (const std::filesystem::path& file : from.linked_side_files()) {
+    const std::filesystem::path copy = to.path() / file.filename();
+    if (file.filename() == kReportName) {
+      continue;
+    }
     if (!std::filesystem::exists(copy)) {
       findings.push_back(copy.string() + ": is missing; the source has it");
       continue;
@@ -131,6 +154,75 @@ void check_side_files(const Model& source, const Model& converted, std::vector<s
       findings.push_back(copy.string() + ": is not the source's");
     }
   }
+}
+
+// Configuration, code and side files as convert left them.
+void check_written_files(const Checkpoint& from, const Checkpoint& to, const ConversionReport& report,
+                         std::vector<std::string>& findings) {
+  const std::map<std::string, std::string> found = file_checksums(to.path());
+  std::set<std::string> side_files;
+  for (const std::filesystem::path& file : from.linked_side_files()) {
+    side_files.insert(file.filename().string());
+  }
+  for (const auto& [name, checksum] : report.files) {
+    const auto there = found.find(name);
+    if (side_files.contains(name)) {
+      continue;  // it was compared with the source's
+    }
+    if (there == found.end()) {
+      findings.push_back((to.path() / name).string() + ": is missing; convert wrote it");
+    } else if (there->second != checksum) {
+      findings.push_back((to.path() / name).string() + ": is not what convert wrote");
+    }
+  }
+  if (checksum_of(from.config_path()) != report.source_config) {
+    findings.push_back(from.config_path().string() + ": is not the configuration that " + to.path().string() +
+                       " was converted from");
+  }
+}
+
+template <typename Endings>
+bool ends_with_any(const std::string& name, const Endings& endings) {
+  return std::any_of(endings.begin(), endings.end(),
+                     [&](const char* ending) { return name.ends_with(ending); });
+}
+
+// Files beside the checkpoint that some engine would load although they belong to nothing.
+void check_strays(const Checkpoint& from, const Checkpoint& to, const std::optional<ConversionReport>& report,
+                  std::vector<std::string>& findings) {
+  std::set<std::string> known = {"config.json", kReportName};
+  for (const SafetensorsFile& file : to.files()) {
+    known.insert(file.path().filename().string());
+  }
+  if (to.index_path()) {
+    known.insert(to.index_path()->filename().string());
+  }
+  for (const std::filesystem::path& file : from.linked_side_files()) {
+    known.insert(file.filename().string());
+  }
+  if (report) {
+    for (const auto& [name, checksum] : report->files) {
+      known.insert(name);
+    }
+  }
+  std::vector<std::string> strays;
+  std::error_code error;
+  std::filesystem::directory_iterator entry(to.path(), error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
+    const bool adapter = name.starts_with("adapter_");
+    const bool loaded = ends_with_any(name, loaded_endings) || (report && name.ends_with(".py"));
+    const bool harmless =
+        !report && !adapter && !name.ends_with(".index.json") && ends_with_any(name, side_endings);
+    if (!name.starts_with('.') && loaded && !harmless && !known.contains(name)) {
+      strays.push_back(entry->path().string() + ": belongs to nothing here, and an engine may load it");
+    }
+  }
+  if (error) {
+    fail_system(to.path(), "cannot list the folder", error.value());
+  }
+  std::sort(strays.begin(), strays.end());
+  findings.insert(findings.end(), strays.begin(), strays.end());
 }
 
 void check_config(const Model& source, const Model& converted, std::vector<std::string>& findings) {
@@ -146,23 +238,60 @@ void check_config(const Model& source, const Model& converted, std::vector<std::
 
 }  // namespace
 
-Structure check_structure(const Model& source, const Model& converted) {
+std::optional<ConversionReport> find_report(const Model& converted, std::vector<std::string>& findings) {
+  const auto* folder = dynamic_cast<const Checkpoint*>(&converted.checkpoint());
+  if (folder == nullptr || !std::filesystem::exists(folder->path() / kReportName)) {
+    return std::nullopt;
+  }
+  try {
+    return ConversionReport::read(folder->path() / kReportName);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::input) {
+      throw;
+    }
+    findings.emplace_back(error.what());
+    return std::nullopt;
+  }
+}
+
+Structure check_structure(const Model& source, const Model& converted,
+                          const std::optional<ConversionReport>& report) {
+  const Stage stage("files");
+  const std::map<std::string, std::string> checksums =
+      report ? report->tensors : std::map<std::string, std::string>{};
   const std::vector<PlacedTensor>& tensors = converted.tensors();
-  std::vector<std::pair<std::string, Structure>> found(tensors.size());
-  parallel_for(tensors.size(), [&](std::size_t i) {
-    found[i].first = check_tensor(tensors[i], source, converted, found[i].second);
-  });
+  std::vector<Structure> found(tensors.size());
+  parallel_for(tensors.size(),
+               [&](std::size_t i) { check_tensor(tensors[i], source, converted, checksums, found[i]); });
   Structure out;
-  for (auto& [wrong, counts] : found) {
-    out.copied += counts.copied;
-    out.cast += counts.cast;
-    out.converted += counts.converted;
-    if (!wrong.empty()) {
-      out.findings.push_back(std::move(wrong));
+  std::set<std::string> names;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    names.insert(tensors[i].name);
+    out.copied += found[i].copied;
+    out.cast += found[i].cast;
+    out.converted += found[i].converted;
+    out.checked += found[i].checked;
+    for (auto [from, to] :
+         {std::pair(&found[i].findings, &out.findings), std::pair(&found[i].not_finite, &out.not_finite)}) {
+      to->insert(to->end(), from->begin(), from->end());
     }
   }
-  check_side_files(source, converted, out.findings);
-  check_config(source, converted, out.findings);
+  for (const auto& [name, checksum] : checksums) {
+    if (!names.contains(name)) {
+      out.findings.push_back(converted.checkpoint().path().string() + ": tensor " + name +
+                             " is missing; convert wrote it");
+    }
+  }
+  const auto* from = dynamic_cast<const Checkpoint*>(&source.checkpoint());
+  const auto* to = dynamic_cast<const Checkpoint*>(&converted.checkpoint());
+  if (from != nullptr && to != nullptr) {
+    check_side_files(*from, *to, out.findings);
+    check_config(source, converted, out.findings);
+    if (report) {
+      check_written_files(*from, *to, *report, out.findings);
+    }
+    check_strays(*from, *to, report, out.findings);
+  }
   return out;
 }
 

@@ -29,35 +29,55 @@ nlohmann::ordered_json or_null(const std::optional<Index>& number) {
 
 }  // namespace
 
-Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
-                    const LayerProgress& progress) {
+std::vector<Verification> verify(const Model& source, const Model& converted,
+                                 const std::vector<Sequences>& runs, const LayerProgress& progress) {
   const ModelConfig& a = source.config();
   const ModelConfig& b = converted.config();
   check_same(source, converted, "hidden_size", a.hidden_size, b.hidden_size);
   check_same(source, converted, "num_hidden_layers", a.num_hidden_layers, b.num_hidden_layers);
   check_same(source, converted, "vocab_size", a.vocab_size, b.vocab_size);
-  Verification out;
-  Stream source_stream(source, sequences);
-  Stream converted_stream(converted, sequences);
-  for (Index i = 0; i < a.num_hidden_layers; ++i) {
-    const LayerDifference found =
-        backend().run_side_by_side(backend().load_layer(source, i, DType::f32), source_stream,
-                                   backend().load_layer(converted, i, DType::f32), converted_stream);
-    out.layers.push_back(
-        {relative(found.attention, found.attention_source), relative(found.residual, found.residual_source)});
-    progress(i + 1, a.num_hidden_layers);
+  std::vector<Verification> out(runs.size());
+  std::vector<Stream> source_streams;
+  std::vector<Stream> converted_streams;
+  source_streams.reserve(runs.size());
+  converted_streams.reserve(runs.size());
+  for (const Sequences& sequences : runs) {
+    source_streams.emplace_back(source, sequences);
+    converted_streams.emplace_back(converted, sequences);
   }
-  out.logits = backend().compare_logits(source, source_stream, converted, converted_stream, sequences);
-  out.source_ppl = std::exp(out.logits.source_nll);
-  out.converted_ppl = std::exp(out.logits.converted_nll);
-  out.nats = out.logits.converted_nll - out.logits.source_nll;
-  out.source_cache_bytes = a.cache_bytes_per_token();
-  out.converted_cache_bytes = b.cache_bytes_per_token();
-  for (std::size_t i = 0; i < reported_tp.size(); ++i) {
-    out.source_per_device[i] = a.cache_bytes_per_token_on_device(reported_tp[i]);
-    out.converted_per_device[i] = b.cache_bytes_per_token_on_device(reported_tp[i]);
+  for (Index i = 0; i < a.num_hidden_layers; ++i) {
+    const Layer expected = backend().load_layer(source, i, DType::f32);
+    const Layer actual = backend().load_layer(converted, i, DType::f32);
+    for (std::size_t run = 0; run < runs.size(); ++run) {
+      const LayerDifference found =
+          backend().run_side_by_side(expected, source_streams[run], actual, converted_streams[run]);
+      out[run].layers.push_back({relative(found.attention, found.attention_source),
+                                 relative(found.residual, found.residual_source)});
+    }
+    if (progress) {
+      progress(i + 1, a.num_hidden_layers);
+    }
+  }
+  for (std::size_t run = 0; run < runs.size(); ++run) {
+    Verification& v = out[run];
+    v.logits =
+        backend().compare_logits(source, source_streams[run], converted, converted_streams[run], runs[run]);
+    v.source_ppl = std::exp(v.logits.source_nll);
+    v.converted_ppl = std::exp(v.logits.converted_nll);
+    v.nats = v.logits.converted_nll - v.logits.source_nll;
+    v.source_cache_bytes = a.cache_bytes_per_token();
+    v.converted_cache_bytes = b.cache_bytes_per_token();
+    for (std::size_t i = 0; i < reported_tp.size(); ++i) {
+      v.source_per_device[i] = a.cache_bytes_per_token_on_device(reported_tp[i]);
+      v.converted_per_device[i] = b.cache_bytes_per_token_on_device(reported_tp[i]);
+    }
   }
   return out;
+}
+
+Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
+                    const LayerProgress& progress) {
+  return verify(source, converted, std::vector<Sequences>{sequences}, progress).front();
 }
 
 DeviceVerification verify_devices(const Model& converted, const Sequences& sequences, Index tp,
@@ -81,6 +101,7 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
     run_layer(layer, whole);
     const auto& attention = std::get<LatentAttention>(layer.attention);
     std::vector<LatentAttention> parts;
+    parts.reserve(shares.size());
     for (const DeviceShare& share : shares) {
       parts.push_back(part_of(attention, share, parts.empty()));
     }

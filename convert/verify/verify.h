@@ -33,7 +33,11 @@ struct Verification {
   std::vector<LayerFidelity> layers;
 };
 
-// Throws Error (input) when the two models differ in hidden size, layer count or vocabulary.
+// For each of the runs, whose layers are loaded once for all of them. Throws Error (input) when the two
+// models differ in hidden size, layer count or vocabulary.
+std::vector<Verification> verify(const Model& source, const Model& converted,
+                                 const std::vector<Sequences>& runs, const LayerProgress& progress = {});
+// For a single one.
 Verification verify(const Model& source, const Model& converted, const Sequences& sequences,
                     const LayerProgress& progress);
 

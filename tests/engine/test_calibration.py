@@ -44,7 +44,7 @@ def test_layout(source: Path, calibration: Path) -> None:
     with h5py.File(calibration) as file:
         attributes = dict(file.attrs)
         assert text(attributes["format"]) == "relatent-calibration"
-        assert attributes["format_version"] == 2
+        assert attributes["format_version"] == 3
         assert text(attributes["creator"]).startswith("relatent")
         assert text(attributes["source_fingerprint"])
         assert text(attributes["compute"]) == "float32"

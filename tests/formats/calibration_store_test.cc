@@ -149,7 +149,7 @@ TEST(CalibrationStore, LayoutIsAsDocumented) {
   ASSERT_GE(file, 0);
   for (const char* name :
        {"format", "format_version", "creator", "source_fingerprint", "source_config", "model_type",
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "compute"}) {
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "compute", "checksum"}) {
     EXPECT_GT(H5Aexists(file, name), 0) << name;
   }
   for (const char* name :
@@ -289,6 +289,14 @@ void expect_refused(const std::vector<Damage>& damages) {
   }
 }
 
+TEST(CalibrationFile, RefusesMetadataWithoutChecksums) {
+  const TempFolder folder;
+  const fs::path path = folder / "c.h5";
+  H5Fclose(H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT));
+  expect_error(ErrorKind::input, {"c.h5", "checksums", "an older format"},
+               [&] { CalibrationFile::open(path); });
+}
+
 TEST(CalibrationFile, RefusesBadAttributes) {
   expect_refused({
       {"no format", [](hid_t file) { H5Adelete(file, "format"); }, {"attribute format", "found nothing"}},
@@ -299,8 +307,8 @@ TEST(CalibrationFile, RefusesBadAttributes) {
        [](hid_t file) { replace_text(file, "format", "relatent-calibration", true); },
        {"attribute format", "fixed-length text"}},
       {"newer",
-       [](hid_t file) { set_number(file, "format_version", 3); },
-       {"format_version", "newer", "found 3"}},
+       [](hid_t file) { set_number(file, "format_version", 4); },
+       {"format_version", "newer", "found 4"}},
       {"version 0",
        [](hid_t file) { set_number(file, "format_version", 0); },
        {"format_version", "at least 1"}},
@@ -382,6 +390,33 @@ TEST(CalibrationFile, RefusesMembersOfAnotherKind) {
          H5Lcreate_external("other.h5", "/layers", file, "layers", H5P_DEFAULT, H5P_DEFAULT);
        },
        {"/layers", "found a link"}},
+  });
+}
+
+// Every dataset is what its own checksum says; what was written as a whole is not.
+TEST(CalibrationFile, RefusesWhatWasNotWrittenTogether) {
+  const auto swap = [](hid_t file, const std::string& a, const std::string& b) {
+    H5Lmove(file, a.c_str(), file, "aside", H5P_DEFAULT, H5P_DEFAULT);
+    H5Lmove(file, b.c_str(), file, a.c_str(), H5P_DEFAULT, H5P_DEFAULT);
+    H5Lmove(file, "aside", file, b.c_str(), H5P_DEFAULT, H5P_DEFAULT);
+  };
+  expect_refused({
+      {"layers swapped",
+       [&](hid_t file) { swap(file, "layers/00000", "layers/00001"); },
+       {"written together", "checksum"}},
+      {"means swapped",
+       [&](hid_t file) { swap(file, "layers/00000/mean", "layers/00001/mean"); },
+       {"written together"}},
+      {"one object for two layers",
+       [](hid_t file) {
+         H5Ldelete(file, "layers/00001/mean", H5P_DEFAULT);
+         H5Lcreate_hard(file, "layers/00000/mean", file, "layers/00001/mean", H5P_DEFAULT, H5P_DEFAULT);
+       },
+       {"written together"}},
+      {"another type of products",
+       [](hid_t file) { replace_text(file, "compute", "float32", false); },
+       {"written together"}},
+      {"no checksum", [](hid_t file) { H5Adelete(file, "checksum"); }, {"attribute checksum"}},
   });
 }
 
@@ -467,7 +502,11 @@ TEST(CalibrationFile, RefusesNumbersThatNoTokensHave) {
       {[](LayerMoments& m) { m.second_moment.setZero(); }, "mean is above"},
       {[](LayerMoments& m) { m.mean(2) = 10; }, "mean is above"},
       {[](LayerMoments& m) { m.distance_mass *= 2; }, "no distribution"},
-      {[](LayerMoments& m) { m.distance_mass(1, 2) -= 2; m.distance_mass(1, 3) += 2; }, "no distribution"},
+      {[](LayerMoments& m) {
+         m.distance_mass(1, 2) -= 2;
+         m.distance_mass(1, 3) += 2;
+       },
+       "no distribution"},
   };
   for (const auto& [spoil, wrong] : cases) {
     fs::remove(folder / "c.h5");

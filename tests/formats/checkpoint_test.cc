@@ -393,8 +393,10 @@ TEST(CheckpointWriter, GoesOnWhereAnotherStopped) {
       const fs::path shard = folder / "b/model-00001-of-00003.safetensors";
       fs::rename(shard.string() + ".partial", shard);
     }
+    folder.write("b/pytorch_model.bin", "");
     const auto writer = CheckpointWriter::reopen(folder / "b", source.specs, 70);
     ASSERT_NE(writer, nullptr);
+    EXPECT_FALSE(fs::exists(folder / "b/pytorch_model.bin"));
     for (std::size_t i = 0; i < source.specs.size(); ++i) {
       if (i == 0 || i == 2) {
         writer->mark_written(source.specs[i].name);

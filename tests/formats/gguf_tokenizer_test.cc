@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -55,12 +56,7 @@ T at(const GgufMetadata& metadata, const std::string& key) {
 }
 
 bool contains(const GgufMetadata& metadata, const std::string& key) {
-  for (const auto& [name, value] : metadata) {
-    if (name == key) {
-      return true;
-    }
-  }
-  return false;
+  return std::any_of(metadata.begin(), metadata.end(), [&](const auto& entry) { return entry.first == key; });
 }
 
 TEST(GgufTokenizer, SaysWhatIsWhat) {
@@ -266,7 +262,7 @@ TEST(GgufTokenizer, RefusesContradictions) {
   refused({"the vocabulary", "found array"}, "/model/vocab", ordered_json::array());
   refused({"the vocabulary", "found nothing"}, "/model/vocab", nullptr);
   refused({"the id of token \"<|end|>\"", "below 9"}, "/added_tokens/2/id", 9);
-  refused({"token id 1 is given to \"a\" and \"<|end|>\""}, "/added_tokens/2/id", 1);
+  refused({R"(token id 1 is given to "a" and "<|end|>")"}, "/added_tokens/2/id", 1);
   refused({"token id 5 is given to"}, "/added_tokens/2/id", 5);
   refused({"the added token \"<s>\"", "expected 0", "found 7"}, "/added_tokens/0/id", 7);
   refused({"an added token", "an id and a content"}, "/added_tokens/0", 7);

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "formats/hash.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 
@@ -20,7 +21,7 @@ const RunIdentity kEntries = {{"copied", "3"}, {"trial", "16 48"}, {"copied", "1
 
 // A journal with all of kEntries; its path.
 fs::path sample(const TempFolder& folder) {
-  const fs::path path = folder / "journal";
+  fs::path path = folder / "journal";
   Journal journal = Journal::create(path, kGiven);
   for (const auto& [name, value] : kEntries) {
     journal.append(name, value);
@@ -51,7 +52,8 @@ TEST(Journal, RemembersWhatWasAppended) {
   EXPECT_EQ(journal.last("none"), std::nullopt);
   EXPECT_EQ(journal.last_number("none"), 0);
   EXPECT_EQ(journal.last_number("trial"), 0);
-  journal.append("more", "x");
+  journal.append("more", "-1");
+  EXPECT_EQ(journal.last_number("more"), 0);
   EXPECT_EQ(Journal::open(path).entries().size(), kEntries.size() + 1);
 }
 
@@ -102,6 +104,20 @@ TEST(Journal, AChangedByteEndsWhatIsBelieved) {
   }
 }
 
+TEST(Journal, ALineThatIsNoEntryIsCutOff) {
+  const TempFolder folder;
+  const std::string whole = read_bytes(sample(folder));
+  // The last line's checksum is that of all before it.
+  const std::size_t last = whole.rfind('\n', whole.size() - 2) + 1;
+  Hasher hasher;
+  hasher.add_text(whole.substr(last, 32));
+  hasher.add_text("begun");
+  const fs::path path = folder.write("other", whole + hasher.hexadecimal() + " begun\n");
+  Journal::open(path).append("next", "1");
+  EXPECT_EQ(Journal::open(path).last("next"), "1");
+  EXPECT_EQ(Journal::open(path).entries().size(), kEntries.size() + 1);
+}
+
 TEST(Journal, LinesOutOfTheirPlaceAreNotBelieved) {
   const TempFolder folder;
   const std::string whole = read_bytes(sample(folder));
@@ -135,6 +151,7 @@ TEST(Journal, RefusesWhatIsNoJournal) {
 
 TEST(Difference, NamesWhatDiffers) {
   EXPECT_EQ(difference(kGiven, kGiven), "");
+  EXPECT_EQ(difference({{"a", "1"}, {"a", "2"}}, {{"a", "1"}, {"a", "2"}}), "");
   EXPECT_EQ(difference({{"a", "1"}, {"b", "2"}}, {{"b", "2"}, {"a", "1"}}), "");
   EXPECT_EQ(difference({{"a", "1"}}, {{"a", "2"}}), "a was 1 and is 2 now");
   EXPECT_EQ(difference({{"a", "1"}}, {{"b", "2"}}),

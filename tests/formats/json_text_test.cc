@@ -77,6 +77,13 @@ TEST(JsonText, LargeObjectsTakeNoQuadraticTime) {
   EXPECT_EQ(parse_json("f", text + "}").size(), 300'000U);
 }
 
+TEST(JsonText, KnowsWhatIsUtf8) {
+  EXPECT_TRUE(is_utf8(""));
+  EXPECT_TRUE(is_utf8("aé\n"));
+  EXPECT_FALSE(is_utf8("a\xff"));
+  EXPECT_FALSE(is_utf8("\xc3"));
+}
+
 TEST(JsonText, FilesMustHoldAnObject) {
   const TempFolder folder;
   EXPECT_EQ(read_json_object(folder.write("a.json", R"({"a":1})"), 7).at("a"), 1);

@@ -50,6 +50,16 @@ TEST(SourceFacts, ChangeWithAnyFileThatIsRead) {
   expect_error(ErrorKind::input, {"missing"}, [&] { file_identity(folder / "missing"); });
 }
 
+TEST(SourceFacts, MustStayAsTheyWere) {
+  const RunIdentity before = {{"--rank", "4"}, {"the source's config.json", "1 bytes"}};
+  EXPECT_NO_THROW(require_unchanged(before, before));
+  EXPECT_NO_THROW(require_unchanged(before, {{"the source's README.md", "2 bytes"}}));
+  expect_error(ErrorKind::input,
+               {"a file changed while it was read", "config.json was 1 bytes and is 3 bytes now"}, [&] {
+                 require_unchanged(before, {{"the source's config.json", "3 bytes"}});
+               });
+}
+
 TEST(SaveClock, SavesWhenItIsTime) {
   SaveClock always(0);
   EXPECT_TRUE(always.due());

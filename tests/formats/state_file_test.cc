@@ -18,13 +18,13 @@ TEST(StateFile, ComesBackWhole) {
   const MatrixF a = MatrixF::Random(5, 3);
   const VectorD b = VectorD::Random(7);
   {
-    PendingFile pending = write_state(folder / "state", -4, {bytes_of(a), bytes_of(b), {}});
+    PendingFile pending = write_state(folder / "state", 4, {bytes_of(a), bytes_of(b), {}});
     EXPECT_FALSE(std::filesystem::exists(folder / "state"));
     pending.commit();
   }
   MatrixF a_read(5, 3);
   VectorD b_read(7);
-  EXPECT_EQ(read_state(folder / "state", {writable_bytes_of(a_read), writable_bytes_of(b_read), {}}), -4);
+  EXPECT_EQ(read_state(folder / "state", {writable_bytes_of(a_read), writable_bytes_of(b_read), {}}), 4);
   EXPECT_EQ(a, a_read);
   EXPECT_EQ(b, b_read);
 }
@@ -50,6 +50,8 @@ TEST(StateFile, IsNotBelievedWhenItIsNotWhole) {
   EXPECT_EQ(read, VectorD::Zero(3));
   VectorD longer(4);
   EXPECT_EQ(read_state(folder / "state", {writable_bytes_of(longer)}), std::nullopt);
+  write_state(folder / "negative", -1, {bytes_of(a)}).commit();
+  EXPECT_EQ(read_state(folder / "negative", {writable_bytes_of(read)}), std::nullopt);
   EXPECT_EQ(number(whole), 2);
   EXPECT_EQ(read, a);
 }

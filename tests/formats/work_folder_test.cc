@@ -157,6 +157,16 @@ TEST_F(Work, ForeignFoldersAreLeftAlone) {
   EXPECT_EQ(read_bytes(partial()), "a file");
 }
 
+TEST_F(Work, NothingIsWrittenThroughALink) {
+  interrupt();
+  fs::remove(partial() / "output");
+  fs::create_directory(folder_ / "precious");
+  fs::create_directory_symlink(folder_ / "precious", partial() / "output");
+  expect_error(ErrorKind::usage, {"output", "in the way"}, [&] { open(true); });
+  EXPECT_TRUE(fs::is_symlink(partial() / "output"));
+  EXPECT_TRUE(fs::exists(partial() / "journal"));
+}
+
 TEST_F(Work, TakenNamesAreRefused) {
   fs::create_directory(out());
   for (const bool resume : {false, true}) {
@@ -176,7 +186,7 @@ TEST_F(Work, TakenNamesAreRefused) {
   expect_error(ErrorKind::usage, {"exists already"}, [&] { open(true); });
   fs::remove(out());
   const auto work = open(true);
-  EXPECT_TRUE(work->complete());
+  EXPECT_FALSE(work->complete()) << "it lay there unguarded";
   work->commit();
   EXPECT_TRUE(fs::exists(out()));
 }
@@ -215,8 +225,7 @@ TEST_F(Work, EndsBetweenTheLastStepsAreTidiedUp) {
       }
       {
         const auto work = open(true, kind);
-        EXPECT_TRUE(work->complete());
-        EXPECT_EQ(work->complete_output(), renamed ? out() : partial() / "output");
+        EXPECT_EQ(work->complete(), renamed);
         work->commit();
       }
       EXPECT_EQ(read_bytes(kind == OutputKind::file ? out() : out() / "a"), "text");

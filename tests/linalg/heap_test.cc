@@ -47,12 +47,12 @@ int check_heap() {
   if (sum != 45) {
     return 1;
   }
-  if (faults() - before > 2 * 8192) {
+  if (faults() - before > 2L * 8192) {
     return 2;
   }
   const long held = resident_kilobytes();
   return_freed_memory();
-  return held - resident_kilobytes() > 24 * 1024 ? 0 : 3;
+  return held - resident_kilobytes() > 24L * 1024 ? 0 : 3;
 }
 
 TEST(HeapDeathTest, KeepsAndReturnsWhatWasFreed) {

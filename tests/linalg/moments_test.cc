@@ -24,10 +24,11 @@ TEST(ActivationMoments, SecondMomentFillsTheLowerTriangle) {
     Index rows;
     Index size;
   };
-  for (const auto [rows, size] :
+  for (const Case& test :
        {Case{9, 1}, Case{9, 5}, Case{9, 256}, Case{9, 257}, Case{9, 600}, Case{1100, 40}, Case{1100, 300}}) {
     Random random(1);
-    const MatrixF x = random.matrix(rows, size);
+    const Index size = test.size;
+    const MatrixF x = random.matrix(test.rows, size);
     const auto sum = [&](int threads) {
       const ThreadCount count(threads);
       MatrixD out = MatrixD::Constant(size, size, 3);

@@ -53,6 +53,7 @@ inline void edit_tensors(const std::filesystem::path& path,
   }
   edit(tensors, metadata);
   std::vector<TensorSpec> specs;
+  specs.reserve(tensors.size());
   for (const auto& [name, tensor] : tensors) {
     specs.push_back({name, tensor.dtype, tensor.shape});
   }

@@ -84,7 +84,8 @@ void parse_mlra(const ConfigReader& in, ModelConfig& out) {
   }
   even_branches(out.num_attention_heads, latents / parts, parts, latent);
   const auto hidden = static_cast<double>(out.hidden_size);
-  latent.latent_scale = std::sqrt(hidden / static_cast<double>(latent.kv_lora_rank / latents));
+  const Index rank = latent.kv_lora_rank / latents;
+  latent.latent_scale = std::sqrt(hidden / static_cast<double>(rank));
   latent.branch_scale = mlra ? 1 / std::sqrt(static_cast<double>(count)) : 1;
   latent.query_scale = std::sqrt(hidden / static_cast<double>(*latent.q_lora_rank));
   out.rotary = parse_rotary({{"rope_theta", 10000.0}}, latent.qk_rope_head_dim, in.path());

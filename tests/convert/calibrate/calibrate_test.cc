@@ -2,7 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -142,6 +145,23 @@ TEST(Calibrate, GoesOnAfterAnInterruption) {
   folder.write("moments.h5", "old");
   calibrate(model, sequences, out, ignore, {.resume = true});
   EXPECT_TRUE(read_bytes(out) == expected);
+}
+
+TEST(Calibrate, NumbersThatAreNoneAreRefusedByName) {
+  const TempFolder folder;
+  const std::string names[] = {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"};
+  for (const std::string& name : names) {
+    testing_support::TinyModel model = tiny_model();
+    for (float& value : model.tensors.at(name).values) {
+      value = std::numeric_limits<float>::quiet_NaN();
+    }
+    std::filesystem::remove_all(folder / "model");
+    model.write(folder / "model");
+    expect_error(ErrorKind::input, {name, "NaN or infinity"}, [&] {
+      calibrate(Model::open(folder / "model"), random_sequences(4, 2, 5, 50), folder / "moments.h5", ignore);
+    });
+    EXPECT_FALSE(std::filesystem::exists(folder / "moments.h5"));
+  }
 }
 
 TEST(Calibrate, TakesALatentModel) {

@@ -194,7 +194,10 @@ TEST(GlaEngine, BiasOfAnUpProjectionIsRefused) {
   const std::string name = "model.layers.1.self_attn.W_ukv_2.bias";
   for (const std::string part : {"1", "2"}) {
     for (const std::string layer : {"0", "1"}) {
-      model.put_vector("model.layers." + layer + ".self_attn.W_ukv_" + part + ".bias", RowVectorF::Zero(48));
+      std::string bias = "model.layers.";
+      bias += layer + ".self_attn.W_ukv_";
+      bias += part + ".bias";
+      model.put_vector(bias, RowVectorF::Zero(48));
     }
   }
   model.write(folder / "zero");

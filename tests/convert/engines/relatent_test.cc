@@ -168,7 +168,7 @@ TEST(RelatentEngine, AMissingBiasIsZero) {
   layer.branches[1].down.bias.resize(0);
   layer.o.bias.resize(0);
   const auto back = std::get<LatentAttention>(write_and_open(layer, sample, DType::f32, folder).attention(0));
-  EXPECT_TRUE(back.q.bias == RowVectorF::Zero(6 * 11));
+  EXPECT_TRUE(back.q.bias == RowVectorF::Zero(Index{6} * 11));
   EXPECT_TRUE(back.shared[0].bias == RowVectorF::Zero(3));
   EXPECT_TRUE(back.branches[1].down.bias == RowVectorF::Zero(4));
   EXPECT_TRUE(back.branches[0].down.bias == layer.branches[0].down.bias);
@@ -285,7 +285,8 @@ TEST(RelatentEngine, ConfigSaysHowTheLatentIsDivided) {
 TEST(RelatentConfig, ReadsBackEveryForm) {
   for (const LatentSample& sample : latent_samples()) {
     SCOPED_TRACE(sample.name);
-    const LatentSizes expected = shape_of(sample);
+    const LatentShape shape = shape_of(sample);
+    const LatentSizes& expected = shape;
     const ModelConfig found = parse_config(config_of(sample, body_of(sample)), "config.json");
     ASSERT_TRUE(found.latent.has_value());
     EXPECT_EQ(found.latent->form, expected.form);

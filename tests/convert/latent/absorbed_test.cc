@@ -257,7 +257,7 @@ TEST(ToLatentAttention, CarriesTheNormOfTheLatent) {
     const MatrixD plain = output_by_the_book(absorbed, columns);
     absorbed.norm = {random.matrix_d(3, 25), random.matrix_d(rank + 3, 1).cwiseAbs2().array() + 0.1};
     const MatrixD expected = output_by_the_book(absorbed, columns);
-    EXPECT_GT(relative_error(expected, plain), 0.1);
+    EXPECT_GT(relative_error(plain, expected), 0.1);
     const LatentAttention layer = to_latent_attention(absorbed, sample.moments.second);
     EXPECT_EQ(layer.total_rank(), rank + 3);
     EXPECT_TRUE(layer.branches[0].norm.gain == RowVectorF::Ones(rank + 3));
@@ -307,6 +307,7 @@ TEST(AbsorbInParts, IsTheAssembledLayerSplit) {
       const std::vector<JointLatent> latents =
           latents_of(sample, key, test.partition, test.rank, test.key_rank);
       std::vector<GroupSizes> sizes;
+      sizes.reserve(latents.size());
       for (const JointLatent& latent : latents) {
         sizes.push_back({test.key_rank, latent.rank()});
       }
@@ -458,7 +459,7 @@ TEST(LatentShrink, IsThatOfTheReplicatedNorm) {
       EXPECT_NEAR(static_cast<double>(found(n)) * rho, 1, kFloatNoise);
     }
     const MatrixD expected = output_by_the_book(a, columns);
-    EXPECT_GT(relative_error(expected, plain), 0.1);
+    EXPECT_GT(relative_error(plain, expected), 0.1);
     EXPECT_LE(relative_error(output_of(to_latent_attention(a, sample.moments.second), sample.x), expected),
               kFloatNoise);
   }

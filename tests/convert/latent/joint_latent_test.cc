@@ -25,7 +25,6 @@ using testing_support::LayerSample;
 using testing_support::output_of;
 using testing_support::relative_error;
 using testing_support::trained_layer;
-using testing_support::with_ones;
 
 // A rotary key of `pairs` components, the rest of the keys left over.
 RotaryKey some_key(const LayerSample& sample, Index pairs) {

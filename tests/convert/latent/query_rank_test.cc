@@ -13,7 +13,6 @@ namespace relatent {
 namespace {
 
 using testing_support::kFloatNoise;
-using testing_support::LatentSample;
 using testing_support::output_of;
 using testing_support::Random;
 using testing_support::random_latent;

@@ -22,7 +22,6 @@ using testing_support::GqaSample;
 using testing_support::layer_sample;
 using testing_support::LayerSample;
 using testing_support::Random;
-using testing_support::relative_error;
 using testing_support::rotated;
 using testing_support::trained_layer;
 using testing_support::with_ones;

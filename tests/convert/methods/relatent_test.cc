@@ -21,7 +21,6 @@ namespace relatent {
 namespace {
 
 using testing_support::kFloatNoise;
-using testing_support::relative_error;
 using testing_support::ThreadCount;
 
 RelatentOptions sizes(Index rank, Index rope_dim) {

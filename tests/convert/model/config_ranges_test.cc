@@ -172,7 +172,7 @@ TEST(ConfigRanges, GgufFiles) {
        size("deepseek2.context_length", int32_most, {1, int32_most}),
        size("deepseek2.embedding_length", usual, {1, usual}),
        {"deepseek2.attention.layer_norm_rms_epsilon", {1e-6F}, {0, infinite, nan_json}, "from 1e-30 to 0.1"},
-       {"deepseek2.rope.freq_base", {1, 1e4F, 1e6F}, {0, 0.5, 1e16, infinite, nan_json}, "from 1 to 1e+15"}},
+       {"deepseek2.rope.freq_base", {1, 1e4F, 1e6F}, {0, 0.5, 1e21, infinite, nan_json}, "from 1 to 1e+20"}},
       gguf_config());
 }
 
@@ -204,9 +204,9 @@ const Key attention_factor = {"attention_factor",
                               {0, -5, 1001, infinite, nan_json, "1", true},
                               "a number from 0.001 to 1000"};
 const Key theta = {"rope_theta",
-                   {1.5, 10000, 10000.0, 5e5, 4.6e10, 1e15},
-                   {0, -1, 0.5, 1e16, 1e300, infinite, nan_json, "1e4"},
-                   "a number from 1 to 1e+15"};
+                   {1.5, 10000, 10000.0, 5e5, 4.6e10, 1e20},
+                   {0, -1, 0.5, 1e21, 1e300, infinite, nan_json, "1e4"},
+                   "a number from 1 to 1e+20"};
 const Key truncate = {"truncate", {true, false, nullptr}, {0, "no"}, "true or false"};
 const Key mscale = {
     "mscale", {0, 0.707, 1, 100}, {-1, 101, infinite, nan_json, "1"}, "a number from 0 to 100"};

@@ -23,7 +23,9 @@ using testing_support::relative_error;
 using testing_support::sample_inputs;
 
 LatentSizes geometry_of(const LatentSample& sample) {
-  return testing_support::shape_of(sample);
+  const LatentShape shape = testing_support::shape_of(sample);
+  const LatentSizes& sizes = shape;
+  return sizes;
 }
 
 TEST(WhyNotShared, SaysWhatDoesNotDivide) {

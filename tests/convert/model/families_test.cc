@@ -28,7 +28,6 @@ using testing_support::tiny_gla_model;
 using testing_support::tiny_latent_model;
 using testing_support::tiny_mlra_model;
 using testing_support::tiny_model;
-using testing_support::TinyLatentOptions;
 using testing_support::TinyModel;
 
 std::vector<PlacedTensor> place(const TinyModel& model) {
@@ -107,9 +106,9 @@ TEST(Families, EveryTensorHasItsPlace) {
 
 TEST(Families, RolesOfTheNames) {
   struct Case {
-    const char* name;
-    Role role;
-    std::optional<Index> layer_idx;
+    const char* name = nullptr;
+    Role role = Role::embed_tokens;
+    std::optional<Index> layer_idx{};
   };
   const std::vector<PlacedTensor> placed = place(tiny_latent_model({.q_rank = 9, .attention_bias = true}));
   for (const Case& test :
@@ -282,7 +281,7 @@ TEST(Families, GroupedQueryRefusals) {
        tiny_model(),
        [](TinyModel& model) { model.config["num_hidden_layers"] = 4096; },
        {"missing", "model.layers.10."}},
-      {"one dimension too few", tiny_model(), add(k_weight, {16 * 24}), {k_weight, "shape", "[384]"}},
+      {"one dimension too few", tiny_model(), add(k_weight, {Index{16} * 24}), {k_weight, "shape", "[384]"}},
       {"a bias of another size", tiny_model(), add(q_bias, {47}), {q_bias, "[48]", "[47]"}},
       {"whole numbers",
        tiny_model(),

@@ -4,10 +4,12 @@
 
 #include <cmath>
 #include <complex>
+#include <initializer_list>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numbers>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "tests/support/expect_error.h"
@@ -109,6 +111,14 @@ const std::vector<Golden>& goldens() {
   return all;
 }
 
+std::string joined(std::initializer_list<std::string_view> parts) {
+  std::string out;
+  for (const std::string_view part : parts) {
+    out += part;
+  }
+  return out;
+}
+
 TEST(Rotary, FrequenciesOfTransformersInEverySpelling) {
   for (const Golden& golden : goldens()) {
     SCOPED_TRACE(golden.name);
@@ -119,11 +129,11 @@ TEST(Rotary, FrequenciesOfTransformersInEverySpelling) {
       return std::string("\"") + key + R"(": ")" + golden.name + "\"";
     };
     const std::vector<std::string> spellings = {
-        "{" + context + R"("rope_parameters": {)" + type("rope_type") + ", " + theta + golden.rest + "}}",
-        "{" + context + theta + R"(, "rope_parameters": {)" + type("rope_type") + golden.rest + "}}",
-        "{" + context + theta + R"(, "rope_scaling": {)" + type("rope_type") + golden.rest + "}}",
-        "{" + context + theta + R"(, "rope_parameters": null, "rope_scaling": {)" + type("type") +
-            golden.rest + "}}",
+        joined({"{", context, R"("rope_parameters": {)", type("rope_type"), ", ", theta, golden.rest, "}}"}),
+        joined({"{", context, theta, R"(, "rope_parameters": {)", type("rope_type"), golden.rest, "}}"}),
+        joined({"{", context, theta, R"(, "rope_scaling": {)", type("rope_type"), golden.rest, "}}"}),
+        joined({"{", context, theta, R"(, "rope_parameters": null, "rope_scaling": {)", type("type"),
+                golden.rest, "}}"}),
     };
     const Rotary first = parse(spellings.front(), golden.size);
     EXPECT_EQ(first.rope_type, golden.name);
@@ -324,7 +334,7 @@ TEST(Rotary, ScoresDependOnTheDistanceAlone) {
     for (Index j = 0; j < 4; ++j) {
       const std::complex<double> a(q(j), q(j + 4));
       const std::complex<double> b(k(j), k(j + 4));
-      const double angle =
+      const auto angle =
           static_cast<double>(rotary.inv_freq[static_cast<std::size_t>(j)] * static_cast<float>(delta));
       expected += 1.5 * 1.5 * (std::conj(a) * b * std::polar(1.0, -angle)).real();
     }

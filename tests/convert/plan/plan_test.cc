@@ -16,6 +16,7 @@
 
 #include "tests/support/convert_fixture.h"
 #include "tests/support/expect_error.h"
+#include "tests/support/thread_count.h"
 
 namespace relatent {
 namespace {
@@ -28,6 +29,7 @@ using testing_support::kFloatNoise;
 using testing_support::layer_name;
 using testing_support::read_bytes;
 using testing_support::small;
+using testing_support::ThreadCount;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
 using testing_support::TinyOptions;
@@ -35,6 +37,8 @@ using testing_support::TinyOptions;
 using Plan = testing_support::ConvertTest;
 
 TEST_F(Plan, PlannedMemoryGrowsWithTheTokensOfTheFits) {
+  // Every thread holds some, and may hide what the tokens take.
+  const ThreadCount count(2);
   ConvertOptions options = small(write(TinyOptions{}), Method::relatent);
   const auto planned = [&](Index sequences) {
     options.calibration = calibrated(DType::f32, sequences);
@@ -122,7 +126,7 @@ TEST_F(Plan, PlanIsWhatIsWritten) {
     const ConvertReport report =
         conversion.run([&](Index done, Index all) { progress.emplace_back(done, all); });
     EXPECT_EQ(progress, (std::vector<std::pair<Index, Index>>{{1, 3}, {2, 3}, {3, 3}}));
-    EXPECT_EQ(contents(output()).size(), 4U);
+    EXPECT_EQ(contents(output()).size(), 5U);
     EXPECT_EQ(read_bytes(output() / "tokenizer.json"), "{\"tokens\": []}");
     EXPECT_EQ(read_bytes(output() / "generation_config.json"), "{}");
 
@@ -136,7 +140,6 @@ TEST_F(Plan, PlanIsWhatIsWritten) {
     EXPECT_EQ(plan.output_bytes, bytes + side_bytes);
     EXPECT_EQ(report.bytes_read, before.tensor_bytes());
     EXPECT_EQ(report.bytes_written, fs::file_size(output() / "model.safetensors"));
-    EXPECT_GE(report.seconds, 0);
     EXPECT_EQ(written.config()["dtype"], torch_name(plan.dtype));
   }
 }

@@ -25,7 +25,6 @@ using testing_support::random_sequences;
 using testing_support::TempFolder;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
-using testing_support::TinyOptions;
 
 constexpr Index kVocab = 50;
 constexpr Index kLength = 40;

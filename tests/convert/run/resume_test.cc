@@ -1,8 +1,12 @@
 // Conversions that end early, and what goes on from there.
 #include <gtest/gtest.h>
 
+#include <cstdint>
+#include <cstring>
 #include <filesystem>
 #include <limits>
+#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -18,6 +22,7 @@ using testing_support::Conversion;
 using testing_support::expect_error;
 using testing_support::ignore;
 using testing_support::layer_name;
+using testing_support::read_bytes;
 using testing_support::small;
 using testing_support::ThreadCount;
 using testing_support::tiny_model;
@@ -128,6 +133,41 @@ TEST_F(Resume, StartsAnewWhereShardsAreNotWhatTheJournalSays) {
   EXPECT_TRUE(contents(output()) == expected);
 }
 
+// Flips a bit of a tensor in the file that an interrupted run left.
+void damage(const fs::path& partial, const std::string& name) {
+  std::string file = read_bytes(partial);
+  // The header lies there whole; of the rest nobody else has an opinion yet.
+  std::uint64_t header = 0;
+  std::memcpy(&header, file.data(), sizeof header);
+  const nlohmann::json tensors = nlohmann::json::parse(file.substr(sizeof header, header));
+  const auto begin = tensors.at(name).at("data_offsets").at(0).get<std::uint64_t>();
+  file[sizeof header + header + begin + 5] ^= 1;
+  write_text(partial, file);
+}
+
+TEST_F(Resume, StartsAnewWhereWeightsAreNotAsTheyWereWritten) {
+  for (const std::optional<DType> dtype : {std::optional<DType>(), std::optional(DType::f16)}) {
+    ConvertOptions options = small(write({.layers = 3}), Method::weights_only);
+    options.dtype = dtype;
+    run(options);
+    const auto expected = contents(output());
+    options.save.every = 0;
+    // Copied or cast, and converted.
+    for (const std::string& name :
+         {std::string("model.embed_tokens.weight"), layer_name(0, "self_attn.o_proj.weight")}) {
+      SCOPED_TRACE(name);
+      fs::remove_all(output());
+      options.save.resume = false;
+      EXPECT_THROW(Conversion(options).run(failing_at(2)), Error);
+      const fs::path partial = output().string() + ".partial";
+      damage(partial / "output/model.safetensors.partial", name);
+      options.save.resume = true;
+      Conversion(options).run(ignore);
+      EXPECT_TRUE(contents(output()) == expected);
+    }
+  }
+}
+
 TEST_F(Resume, ARunThatEndedAfterItsRenameIsTidiedUp) {
   ConvertOptions options = small(write({.layers = 3}), Method::weights_only);
   options.save.every = 0;
@@ -162,6 +202,15 @@ TEST_F(Resume, WeightsThatAreNotNumbersLeaveNothingBehind) {
         expect_nothing_left();
       }
     }
+  }
+  // What is only copied counts as well: nobody would find out before a token reaches it.
+  for (const std::string& name : {std::string("model.embed_tokens.weight"), std::string("model.norm.weight"),
+                                  layer_name(2, "mlp.up_proj.weight")}) {
+    TinyModel copied = tiny_model();
+    copied.tensors.at(name).values[5] = std::numeric_limits<float>::infinity();
+    const ConvertOptions these = write(copied);
+    expect_error(ErrorKind::input, {name, "NaN or infinity"}, [&] { Conversion(these).run(ignore); });
+    expect_nothing_left();
   }
   // Numbers that the dtype cannot hold.
   TinyModel model = tiny_model();

@@ -91,7 +91,7 @@ TEST(ShardManifest, RefusesWhatMakesNoSense) {
     std::function<void(Json&)> edit;
     std::vector<std::string> parts;
   };
-  const auto tensor = [](std::size_t i, const char* key, Json value) {
+  const auto tensor = [](std::size_t i, const char* key, const Json& value) {
     return [=](Json& json) { json["tensors"][i][key] = value; };
   };
   const std::vector<Case> cases = {

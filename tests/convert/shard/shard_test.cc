@@ -31,7 +31,6 @@ using testing_support::read_bytes;
 using testing_support::relative_error;
 using testing_support::rich_shape;
 using testing_support::TempFolder;
-using testing_support::text_of;
 using testing_support::tiny_latent_model;
 using testing_support::tiny_model;
 using testing_support::tiny_relatent_model;
@@ -163,11 +162,16 @@ TEST_F(Shard, RanksHoldThePartsOfTheCanonicalLayer) {
           }
           for (std::size_t b = 0; b < share.branches.size(); ++b) {
             const std::string index = "." + std::to_string(share.branches[b].branch);
-            expect_equal(file, self + "kv_a_proj" + index, part.branches[b].down);
-            expect_equal(file, self + "kv_b_proj" + index + ".weight", part.branches[b].up);
+            const auto tensor = [&](const char* kind, const char* rest) {
+              std::string out = self;
+              out += kind;
+              out += index;
+              return out += rest;
+            };
+            expect_equal(file, tensor("kv_a_proj", ""), part.branches[b].down);
+            expect_equal(file, tensor("kv_b_proj", ".weight"), part.branches[b].up);
             if (part.branches[b].norm.present()) {
-              expect_equal(file, self + "kv_a_layernorm" + index + ".weight",
-                           MatrixF(part.branches[b].norm.gain));
+              expect_equal(file, tensor("kv_a_layernorm", ".weight"), MatrixF(part.branches[b].norm.gain));
               tensors -= 1;
             }
           }
@@ -273,7 +277,7 @@ TEST_F(Shard, SourcesOfAnySpelling) {
   fs::rename(source() / "model.safetensors", source() / "weights.0");
   std::string map;
   for (const TensorInfo& tensor : whole.tensors()) {
-    map += (map.empty() ? "\"" : ",\n\"") + tensor.name + "\" : \"weights.0\"";
+    map += (map.empty() ? "\"" : ",\n\"") + tensor.name + R"(" : "weights.0")";
   }
   write_text(source() / "model.safetensors.index.json",
              "\xef\xbb\xbf { \"weight_map\": {" + map + "} } \n\n");

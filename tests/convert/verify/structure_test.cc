@@ -10,6 +10,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/convert_fixture.h"
@@ -18,7 +19,6 @@ namespace relatent {
 namespace {
 
 namespace fs = std::filesystem;
-using testing_support::ignore;
 using testing_support::layer_name;
 using testing_support::read_bytes;
 
@@ -30,7 +30,20 @@ class StructureTest : public testing_support::ConvertTest {
     write_text(source() / "generation_config.json", "{}");
     run(options);
   }
-  Structure checked() const { return check_structure(Model::open(source()), Model::open(output())); }
+  ConvertOptions fitted_for_deepseek(const testing_support::TinyOptions& source) {
+    ConvertOptions out = testing_support::small(write(source), Method::relatent);
+    out.engine = "deepseek";
+    out.calibration = calibrated();
+    return out;
+  }
+  Structure checked() const {
+    const Model converted = Model::open(output());
+    std::vector<std::string> unreadable;
+    const std::optional<ConversionReport> report = find_report(converted, unreadable);
+    Structure out = check_structure(Model::open(source()), converted, report);
+    out.findings.insert(out.findings.end(), unreadable.begin(), unreadable.end());
+    return out;
+  }
   // Changes the bytes of one tensor of the output.
   void change(const std::string& name, const std::function<void(std::span<char>)>& spoil) const {
     const fs::path path = output() / "model.safetensors";
@@ -47,29 +60,35 @@ class StructureTest : public testing_support::ConvertTest {
     spoil(std::span(file).subspan(at, tensor.size()));
     write_text(path, file);
   }
-  void expect_finding(const std::vector<std::string>& parts) const {
-    const Structure found = checked();
-    ASSERT_EQ(found.findings.size(), 1U);
+  static void expect_one(const std::vector<std::string>& findings, const std::vector<std::string>& parts) {
+    ASSERT_EQ(findings.size(), 1U);
     for (const std::string& part : parts) {
-      EXPECT_NE(found.findings.front().find(part), std::string::npos) << found.findings.front();
+      EXPECT_NE(findings.front().find(part), std::string::npos) << findings.front();
     }
   }
+  void expect_finding(const std::vector<std::string>& parts) const { expect_one(checked().findings, parts); }
 };
 
 TEST_F(StructureTest, ConversionsAreWhatTheyShouldBe) {
   for (const char* engine : {"transformers", "relatent", "deepseek"}) {
     for (const std::optional<DType> dtype : {std::optional<DType>(), std::optional(DType::f16)}) {
       SCOPED_TRACE(engine);
-      ConvertOptions options = write(testing_support::TinyOptions{.tied = true, .dtype = DType::bf16});
+      const testing_support::TinyOptions source{.tied = true, .dtype = DType::bf16};
+      ConvertOptions options =
+          std::string(engine) == "deepseek" ? fitted_for_deepseek(source) : write(source);
       options.engine = engine;
       options.dtype = dtype;
       convert(options);
       const Structure found = checked();
       EXPECT_EQ(found.findings, std::vector<std::string>());
-      // Embedding, final norm; two norms and an MLP of three tensors in each of three layers.
-      EXPECT_EQ(dtype ? found.cast : found.copied, 2 + 3 * 5);
+      // Embedding, final norm; two norms and an MLP of three tensors in each of three layers. One layout
+      // stores the tied head too.
+      const Index heads = std::string(engine) == "deepseek" ? 1 : 0;
+      EXPECT_EQ(dtype ? found.cast : found.copied, 2 + 3 * 5 + heads);
       EXPECT_EQ(dtype ? found.copied : found.cast, 0);
       EXPECT_GE(found.converted, 3 * 4);
+      EXPECT_EQ(found.checked, found.cast + found.converted);
+      EXPECT_EQ(found.not_finite, std::vector<std::string>());
     }
   }
 }
@@ -86,6 +105,15 @@ TEST_F(StructureTest, RowsThatNoTokenReachesCount) {
   }
 }
 
+TEST_F(StructureTest, EveryBitOfAConvertedTensorCounts) {
+  for (const char* part : {"self_attn.o_proj.weight", "self_attn.kv_b_proj.weight"}) {
+    convert(fitted_for_deepseek(testing_support::TinyOptions{}));
+    const std::string name = layer_name(1, part);
+    change(name, [](std::span<char> bytes) { bytes[bytes.size() / 2] ^= 1; });
+    expect_finding({"model.safetensors", name, "is not what convert wrote"});
+  }
+}
+
 TEST_F(StructureTest, NumbersThatAreNoneAreFoundEverywhere) {
   for (const std::string& name :
        {std::string("model.embed_tokens.weight"), layer_name(0, "self_attn.o_proj.weight")}) {
@@ -94,7 +122,8 @@ TEST_F(StructureTest, NumbersThatAreNoneAreFoundEverywhere) {
       const float infinity = std::numeric_limits<float>::infinity();
       std::memcpy(bytes.data() + 8, &infinity, sizeof infinity);
     });
-    expect_finding({name, "NaN or infinity"});
+    expect_one(checked().not_finite, {name, "NaN or infinity"});
+    EXPECT_EQ(checked().findings.size(), 1U);
   }
 }
 
@@ -108,6 +137,57 @@ TEST_F(StructureTest, FilesThatGoAlongAreTheSources) {
   expect_finding({"generation_config.json", "missing"});
 }
 
+TEST_F(StructureTest, ConfigurationAndCodeAreAsWritten) {
+  for (const auto& [engine, file] :
+       {std::pair("relatent", "config.json"), std::pair("relatent", "modeling_relatent.py")}) {
+    ConvertOptions options = write(testing_support::TinyOptions{});
+    options.engine = engine;
+    convert(options);
+    ASSERT_TRUE(fs::exists(output() / file)) << file;
+    write_text(output() / file, read_bytes(output() / file) + "\n");
+    expect_finding({file, "is not what convert wrote"});
+  }
+  fs::remove(output() / "modeling_relatent.py");
+  expect_finding({"modeling_relatent.py", "is missing"});
+}
+
+TEST_F(StructureTest, FilesThatBelongToNothingAreFound) {
+  convert(write(testing_support::TinyOptions{}));
+  for (const char* name : {"adapter_config.json", "pytorch_model.bin", "model-00002-of-00002.safetensors",
+                           "other.py", "chat_template.jinja"}) {
+    write_text(output() / name, "{}");
+    expect_finding({name, "belongs to nothing"});
+    fs::remove(output() / name);
+  }
+  write_text(output() / "notes.txt", "no engine reads it");
+  EXPECT_TRUE(checked().findings.empty());
+}
+
+TEST_F(StructureTest, WithoutAReportTheSourceStillSpeaks) {
+  convert(write(testing_support::TinyOptions{}));
+  fs::remove(output() / kReportName);
+  EXPECT_TRUE(checked().findings.empty());
+  EXPECT_EQ(checked().checked, 0);
+  write_text(output() / "pytorch_model.bin", "");
+  expect_finding({"pytorch_model.bin", "belongs to nothing"});
+  fs::remove(output() / "pytorch_model.bin");
+  change("model.embed_tokens.weight", [](std::span<char> bytes) { bytes[0] ^= 1; });
+  expect_finding({"model.embed_tokens.weight", "is not the source's"});
+}
+
+TEST_F(StructureTest, AReportOfSomethingElseIsFound) {
+  convert(write(testing_support::TinyOptions{}));
+  write_text(output() / kReportName, "{}");
+  expect_finding({kReportName, "format_version"});
+  fs::remove_all(output());
+  // The same tensors from a source of another configuration.
+  testing_support::TinyModel model = testing_support::tiny_model({});
+  convert(write(model));
+  model.config["unread"] = 1;
+  write(model);
+  expect_finding({"config.json", "is not the configuration that"});
+}
+
 TEST_F(StructureTest, TokenIdsAndContextAreTheSources) {
   for (const char* key : {"eos_token_id", "max_position_embeddings"}) {
     testing_support::TinyModel model = testing_support::tiny_model({});
@@ -116,6 +196,10 @@ TEST_F(StructureTest, TokenIdsAndContextAreTheSources) {
     nlohmann::ordered_json config = nlohmann::ordered_json::parse(read_bytes(output() / "config.json"));
     config[key] = 77;
     write_text(output() / "config.json", config.dump());
+    const Structure found = checked();
+    ASSERT_EQ(found.findings.size(), 2U);
+    expect_one({found.findings.front()}, {"config.json", key, "77"});
+    fs::remove(output() / kReportName);
     expect_finding({"config.json", key, "77"});
   }
 }

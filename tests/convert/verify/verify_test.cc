@@ -132,6 +132,7 @@ TEST(Verify, RefusesModelsOfDifferentSizes) {
 TEST(Verify, JsonHoldsEveryField) {
   Verification v;
   v.logits = {.tokens = 11,
+              .non_finite = 3,
               .source_nll = 1,
               .converted_nll = 2,
               .mean_kl = 0.25,
@@ -149,7 +150,7 @@ TEST(Verify, JsonHoldsEveryField) {
   v.layers = {{0.1, 0.2}, {0.3, 0.4}};
   const nlohmann::ordered_json expected = nlohmann::ordered_json::parse(R"({
     "source_ppl": 6.5, "converted_ppl": 7.5, "nats": 1.5, "mean_kl": 0.25, "max_kl": 0.5, "top1_agreement": 0.75,
-    "max_abs_logit_diff": 3.5, "rel_logit_error": 0.125, "tokens": 11,
+    "max_abs_logit_diff": 3.5, "rel_logit_error": 0.125, "non_finite_positions": 3, "tokens": 11,
     "kv_bytes_per_token": {
       "source": 800, "converted": 400,
       "per_device": {"1": {"source": 800, "converted": 400}, "2": {"source": 401, "converted": 399},

@@ -204,7 +204,7 @@ TEST(Attention, PartsOfEitherKind) {
   EXPECT_TRUE(output_projection(latent).bias == std::get<LatentAttention>(latent).o.bias);
   EXPECT_EQ(rotary_of(gqa).attention_factor, 1.5F);
   EXPECT_EQ(rotary_of(latent).attention_factor, 1.1F);
-  const GqaAttention& groups = std::get<GqaAttention>(gqa);
+  const auto& groups = std::get<GqaAttention>(gqa);
   for (Index h = 0; h < 6; ++h) {
     EXPECT_EQ(groups.group_of(h), h < 3 ? 0 : 1);
   }

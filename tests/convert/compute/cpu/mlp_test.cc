@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <vector>
@@ -47,7 +48,7 @@ std::set<Index> best_of(VectorD values, Index k) {
   for (Index i = 0; i < k; ++i) {
     Index at = 0;
     values.maxCoeff(&at);
-    values(at) = -INFINITY;
+    values(at) = -std::numeric_limits<double>::infinity();
     out.insert(at);
   }
   return out;
@@ -77,7 +78,7 @@ VectorD weights_by_the_book(const Experts& experts, const VectorD& x) {
   }
   const std::set<Index> kept = best_of(groups, g.groups_per_token);
   for (Index e = 0; e < g.count; ++e) {
-    choice(e) = kept.contains(e / size) ? choice(e) : -INFINITY;
+    choice(e) = kept.contains(e / size) ? choice(e) : -std::numeric_limits<double>::infinity();
   }
   VectorD out = VectorD::Zero(g.count);
   for (const Index e : best_of(choice, g.per_token)) {
