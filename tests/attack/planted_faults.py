@@ -4,8 +4,8 @@ A row is one fault in one conversion: an edit of a copy, the layers of evidence 
 and what they said. A fault that nothing noticed fails the run unless KNOWN_MISSES says why it
 cannot matter or cannot be noticed. An untouched conversion must verify without alarm.
 
-  python tests/attack/planted_faults.py --short               # a sample, in about a minute
-  python tests/attack/planted_faults.py --json rows.json      # everything; RELATENT_MODELS adds models
+  tests/attack/run.sh planted_faults --short               # a sample, in about a minute
+  tests/attack/run.sh planted_faults --json rows.json      # everything; RELATENT_MODELS adds models
 """
 
 import argparse
