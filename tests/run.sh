@@ -46,7 +46,6 @@ step "lint" tests/lint.sh
 make_python transformers unpack_converter tests/engine/requirements.txt tests/llamacpp/requirements.txt
 run_tests "engine tests: pinned transformers" tests/engine
 run_tests "llama.cpp tests" tests/llamacpp
-step "planted faults: a sample" "$ENVIRONMENT/bin/python" tests/attack/planted_faults.py --short
 
 step "attacks, for a short while" env PYTHON="$ENVIRONMENT/bin/python" tests/attack/run.sh short
 

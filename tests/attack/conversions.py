@@ -1,6 +1,7 @@
 """The conversions that are attacked, made once for a run, and `verify` of them."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -136,11 +137,13 @@ class Outcome:
 
     @property
     def failed(self) -> list[str]:
-        return [name for name, part in self.evidence.items() if part["verdict"] == "failed"]
+        return [name for name, part in self.evidence.items() if part.get("verdict") == "failed"]
 
     @property
     def unchecked(self) -> list[str]:
-        return [name for name, part in self.evidence.items() if part["verdict"] == "not checked"]
+        return [
+            name for name, part in self.evidence.items() if part.get("verdict") == "not checked"
+        ]
 
     def texts(self, layer: str) -> list[str]:
         return texts_in(self.evidence.get(layer))
@@ -235,16 +238,26 @@ class Workshop:
         return Outcome(done.returncode, done.stderr.strip(), report)
 
 
-def limits_above(outcome: Outcome) -> tuple[Any, ...]:
+# The limits of `verify`, and how it calls what it compares with them.
+LIMITS = {
+    "--max-nats": "nats",
+    "--max-kl": "mean_kl",
+    "--max-rel-error": "rel_logit_error",
+    "--max-layer-error": "attention_rel_error",
+}
+
+
+def largest(figure: float | list[float] | None) -> float:
+    """The figure, or the largest of a list of them; what is not a number is larger than any."""
+    values = figure if isinstance(figure, list) else [figure]
+    return max(math.inf if value is None else abs(value) for value in values)
+
+
+def limits_above(outcome: Outcome) -> dict[str, float]:
     """Limits that a conversion stays within, and little that is worse does."""
-    report = outcome.report
-    worst = max(layer["attention_rel_error"] for layer in report["layers"])
-    limits = {
-        "--max-nats": abs(report["nats"]),
-        "--max-kl": report["mean_kl"],
-        "--max-rel-error": report["rel_logit_error"],
-        "--max-layer-error": worst,
-    }
-    return tuple(
-        part for flag, value in limits.items() for part in (flag, repr(value * 1.001 + 1e-6))
-    )
+    figures = outcome.figures()
+    return {flag: largest(figures[name]) * 1.001 + 1e-6 for flag, name in LIMITS.items()}
+
+
+def as_options(limits: dict[str, float]) -> tuple[str, ...]:
+    return tuple(part for flag, limit in limits.items() for part in (flag, repr(limit)))

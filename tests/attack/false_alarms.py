@@ -3,8 +3,8 @@
 Every conversion is made with one number of threads and verified with another, and twice: with no
 more than tokens, and with limits that are the figures of the first time.
 
-  python tests/attack/false_alarms.py                    # llama-3m and small models made on the spot
-  RELATENT_MODELS=... python tests/attack/false_alarms.py --json alarms.json
+  tests/attack/run.sh false_alarms                    # llama-3m and small models made on the spot
+  RELATENT_MODELS=... tests/attack/run.sh false_alarms --json alarms.json
 """
 
 import argparse
@@ -29,6 +29,7 @@ from conversions import (
     TPLA,
     Conversion,
     Workshop,
+    as_options,
     binary,
     limits_above,
 )
@@ -149,7 +150,7 @@ def check(workshop: Workshop, case: Case, by_environment: bool) -> list[str]:
             alarms.append(f"exit {outcome.code}{how}: {'; '.join(said[:6]) or outcome.error}")
         if not outcome.report:
             break
-        limits = limits_above(outcome)
+        limits = as_options(limits_above(outcome))
     return alarms
 
 

@@ -37,7 +37,8 @@ class Fault:
 
         def change(folder: Damaged) -> None:
             self.change(folder)
-            forge(folder)
+            if folder.differs():
+                forge(folder)
 
         return replace(self, change=change, caught_by=caught_by, is_forged=True)
 

@@ -167,6 +167,7 @@ class Damaged:
 
     def put(self, tensors: Tensors) -> None:
         """Writes these tensors in place of the original's of the same names."""
+        tensors = {n: t for n, t in tensors.items() if t != self.original.tensors[n]}
         for file in {self.original.file_of[name] for name in tensors}:
             weights = self.original.weights[file]
             changed = {name: tensors.get(name, old) for name, old in weights.tensors.items()}
@@ -186,8 +187,15 @@ def is_weights(name: str) -> bool:
     return name.endswith(".safetensors")
 
 
+def seal(report: Json) -> None:
+    """Gives a report the checksum of itself that it should have."""
+    report.pop("checksum", None)
+    text = json.dumps(report, separators=(",", ":"), ensure_ascii=False)
+    report["checksum"] = checksum(text.encode())
+
+
 def forge(folder: Damaged) -> None:
-    """Makes every checksum of the report that of what now lies there.
+    """Makes every checksum of the report that of what now lies there, and the report's own fit.
 
     As a tool would that edits a converted checkpoint and "repairs" its report. What such a tool
     cannot forge are the figures: it would have to run the model.
@@ -212,6 +220,7 @@ def forge(folder: Damaged) -> None:
         report["tensors"] = {
             name: checksum(tensors[name].data) for name in report["tensors"] if name in tensors
         }
+        seal(report)
 
     folder.edit_json(REPORT, edit)
 

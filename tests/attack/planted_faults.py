@@ -4,12 +4,13 @@ A row is one fault in one conversion: an edit of a copy, the layers of evidence 
 and what they said. A fault that nothing noticed fails the run unless KNOWN_MISSES says why it
 cannot matter or cannot be noticed. An untouched conversion must verify without alarm.
 
-  python tests/attack/planted_faults.py --short               # a sample, in about a minute
-  python tests/attack/planted_faults.py --json rows.json      # everything; RELATENT_MODELS adds models
+  tests/attack/run.sh planted_faults --short               # a sample, in about a minute
+  tests/attack/run.sh planted_faults --json rows.json      # everything; RELATENT_MODELS adds models
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -30,10 +31,13 @@ import tensor_faults
 from conversions import (
     CONVERSIONS,
     LARGER,
+    LIMITS,
     Conversion,
     Outcome,
     Workshop,
+    as_options,
     binary,
+    largest,
     limits_above,
 )
 from faults import FINITENESS, FUNCTION, PREDICTION, REFUSED, SAID, STRUCTURE, Fault, Subject
@@ -54,6 +58,13 @@ COLUMNS = (STRUCTURE, FINITENESS, FUNCTION, PREDICTION, REFUSED, SAID)
 SHORT = 16  # faults that the short form plants in each conversion
 
 
+# What `verify` allows a lossless conversion without being told, by the type of its weights.
+LOSSLESS_LIMITS = {"F32": 1e-5, "BF16": 1e-2, "F16": 1e-3}
+# Figures that differ by no more than this, and this part of themselves, are taken for the same:
+# twice what `verify` grants to another machine's sums.
+NOISE, RELATIVE_NOISE = 2e-4, 1e-2
+
+
 @dataclass(frozen=True)
 class KnownMiss:
     """Faults that may go unnoticed, by patterns of their conversion and name, and why."""
@@ -61,12 +72,71 @@ class KnownMiss:
     conversion: str
     fault: str
     why: str
+    felt: bool = False  # also where running the model gives other figures
 
-    def covers(self, conversion: str, fault: str) -> bool:
-        return fnmatchcase(conversion, self.conversion) and fnmatchcase(fault, self.fault)
+    def covers(self, conversion: str, fault: str, same_figures: bool) -> bool:
+        return (
+            (self.felt or same_figures)
+            and fnmatchcase(conversion, self.conversion)
+            and fnmatchcase(fault, self.fault)
+        )
 
 
-KNOWN_MISSES: tuple[KnownMiss, ...] = ()
+FORGED_CONFIG = (
+    "the report vouches for this config.json, and no figure depends on the key: a checksum guards"
+    " against accidents, not against someone who makes it anew"
+)
+FORGED_CODE = (
+    "the report vouches for this code, which `verify` does not run: a checksum guards against"
+    " accidents, not against someone who makes it anew"
+)
+FORGED_ENTRY = (
+    "a report with a new checksum of itself says what its forger likes; this entry has nothing in"
+    " the folder that it would have to agree with"
+)
+COMPARED = "the file is compared with the source's, whatever the report says of it"
+SAME_NUMBERS = "engines cast what they load, and no figure depends on the type it is stored in"
+NO_REPORT = "without a report nobody knows what was written, and the verdict says so"
+TOO_SMALL = "changes no figure by more than noise may: a figure of the report is not that sharp"
+WITHIN_LIMITS = "stays within the limits, and `convert` measured nothing to compare with"
+KNOWN_MISSES: tuple[KnownMiss, ...] = (
+    KnownMiss("*", "config.json *, checksums forged", FORGED_CONFIG),
+    KnownMiss("*", "*_relatent.py: *, checksums forged", FORGED_CODE),
+    *(
+        KnownMiss("*", f"{entry}: *, checksums forged", FORGED_ENTRY, felt=True)
+        for entry in ("written_by", "method", "form", "engine", "dtype")
+    ),
+    *(
+        KnownMiss("*", f"files {file}: *, checksums forged", COMPARED)
+        for file in ("README.md", "chat_template.jinja", "generation_config.json", "tokenizer*")
+    ),
+    KnownMiss(
+        "*",
+        "files model.safetensors.index.json: *, checksums forged",
+        "the index is compared with the weight files, whatever the report says of it",
+    ),
+    *(
+        KnownMiss("*", f"*: {what}, checksums forged", SAME_NUMBERS)
+        for what in ("in another type", "in float16")
+    ),
+    KnownMiss("*, no report", "config.json *", NO_REPORT),
+    KnownMiss("*, no report", "*: added", NO_REPORT),
+    KnownMiss(
+        "*",
+        "*.safetensors: *metadata*",
+        "no engine reads more of it than that it is there, and those that miss it say so",
+    ),
+    *(
+        KnownMiss("*", f"{file}: added", why)
+        for file, why in {
+            "notes.md": "nobody reads it as a part of the model",
+            ".gitattributes": "nobody reads it as a part of the model",
+            "merges.txt": "tokenizer.json goes before it",
+            "tf_model.h5": "no engine that reads these layouts reads it",
+            "flax_model.msgpack": "no engine that reads these layouts reads it",
+        }.items()
+    ),
+)
 
 
 @dataclass
@@ -84,6 +154,7 @@ class Row:
     status: str
     why: str
     figures: Json
+    effect: float  # of the figures: above 1 they are not those of the untouched conversion
     seconds: float
 
 
@@ -114,7 +185,52 @@ def broken(outcome: Outcome) -> str:
     return ""
 
 
-def judge(conversion: str, fault: Fault, outcome: Outcome) -> tuple[str, str]:
+def effect_of(before: Json, after: Json) -> float:
+    """By how many times what counts as noise the figure has changed that has changed most."""
+
+    def change(old: float | None, new: float | None) -> float:
+        if old is None or new is None:
+            return 0.0 if old is new else math.inf
+        return abs(new - old) / (NOISE + RELATIVE_NOISE * abs(old))
+
+    changes = [change(before[key], after[key]) for key in ("nats", "mean_kl", "rel_logit_error")]
+    layers = zip(before["attention_rel_error"], after["attention_rel_error"], strict=True)
+    return max([*changes, *(change(*layer) for layer in layers)])
+
+
+@dataclass(frozen=True)
+class Untouched:
+    """What `verify` says of a conversion before anything is done to it."""
+
+    conversion: Conversion
+    subject: Subject
+    figures: Json
+    limits: dict[str, float]  # given by hand
+
+    @property
+    def all_limits(self) -> dict[str, float]:
+        """With what a lossless conversion is held to without being told."""
+        report = self.subject.original.report
+        if report is None or report["method"] != "lossless":
+            return self.limits
+        return {"--max-rel-error": LOSSLESS_LIMITS[report["dtype"]], **self.limits}
+
+    def excuse(self, fault: Fault, figures: Json) -> str:
+        """Why a fault may go unnoticed that gives these figures; empty when it may not."""
+        effect = effect_of(self.figures, figures)
+        for known in KNOWN_MISSES:
+            if known.covers(self.conversion.name, fault.name, effect <= 1):
+                return known.why
+        if not set(fault.caught_by) & {FUNCTION, PREDICTION}:
+            return ""
+        if self.subject.has_probe:
+            return TOO_SMALL if effect <= 1 else ""
+        limits = self.all_limits
+        within = all(largest(figures[LIMITS[flag]]) <= limit for flag, limit in limits.items())
+        return WITHIN_LIMITS if limits and within else ""
+
+
+def judge(untouched: Untouched, fault: Fault, outcome: Outcome) -> tuple[str, str]:
     """The status of a row and why."""
     problem = broken(outcome)
     if problem:
@@ -122,17 +238,15 @@ def judge(conversion: str, fault: Fault, outcome: Outcome) -> tuple[str, str]:
     found = noticed(outcome)
     as_expected = [layer for layer in found if layer in fault.caught_by]
     if as_expected:
-        named = [layer for layer in as_expected if layer in (STRUCTURE, FINITENESS)]
-        texts = [text for layer in named for text in outcome.texts(layer)]
+        named = [layer for layer in as_expected if layer in (STRUCTURE, FINITENESS, REFUSED)]
+        texts = [outcome.error, *(text for layer in named for text in outcome.texts(layer))]
         if fault.mentions and named and not any(fault.mentions in text for text in texts):
             return UNNAMED, f"nothing that was said names {fault.mentions}"
         return CAUGHT, ""
-    for known in KNOWN_MISSES:
-        if known.covers(conversion, fault.name):
-            return KNOWN, known.why
     if found and found != [SAID]:
         return ELSEWHERE, f"by {', '.join(found)}, not by {' or '.join(fault.caught_by)}"
-    return MISSED, ""
+    why = untouched.excuse(fault, outcome.figures())
+    return (KNOWN, why) if why else (MISSED, "")
 
 
 def sentence(outcome: Outcome) -> str:
@@ -196,7 +310,7 @@ class Matrix:
             layers=(0, layers - 1),
         )
 
-    def verify(self, subject: Subject, fault: Fault, limits: tuple[str, ...]) -> Outcome | None:
+    def verify(self, subject: Subject, fault: Fault, limits: dict[str, float]) -> Outcome | None:
         """None when the edit changed nothing."""
         damaged = Damaged(
             subject.source if fault.on_source else subject.original,
@@ -208,24 +322,21 @@ class Matrix:
                 return None
             source = damaged.path if fault.on_source else subject.source.path
             converted = subject.original.path if fault.on_source else damaged.path
-            return self.workshop.verify(source, converted, *limits)
+            return self.workshop.verify(source, converted, *as_options(limits))
         finally:
             shutil.rmtree(damaged.path)
 
     def plant(self, conversion: Conversion, other: Conversion | None) -> None:
         subject = self.subject(conversion, other)
-        untouched = self.workshop.verify(subject.source.path, subject.original.path)
-        limits = limits_above(untouched) if conversion.limits_by_hand else ()
-        if limits:
-            untouched = self.workshop.verify(subject.source.path, subject.original.path, *limits)
-        self.check_untouched(conversion, subject, untouched)
+        untouched = self.check_untouched(conversion, subject)
         for fault in self.faults_in(subject):
             begin = time.perf_counter()
-            outcome = self.verify(subject, fault, limits)
+            outcome = self.verify(subject, fault, untouched.limits)
             if outcome is None:
                 self.unchanged += 1
                 continue
-            status, why = judge(conversion.name, fault, outcome)
+            status, why = judge(untouched, fault, outcome)
+            figures = outcome.figures()
             row = Row(
                 conversion.name,
                 fault.group + ", forged" * fault.is_forged,
@@ -237,7 +348,8 @@ class Matrix:
                 sentence(outcome),
                 status,
                 why,
-                outcome.figures(),
+                figures,
+                effect_of(untouched.figures, figures) if figures else math.inf,
                 round(time.perf_counter() - begin, 3),
             )
             self.rows.append(row)
@@ -251,7 +363,15 @@ class Matrix:
             return iter(self.sample.of(list(matching)))
         return islice(matching, len(self.rows) % self.every, None, self.every)
 
-    def check_untouched(self, conversion: Conversion, subject: Subject, outcome: Outcome) -> None:
+    def check_untouched(self, conversion: Conversion, subject: Subject) -> Untouched:
+        """Nothing may be said against a conversion before anything is done to it."""
+        limits: dict[str, float] = {}
+        outcome = self.workshop.verify(subject.source.path, subject.original.path)
+        if conversion.limits_by_hand:
+            limits = limits_above(outcome)
+            outcome = self.workshop.verify(
+                subject.source.path, subject.original.path, *as_options(limits)
+            )
         if outcome.code != 0 or outcome.failed or broken(outcome):
             self.false_alarms.append(f"{conversion.name}: exit {outcome.code}, {sentence(outcome)}")
             print(f"FALSE ALARM: {self.false_alarms[-1]}", flush=True)
@@ -261,6 +381,7 @@ class Matrix:
             forge(copy)
             assert json.loads(copy.read(REPORT)) == subject.original.report
             shutil.rmtree(copy.path)
+        return Untouched(conversion, subject, outcome.figures(), limits)
 
 
 def neighbours(

@@ -24,13 +24,20 @@ from faults import (
     without,
     write,
 )
-from folders import REPORT, Json
+from folders import REPORT, Json, seal
 from tensor_faults import edited as edited_tensor
 from tensor_faults import moved, scaled
 
 
-def edited(where: str, what: str, edit: Edit, *caught_by: str) -> Fault:
-    return Fault("report", what, where, edit_json(REPORT, edit), caught_by)
+def edited(where: str, what: str, edit: Edit, *caught_by: str) -> Iterator[Fault]:
+    """As it is, which the report's own checksum must give away, and with that checksum forged."""
+    yield Fault("report", what, where, edit_json(REPORT, edit), (STRUCTURE,))
+
+    def sealed(report: Json) -> None:
+        edit(report)
+        seal(report)
+
+    yield Fault("report", what, where, edit_json(REPORT, sealed), caught_by, is_forged=True)
 
 
 def report_faults(subject: Subject) -> Iterator[Fault]:
@@ -57,7 +64,7 @@ def whole_report_faults(subject: Subject, report: Json) -> Iterator[Fault]:
         "two documents": json.dumps(report) * 2,
     }
     for what, text in contents.items():
-        yield Fault("report", what, REPORT, write(REPORT, text), (STRUCTURE, REFUSED))
+        yield Fault("report", what, REPORT, write(REPORT, text), (STRUCTURE,))
     other = subject.other.report if subject.other else None
     if other is None:
         return
@@ -66,31 +73,30 @@ def whole_report_faults(subject: Subject, report: Json) -> Iterator[Fault]:
     )
     if report["probe"] and other["probe"]:
         figures = setting("probe", other["probe"])
-        yield edited("probe", "of another conversion", figures, PREDICTION)
+        yield from edited("probe", "of another conversion", figures, PREDICTION)
 
 
 def entry_faults(report: Json) -> Iterator[Fault]:
     """What it says of how the conversion was made."""
     wrong: dict[str, tuple[Any, ...]] = {
         "format_version": (0, 2, "1"),
-        "relatent_version": ("0.0.1", 3),
+        "written_by": ("relatent 0.0.1", 3),
         "method": ("another", "lossless", "transmla", 3),
         "form": ("another", "mla", "tpla"),
         "engine": ("another", "relatent", "deepseek"),
         "dtype": ("F64", "F16", "another"),
-        "sizes": ({}, []),
-        "source": ({}, {"config.json": "0" * 32}, []),
+        "source_config": ("0" * 32, 3),
         "files": ({}, []),
         "tensors": ({}, []),
     }
     for key, values in wrong.items():
-        yield edited(key, "missing", without(key), STRUCTURE, REFUSED)
+        yield from edited(key, "missing", without(key), STRUCTURE)
         for value in values:
             if value != report.get(key):
                 edit, what = setting(key, value), f"is {json.dumps(value)}"
-                # What claims to be lossless is also measured by that.
-                claims = (FUNCTION,) if value == "lossless" else ()
-                yield edited(key, what, edit, STRUCTURE, REFUSED, *claims)
+                # What claims to be lossless, or of a type, is also measured by that.
+                claims = (FUNCTION,) if value == "lossless" or key == "dtype" else ()
+                yield from edited(key, what, edit, STRUCTURE, *claims)
 
 
 def checksum_faults(report: Json) -> Iterator[Fault]:
@@ -104,22 +110,23 @@ def checksum_faults(report: Json) -> Iterator[Fault]:
             "without its checksum": without(name),
         }
         for what, edit in edits.items():
-            yield edited(f"{part} {name}", what, in_part(part, edit), STRUCTURE, REFUSED)
+            yield from edited(f"{part} {name}", what, in_part(part, edit), STRUCTURE, REFUSED)
     for part in ("tensors", "files"):
         edit = in_part(part, setting("model.more", "0" * 32))
-        yield edited(part, "a checksum of what is not there", edit, STRUCTURE, REFUSED)
+        yield from edited(part, "a checksum of what is not there", edit, STRUCTURE)
 
 
 def probe_faults(probe: Json, vocabulary: int) -> Iterator[Fault]:
-    def probed(where: str, what: str, edit: Edit) -> Fault:
-        return edited(f"probe {where}", what, in_part("probe", edit), PREDICTION, REFUSED)
+    def probed(where: str, what: str, edit: Edit) -> Iterator[Fault]:
+        edit = in_part("probe", edit)
+        return edited(f"probe {where}", what, edit, PREDICTION, STRUCTURE)
 
-    yield edited("probe", "null", setting("probe", None), SAID)
-    yield edited("probe", "missing", without("probe"), SAID, STRUCTURE, REFUSED)
+    yield from edited("probe", "null", setting("probe", None), SAID)
+    yield from edited("probe", "missing", without("probe"), STRUCTURE)
     no_probes: tuple[Any, ...] = ({}, [], "none")
     for value in no_probes:
         edit = setting("probe", value)
-        yield edited("probe", f"is {json.dumps(value)}", edit, STRUCTURE, PREDICTION, REFUSED)
+        yield from edited("probe", f"is {json.dumps(value)}", edit, STRUCTURE, PREDICTION)
     tokens = list(probe["tokens"])
     wrong: dict[str, list[Any]] = {
         "one changed": [*tokens[:5], (tokens[5] + 1) % vocabulary, *tokens[6:]],
@@ -136,18 +143,20 @@ def probe_faults(probe: Json, vocabulary: int) -> Iterator[Fault]:
         "very many": tokens * 4000,
     }
     for what, values in wrong.items():
-        yield probed("tokens", what, setting("tokens", values))
+        yield from probed("tokens", what, setting("tokens", values))
     for figure in ("nats", "mean_kl", "rel_logit_error"):
         for what, edit in figure_edits(figure, probe[figure]):
-            yield probed(figure, what, edit)
+            yield from probed(figure, what, edit)
     for layer in sorted({0, len(probe["layers"]) - 1}):
         for figure in ("attention_rel_error", "residual_rel_error"):
             for what, edit in figure_edits(figure, probe["layers"][layer][figure]):
                 where = f"layer {layer} {figure}"
-                yield probed(where, what, in_layer_entry(layer, edit))
-    yield probed("layers", "one less", lambda probe: probe["layers"].pop())
-    yield probed("layers", "one more", lambda probe: probe["layers"].append(probe["layers"][0]))
-    yield probed("layers", "in another order", lambda probe: probe["layers"].reverse())
+                yield from probed(where, what, in_layer_entry(layer, edit))
+    yield from probed("layers", "one less", lambda probe: probe["layers"].pop())
+    yield from probed(
+        "layers", "one more", lambda probe: probe["layers"].append(probe["layers"][0])
+    )
+    yield from probed("layers", "in another order", lambda probe: probe["layers"].reverse())
 
 
 def in_layer_entry(layer: int, edit: Edit) -> Edit:

@@ -1,11 +1,12 @@
 """Faults in tensors: every edit of every kind of tensor, and rows that no token reaches."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from faults import FINITENESS, STRUCTURE, Fault, Subject, is_attention, put
+from faults import FINITENESS, REFUSED, STRUCTURE, Fault, Subject, is_attention, put
 from folders import Json, Tensor, Tensors, encoded, in_layer, layer_of
 
 EditTensor = Callable[[Tensor], Tensor]
@@ -26,7 +27,9 @@ def with_one(value: float, tensor: Tensor) -> Tensor:
 
 
 def negated(tensor: Tensor) -> Tensor:
-    return tensor.with_numbers(-tensor.numbers())
+    """Zeros keep their sign: that of a zero changes nothing."""
+    numbers = tensor.numbers()
+    return tensor.with_numbers(np.where(numbers == 0, numbers, -numbers))
 
 
 def scaled(tensor: Tensor) -> Tensor:
@@ -57,6 +60,12 @@ def in_another_type(tensor: Tensor) -> Tensor:
 
 def in_float16(tensor: Tensor) -> Tensor:
     return encoded("F16", tensor.numbers())
+
+
+def relabelled(tensor: Tensor) -> Tensor:
+    """The same bytes under the name of another type of their width, if there is one."""
+    other = {"BF16": "F16", "F16": "BF16"}.get(tensor.dtype, tensor.dtype)
+    return replace(tensor, dtype=other)
 
 
 def flipped(bit: int, tensor: Tensor) -> Tensor:
@@ -109,6 +118,7 @@ def edits_of(name: str, tensor: Tensor, config: Json) -> dict[str, EditTensor]:
         "rotary halves exchanged": partial(halves_exchanged, begin, size),
         "in another type": in_another_type,
         "in float16": in_float16,
+        "its bytes taken for another type": relabelled,
         **{what: partial(flipped, bit) for what, bit in bits_of(tensor.dtype).items()},
     }
 
@@ -141,9 +151,13 @@ def tensor_faults(
 ) -> Iterator[Fault]:
     """The fault as it is, and with the report made to fit it."""
     is_converted = is_attention(name)
-    caught_by: tuple[str, ...] = (FINITENESS,) if what in NON_FINITE else (STRUCTURE,)
-    if is_converted and not subject.has_report and what not in NON_FINITE:
-        caught_by = subject.running
+    caught_by: tuple[str, ...] = (STRUCTURE,)
+    if what in NON_FINITE:
+        caught_by = (FINITENESS, REFUSED)
+    elif what == "in float16":
+        caught_by = (STRUCTURE, REFUSED)  # some become infinite
+    elif is_converted and not subject.has_report:
+        caught_by = (*subject.running, FINITENESS, REFUSED)
     fault = Fault(
         "converted tensor" if is_converted else "copied tensor",
         what,
@@ -157,7 +171,8 @@ def tensor_faults(
     if report is not None and name in report["tensors"]:
         # What is copied is compared with the source, whatever a report says.
         is_felt_only = is_converted and what not in NON_FINITE
-        yield fault.forged(*(subject.running if is_felt_only else caught_by))
+        felt_by = (*subject.running, FINITENESS, REFUSED)
+        yield fault.forged(*(felt_by if is_felt_only else caught_by))
 
 
 def untouched_row_faults(subject: Subject) -> Iterator[Fault]:
