@@ -148,6 +148,10 @@ class Merger {
       by_name_.emplace(tensor.spec.name, &tensor);
     }
     targets_ = read_targets(manifest_, path_, by_name_);
+    // Before room is made for what no rank has.
+    for (const ShardedTensor& tensor : manifest_.tensors) {
+      static_cast<void>(segments_of(tensor, path_));
+    }
     for (Index rank = 0; rank < manifest_.tp; ++rank) {
       ranks_.push_back(open_rank(folder_, manifest_, manifest_.run(), rank));
     }

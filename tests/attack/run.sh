@@ -51,7 +51,7 @@ fuzz_one() {
 }
 
 attack_fuzz() {
-  local seconds=60 targets=() target failed=0
+  local seconds=60 targets=() known target failed=0
   while (($# > 0)); do
     case "$1" in
       --seconds)
@@ -66,12 +66,13 @@ attack_fuzz() {
     esac
     shift
   done
+  mapfile -t known < <(fuzz_targets)
   if ((${#targets[@]} == 0)); then
-    mapfile -t targets < <(fuzz_targets)
+    targets=("${known[@]}")
   fi
   for target in "${targets[@]}"; do
-    if ! fuzz_targets | grep -qx "$target"; then
-      echo "no such target: $target ($(fuzz_targets | paste -sd ' '))" >&2
+    if [[ " ${known[*]} " != *" $target "* ]]; then
+      echo "no such target: $target (${known[*]})" >&2
       exit 2
     fi
   done

@@ -52,15 +52,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
   using namespace relatent;
-  const std::string out = fuzz::mutated(fuzz::text_of(data, size), max_size);
-  if (!fuzz::repairs(seed)) {
-    return fuzz::hand_over(out, data, max_size);
-  }
-  fuzz::Files files = fuzz::split_files(out, names());
-  for (auto& [name, bytes] : files) {
-    if (name.ends_with(".safetensors")) {
-      bytes = fuzz::repaired_safetensors(bytes);
-    }
-  }
-  return fuzz::hand_over(fuzz::join_files(files), data, max_size);
+  const std::string out = fuzz::mutated_files(fuzz::text_of(data, size), names(), max_size, seed);
+  return fuzz::hand_over(out, data, max_size);
 }

@@ -18,3 +18,9 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   });
   return 0;
 }
+
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
+                                               unsigned seed) {
+  using namespace relatent;
+  return fuzz::hand_over(fuzz::mutated_json(fuzz::text_of(data, size), max_size, seed), data, max_size);
+}

@@ -4,12 +4,16 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <random>
 #include <system_error>
 
 #include "formats/tensor_file.h"
@@ -27,6 +31,8 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 constexpr std::string_view kMark = "%%%";
+// Of a safetensors file: the length of its header.
+constexpr std::size_t kPrefix = 8;
 // More data than a tensor of a fuzzed header is worth.
 constexpr std::uint64_t kMostData = std::uint64_t{1} << 17U;
 
@@ -67,6 +73,131 @@ std::optional<std::uint64_t> bytes_of(const Json& tensor) {
     sizes.push_back(size.get<std::int64_t>());
   }
   return dtype ? dense_bytes(*dtype, sizes) : std::nullopt;
+}
+
+// What a number, or anything, may turn into.
+Json some_value(std::minstd_rand& random) {
+  static const std::vector<Json> values = {nullptr,
+                                           true,
+                                           false,
+                                           0,
+                                           1,
+                                           2,
+                                           3,
+                                           -1,
+                                           0.5,
+                                           1e300,
+                                           -0.0,
+                                           1U << 16U,
+                                           1U << 20U,
+                                           std::int64_t{1} << 31U,
+                                           std::int64_t{1} << 32U,
+                                           std::numeric_limits<std::int64_t>::max(),
+                                           std::numeric_limits<std::int64_t>::min(),
+                                           std::uint64_t{1} << 63U,
+                                           std::numeric_limits<std::uint64_t>::max(),
+                                           "",
+                                           "\u00e9",
+                                           std::string("\0", 1),
+                                           Json::array(),
+                                           Json::object(),
+                                           Json::array({nullptr, 1})};
+  return values[random() % values.size()];
+}
+
+// The value and all inside of it.
+void collect(Json& value, std::vector<Json*>& all) {
+  all.push_back(&value);
+  if (value.is_structured()) {
+    for (Json& inside : value) {
+      collect(inside, all);
+    }
+  }
+}
+
+void remove_one(Json& from, std::size_t at) {
+  if (from.is_array()) {
+    from.erase(at);
+  } else {
+    auto& members = from.get_ref<Json::object_t&>();
+    members.erase(members.begin() + static_cast<std::ptrdiff_t>(at));
+  }
+}
+
+void change_json(Json& root, std::size_t max_size, std::minstd_rand& random) {
+  std::vector<Json*> all;
+  collect(root, all);
+  Json& chosen = *all[random() % all.size()];
+  const Json other = *all[random() % all.size()];
+  switch (random() % 6) {
+    case 0:
+      chosen = some_value(random);
+      break;
+    case 1:
+      chosen = other;
+      break;
+    case 2:
+      if (chosen.is_structured() && !chosen.empty()) {
+        remove_one(chosen, random() % chosen.size());
+      }
+      break;
+    case 3:
+      if (chosen.is_array()) {
+        for (std::size_t copies = random() % 8; copies > 0; --copies) {
+          chosen.push_back(other);
+        }
+      }
+      break;
+    case 4:
+      if (chosen.is_number_integer()) {
+        const auto value = chosen.get<std::uint64_t>();
+        const std::array<std::uint64_t, 5> near = {value + 1, value - 1, value * 2, value / 2, ~value + 1};
+        chosen = near[random() % near.size()];
+      } else if (chosen.is_number_float()) {
+        chosen = chosen.get<double>() * (random() % 2 == 0 ? 1e3 : -0.1);
+      } else if (chosen.is_string()) {
+        chosen = mutated(chosen.get<std::string>(), std::min<std::size_t>(max_size, 64));
+      }
+      break;
+    default:
+      if (chosen.is_object() && !chosen.empty()) {
+        // The name of one for the value of another.
+        auto& members = chosen.get_ref<Json::object_t&>();
+        const auto member = [&] {
+          return members.begin() + static_cast<std::ptrdiff_t>(random() % members.size());
+        };
+        std::swap(member()->second, member()->second);
+      }
+      break;
+  }
+}
+
+// A safetensors file whose header is JSON, with the length and the data that this header asks for; other
+// bytes as they are.
+std::string repaired(std::string_view file) {
+  const std::size_t last = file.rfind('}');
+  if (last == std::string_view::npos || last < kPrefix) {
+    return std::string(file);
+  }
+  std::string header(file.substr(kPrefix, last + 1 - kPrefix));
+  std::string data(file.substr(last + 1));
+  if (Json json = any_json(header); json.is_object()) {
+    std::uint64_t end = 0;
+    for (auto& [name, tensor] : json.items()) {
+      const std::optional<std::uint64_t> bytes =
+          name != "__metadata__" && tensor.is_object() ? bytes_of(tensor) : std::nullopt;
+      if (bytes && *bytes <= kMostData - end) {
+        tensor["data_offsets"] = {end, end + *bytes};
+        end += *bytes;
+      }
+    }
+    data.resize(end);
+    header = json.dump();
+  }
+  std::uint64_t length = header.size();
+  std::string out(kPrefix, '\0');
+  std::memcpy(out.data(), &length, kPrefix);
+  return out + header + data;
 }
 
 }  // namespace
@@ -152,31 +283,10 @@ std::string join_files(const Files& files) {
   return out;
 }
 
-std::string repaired_safetensors(std::string_view file) {
-  constexpr std::size_t prefix = 8;
-  const std::size_t last = file.rfind('}');
-  if (last == std::string_view::npos || last < prefix) {
-    return std::string(file);
-  }
-  std::string header(file.substr(prefix, last + 1 - prefix));
-  std::string data(file.substr(last + 1));
-  if (Json json = Json::parse(header, nullptr, false); json.is_object()) {
-    std::uint64_t end = 0;
-    for (const auto& [name, tensor] : json.items()) {
-      const std::optional<std::uint64_t> bytes =
-          name != "__metadata__" && tensor.is_object() ? bytes_of(tensor) : std::nullopt;
-      if (bytes && *bytes <= kMostData - end) {
-        tensor["data_offsets"] = {end, end + *bytes};
-        end += *bytes;
-      }
-    }
-    data.resize(end);
-    header = json.dump();
-  }
-  std::uint64_t length = header.size();
-  std::string out(prefix, '\0');
-  std::memcpy(out.data(), &length, prefix);
-  return out + header + data;
+Json any_json(std::string_view text) {
+  constexpr int deepest = 80;
+  return Json::parse(
+      text, [](int depth, Json::parse_event_t /*event*/, Json& /*value*/) { return depth < deepest; }, false);
 }
 
 std::string mutated(std::string_view text, std::size_t max_size) {
@@ -184,6 +294,49 @@ std::string mutated(std::string_view text, std::size_t max_size) {
   std::copy(text.begin(), text.end(), out.begin());
   out.resize(LLVMFuzzerMutate(reinterpret_cast<std::uint8_t*>(out.data()), text.size(), out.size()));
   return out;
+}
+
+std::string mutated_json(std::string_view text, std::size_t max_size, unsigned seed) {
+  std::minstd_rand random(seed);
+  Json json = random() % 3 == 0 ? Json() : any_json(text);
+  if (!json.is_structured()) {
+    return mutated(text, max_size);
+  }
+  for (std::size_t changes = 1 + random() % 3; changes > 0; --changes) {
+    change_json(json, max_size, random);
+  }
+  std::string out = json.dump(-1, ' ', false, Json::error_handler_t::replace);
+  return out.size() <= max_size ? out : mutated(text, max_size);
+}
+
+std::string mutated_safetensors(std::string_view file, std::size_t max_size, unsigned seed) {
+  std::string out;
+  const std::size_t last = file.rfind('}');
+  if (seed % 2 == 0 && last != std::string_view::npos && last >= kPrefix) {
+    out = file.substr(0, kPrefix);
+    out += mutated_json(file.substr(kPrefix, last + 1 - kPrefix), max_size, seed);
+    out += file.substr(last + 1);
+  } else {
+    out = mutated(file, max_size);
+  }
+  return repairs(seed) ? repaired(out) : out;
+}
+
+std::string mutated_files(std::string_view input, const std::vector<std::string>& names, std::size_t max_size,
+                          unsigned seed) {
+  Files files = split_files(input, names);
+  if (seed % 4 == 0 || files.empty()) {
+    return mutated(input, max_size);
+  }
+  auto& [name, bytes] = *std::next(files.begin(), static_cast<std::ptrdiff_t>(seed / 4 % files.size()));
+  if (name.ends_with(".json")) {
+    bytes = mutated_json(bytes, max_size, seed);
+  } else if (name.ends_with(".safetensors")) {
+    bytes = mutated_safetensors(bytes, max_size, seed);
+  } else {
+    bytes = mutated(bytes, max_size);
+  }
+  return join_files(files);
 }
 
 std::size_t hand_over(std::string_view text, std::uint8_t* data, std::size_t max_size) {

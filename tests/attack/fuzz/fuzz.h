@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <nlohmann/json_fwd.hpp>
 #include <span>
 #include <string>
 #include <string_view>
@@ -70,15 +71,23 @@ using Files = std::map<std::string, std::string>;
 Files split_files(std::string_view input, const std::vector<std::string>& names);
 std::string join_files(const Files& files);
 
-// A safetensors file whose header is JSON, with the length and the data that this header asks for; other
-// bytes as they are. Mutations of a header alone would nearly all end at ranges that do not fill the data.
-std::string repaired_safetensors(std::string_view file);
-
+// The value of a JSON text, without what is nested so deeply that the library's recursion would not come back
+// from it; discarded where the text is no JSON.
+nlohmann::ordered_json any_json(std::string_view text);
 // libFuzzer's mutation of a text of any size up to max_size.
 std::string mutated(std::string_view text, std::size_t max_size);
+// The same for JSON, of which two of three mutations leave JSON: values, members and elements changed,
+// copied, removed. What is done follows from the seed. Other text is mutated as text.
+std::string mutated_json(std::string_view text, std::size_t max_size, unsigned seed);
+// The same for a safetensors file and its header. Of JSON headers most get the length and the data that they
+// ask for: nearly all others would end at ranges that do not fill the data.
+std::string mutated_safetensors(std::string_view file, std::size_t max_size, unsigned seed);
+// The same for one of several files (split_files) or their whole.
+std::string mutated_files(std::string_view input, const std::vector<std::string>& names, std::size_t max_size,
+                          unsigned seed);
 // Copies a mutation to where libFuzzer wants it, cut to max_size; its size.
 std::size_t hand_over(std::string_view text, std::uint8_t* data, std::size_t max_size);
-// True for seven of eight seeds: where a repair is worth more than what it hides.
+// True for seven of eight seeds: where putting right what guards a file is worth more than what that hides.
 inline bool repairs(unsigned seed) {
   return seed % 8 != 0;
 }

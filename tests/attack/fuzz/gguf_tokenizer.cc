@@ -6,12 +6,20 @@
 #include "formats/json_text.h"
 #include "tests/attack/fuzz/fuzz.h"
 
+namespace {
+
+const std::vector<std::string>& names() {
+  static const std::vector<std::string> all = {"tokenizer.json", "tokenizer_config.json",
+                                               "chat_template.jinja", "config.json"};
+  return all;
+}
+
+}  // namespace
+
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace relatent;
-  const std::vector<std::string> names = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                                          "config.json"};
-  const fuzz::Files files = fuzz::split_files(fuzz::text_of(data, size), names);
-  for (const std::string& name : names) {
+  const fuzz::Files files = fuzz::split_files(fuzz::text_of(data, size), names());
+  for (const std::string& name : names()) {
     if (const auto found = files.find(name); found != files.end()) {
       fuzz::put(name, found->second);
     } else {
@@ -31,4 +39,11 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     });
   }
   return 0;
+}
+
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
+                                               unsigned seed) {
+  using namespace relatent;
+  const std::string out = fuzz::mutated_files(fuzz::text_of(data, size), names(), max_size, seed);
+  return fuzz::hand_over(out, data, max_size);
 }

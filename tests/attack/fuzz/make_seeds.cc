@@ -19,6 +19,7 @@
 #include "convert/model/config.h"
 #include "convert/model/placement.h"
 #include "convert/shard/manifest.h"
+#include "convert/shard/shard.h"
 #include "formats/checkpoint.h"
 #include "formats/files.h"
 #include "formats/gguf_writer.h"
@@ -388,10 +389,49 @@ void write_manifests(const Seeds& seeds) {
   std::set<std::string> words = json_words();
   add_words(Json::parse(manifest.text()), words);
   seeds.write_words("shard_manifest", words);
+  seeds.write_words("shards", words);
   manifest.index.reset();
   manifest.weights.pop_back();
   manifest.tensors.clear();
   seeds.write("shard_manifest", "single", manifest.text());
+}
+
+// Models that two ranks can share, cut.
+void write_shards(const Seeds& seeds, const fs::path& configs) {
+  for (const char* name : {"llama", "relatent_mlra"}) {
+    const fs::path source = folder() / "source";
+    const fs::path output = folder() / "output";
+    for (const fs::path& path : {source, output}) {
+      fs::remove_all(path);
+    }
+    fs::create_directory(source);
+    Json json = parse_json(configs, read_text(configs / (std::string(name) + ".json"), kLargest));
+    json["num_hidden_layers"] = 1;
+    write_text(source / "config.json", json.dump());
+    write_text(source / "README.md", "text");
+    write_text(source / "model.safetensors", safetensors_of(specs_of(parse_config(json, configs), false)));
+    relatent::write_shards({source, output, 2}, [](Index /*done*/, Index /*all*/) {});
+    Files files;
+    for (const auto& entry : fs::directory_iterator(output)) {
+      files[entry.path().filename().string()] = read_text(entry.path(), kLargest);
+    }
+    seeds.write("shards", name, join_files(files));
+    // The same with a large tensor that no rank has.
+    ShardManifest manifest = ShardManifest::read(output / kShardsName);
+    const std::string run = manifest.run();
+    manifest.tensors.push_back({{"more", DType::u8, {std::int64_t{1} << 44U}}, Split::whole, {{}, {}}});
+    const std::string header =
+        R"({"more":{"dtype":"U8","shape":[17592186044416],"data_offsets":[0,17592186044416]}})";
+    manifest.weights.push_back({"more.safetensors",
+                                kSafetensorsPrefix + header.size() + manifest.tensors.back().spec.bytes(),
+                                header});
+    files[kShardsName] = manifest.text();
+    for (const Index rank : {0, 1}) {
+      std::string& bytes = files[rank_file_name(rank)];
+      bytes.replace(bytes.find(run), run.size(), manifest.run());
+    }
+    seeds.write("shards", std::string(name) + "_more", join_files(files));
+  }
 }
 
 }  // namespace
@@ -414,6 +454,7 @@ int main(int argc, char** argv) {
     fuzz::write_tokenizers(seeds);
     fuzz::write_runs(seeds);
     fuzz::write_manifests(seeds);
+    fuzz::write_shards(seeds, argv[1]);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "make_seeds: %s\n", error.what());
     return 1;

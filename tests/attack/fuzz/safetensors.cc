@@ -34,9 +34,6 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
   using namespace relatent;
-  std::string out = fuzz::mutated(fuzz::text_of(data, size), max_size);
-  if (fuzz::repairs(seed)) {
-    out = fuzz::repaired_safetensors(out);
-  }
+  const std::string out = fuzz::mutated_safetensors(fuzz::text_of(data, size), max_size, seed);
   return fuzz::hand_over(out, data, max_size);
 }

@@ -36,8 +36,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
   using namespace relatent;
-  std::string out = fuzz::mutated(fuzz::text_of(data, size), max_size);
-  nlohmann::ordered_json json = nlohmann::ordered_json::parse(out, nullptr, false);
+  std::string out = fuzz::mutated_json(fuzz::text_of(data, size), max_size, seed);
+  nlohmann::ordered_json json = fuzz::any_json(out);
   if (fuzz::repairs(seed) && json.is_object()) {
     json.erase("run");
     Hasher hasher;

@@ -168,6 +168,21 @@ TEST_F(Merge, ManifestsThatDoNotFitTogether) {
   expect_refused({kShardsName, "the list of tensors"});
   rewrite([&](Json& json) { json["copied"].erase(0); });
   expect_refused({"config.json"});
+  // A tensor of no rank, for which nobody should look for room.
+  rewrite([&](Json& json) {
+    const Index size = Index{1} << 44U;
+    const std::string header =
+        Json({{"more", {{"dtype", "U8"}, {"shape", {size}}, {"data_offsets", {0, size}}}}}).dump();
+    json["weights"].push_back({{"file", "more.safetensors"},
+                               {"bytes", kSafetensorsPrefix + header.size() + size},
+                               {"header", header}});
+    json["tensors"].push_back({{"name", "more"},
+                               {"dtype", "U8"},
+                               {"shape", {size}},
+                               {"split", "whole"},
+                               {"ranks", {nullptr, nullptr, nullptr, nullptr}}});
+  });
+  expect_refused({kShardsName, "more", "cover the tensor"});
 }
 
 TEST_F(Merge, TakenOutputIsUntouched) {
