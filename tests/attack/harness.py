@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -87,13 +87,16 @@ def run(
     with subprocess.Popen(command, **{**streams, **kwargs}) as process:
         if during is not None:
             during(process)
-        try:
-            texts = process.communicate(timeout=timeout)
-            code: int | None = process.returncode
-        except subprocess.TimeoutExpired:
+        code: int | None = None
+        # Twice: where all of this was stopped for a while, the time may be over at once.
+        for _ in range(2):
+            with suppress(subprocess.TimeoutExpired):
+                texts = process.communicate(timeout=timeout)
+                code = process.returncode
+                break
+        else:
             process.kill()
             texts = process.communicate()
-            code = None
     printed, complaint = ((text or b"").decode(errors="replace") for text in texts)
     return Outcome(command, code, printed, complaint)
 

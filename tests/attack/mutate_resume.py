@@ -419,14 +419,15 @@ class Attack:
 
     def case(self, number: int, chance: random.Random) -> None:
         left = chance.choice(self.lefts)
-        kind = chance.choice(self.kinds)
         target = partial(self.out)
-        shutil.copytree(left.folder, target)
-        try:
-            what = chance.choice(KINDS[kind])(target, chance)
-        except NothingToChange:
-            shutil.rmtree(target)
-            return
+        kind = what = ""
+        while not what:
+            kind = chance.choice(self.kinds)
+            shutil.copytree(left.folder, target)
+            try:
+                what = chance.choice(KINDS[kind])(target, chance)
+            except NothingToChange:
+                shutil.rmtree(target)
         before = self.place.with_name("before")
         harness.remove(before)
         shutil.copytree(target, before)
