@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import INPUT, MACHINE, REFUSALS, USAGE, Outcome, Table, Tiny, partial
+from harness import BESIDE, INPUT, MACHINE, REFUSALS, USAGE, Outcome, Table, Tiny, partial
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 OWN_MOUNTS = "RELATENT_OWN_MOUNTS"
@@ -207,7 +207,7 @@ def killed(attack: Attack, job: Job, chance: random.Random) -> None:
             if outcome.code == -number:
                 kills += 1
                 attack.table.count(f"killed: {job.name}", number.name)
-                said = [s for s in outcome.stderr.splitlines() if not s.startswith("warning: ")]
+                said = [s for s in outcome.stderr.splitlines() if not s.startswith(BESIDE)]
                 wrong(" ".join(said))
             elif outcome.code == 0:
                 attack.table.count(f"killed: {job.name}", "ended first")

@@ -34,6 +34,9 @@ ROOT = Path(__file__).resolve().parents[2]
 LLAMA = ROOT / "examples" / "llama-3m"
 TOKENS = ROOT / "examples" / "tokens" / "calibration.npy"
 
+# Lines that may stand before a complaint: warnings, and what a library says before main begins.
+BESIDE = ("warning: ", "OpenBLAS blas_thread_init: ")
+
 USAGE, INPUT, MACHINE = 2, 3, 4
 REFUSALS = (USAGE, INPUT, MACHINE)
 
@@ -113,8 +116,7 @@ def why_no_refusal(outcome: Outcome, codes: tuple[int, ...], *named: Path) -> st
     """What is wrong with a refusal: the code, or not one sentence, or none of the files in it."""
     if outcome.code not in codes:
         return f"expected exit {' or '.join(map(str, codes))}, got {outcome.words()}"
-    # Warnings stand before it, and those are lines of their own.
-    lines = [line for line in outcome.stderr.splitlines() if not line.startswith("warning: ")]
+    lines = [line for line in outcome.stderr.splitlines() if not line.startswith(BESIDE)]
     if len(lines) != 1 or not lines[0].startswith("relatent: "):
         return f"expected one sentence, got {len(lines)} lines: {outcome.stderr[:600]!r}"
     if named and not any(str(path) in lines[0] for path in named):
@@ -468,6 +470,8 @@ def arguments(text: str, seconds: float = 60) -> argparse.Namespace:
     require_binary()
     args.end = time.monotonic() + args.seconds
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Shells let what they run in the background ignore it, and that is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return args
 
 
