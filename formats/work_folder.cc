@@ -53,6 +53,11 @@ WorkFolder::WorkFolder(const std::filesystem::path& path, OutputKind kind, const
   // A run that ended between the rename and the removal of its folder is to be tidied up after.
   const bool may_be_done = resume && is_there(folder_ / kJournalName) && !is_there(output());
   if (kind_ != OutputKind::file && !may_be_done) {
+    if (is_there(path_)) {
+      // A run that ended between the removal of its journal and of its folder left it empty. Removes no
+      // other.
+      ::rmdir(folder_.c_str());
+    }
     require_absent(path_);
   }
   if (kind_ == OutputKind::file) {

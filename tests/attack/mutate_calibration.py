@@ -545,6 +545,9 @@ def raw(whole: bytes, other: bytes, chance: random.Random) -> tuple[bytes, str]:
     elif way == "inserted":
         data[at:at] = chance.randbytes(length)
     elif way == "spliced":
+        # Something of both: a whole other file is a calibration like any.
+        while whole[:at] == other[:at] or whole[at:] == other[at:]:
+            at = chance.randrange(size)
         data[at:] = other[at:]
     elif way == "user block":
         data[:0] = chance.choice((bytes(512), chance.randbytes(512), chance.randbytes(1024)))

@@ -233,6 +233,11 @@ TEST_F(Work, EndsBetweenTheLastStepsAreTidiedUp) {
       fs::remove_all(out());
     }
   }
+  // Between the removal of the journal and of the folder: there is nothing to say whose output that is.
+  fs::create_directory(out());
+  fs::create_directory(partial());
+  expect_error(ErrorKind::usage, {"out", "exists already"}, [&] { open(true); });
+  EXPECT_EQ(entries(), 1);
 }
 
 }  // namespace
