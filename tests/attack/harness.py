@@ -465,6 +465,8 @@ def arguments(text: str, seconds: float = 60) -> argparse.Namespace:
     require_binary()
     args.end = time.monotonic() + args.seconds
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A shell's background jobs ignore the keyboard, and so would the programs that are interrupted here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return args
 
 
