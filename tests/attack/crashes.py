@@ -730,7 +730,7 @@ def main() -> int:
         memory = least(resource.RLIMIT_AS, 1 << 20, 4 << 30)
         files = least(resource.RLIMIT_NOFILE, 3, 64)
         ways: dict[str, tuple[int, Callable[[random.Random], None]]] = {
-            "kill": (10, lambda chance: killed(attack, chance.choice(jobs.all), chance)),
+            "kill": (20, lambda chance: killed(attack, chance.choice(jobs.all), chance)),
             "size": (3, lambda chance: file_size(attack, chance.choice(jobs.all), chance)),
             "memory": (3, lambda c: address_space(attack, c.choice(jobs.all), c, memory)),
             "files": (2, lambda c: open_files(attack, c.choice(jobs.all), c, files)),
