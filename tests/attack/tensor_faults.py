@@ -147,9 +147,6 @@ def whole_tensor_faults(subject: Subject) -> Iterator[Fault]:
                 break
 
 
-OTHER_TYPES = ("in another type", "in float16", "its bytes taken for another type")
-
-
 def tensor_faults(
     subject: Subject, what: str, name: str, tensors: Callable[[], Tensors]
 ) -> Iterator[Fault]:
@@ -177,8 +174,6 @@ def tensor_faults(
         # everything is, it says in one place.
         is_felt_only = is_converted and what not in (*NON_FINITE, *OTHER_TYPES)
         felt_by = (*subject.running, FINITENESS, REFUSED)
-        if what in OTHER_TYPES:  # the report says which type was written
-            felt_by = (STRUCTURE, *felt_by)
         yield fault.forged(*(felt_by if is_felt_only else caught_by))
 
 
