@@ -3,6 +3,7 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "convert/compute/backend.h"
@@ -48,22 +49,25 @@ void require_finite(const Model& model, Index layer_idx, const LayerMoments& mom
               "finite numbers", "others", "the model itself has no finite output for these tokens"});
 }
 
-PendingFile write_layer(const std::filesystem::path& path, const LayerMoments& moments) {
-  return write_state(
-      path, moments.tokens,
-      {bytes_of(moments.second_moment), bytes_of(moments.mean), bytes_of(moments.distance_mass)});
+PendingFile write_layer(const WorkFolder& work, Index layer_idx, const LayerMoments& moments) {
+  return write_state(layer_file(work, layer_idx), moments.tokens,
+                     {std::as_bytes(std::span(&layer_idx, 1)), bytes_of(moments.second_moment),
+                      bytes_of(moments.mean), bytes_of(moments.distance_mass)});
 }
 
-std::optional<LayerMoments> read_layer(const std::filesystem::path& path, const ModelConfig& config,
+// Nothing where the file is damaged, or another layer's.
+std::optional<LayerMoments> read_layer(const WorkFolder& work, Index layer_idx, const ModelConfig& config,
                                        Index length) {
   LayerMoments out;
   out.second_moment.resize(config.hidden_size, config.hidden_size);
   out.mean.resize(config.hidden_size);
   out.distance_mass.resize(config.num_attention_heads, length);
+  Index found_idx = -1;
   const std::optional<std::int64_t> tokens =
-      read_state(path, {writable_bytes_of(out.second_moment), writable_bytes_of(out.mean),
-                        writable_bytes_of(out.distance_mass)});
-  if (!tokens) {
+      read_state(layer_file(work, layer_idx),
+                 {std::as_writable_bytes(std::span(&found_idx, 1)), writable_bytes_of(out.second_moment),
+                  writable_bytes_of(out.mean), writable_bytes_of(out.distance_mass)});
+  if (!tokens || found_idx != layer_idx) {
     return std::nullopt;
   }
   out.tokens = *tokens;
@@ -78,8 +82,7 @@ Index begin_store(const Model& model, const Sequences& sequences, const Calibrat
       work.resumed() ? read_state(work.file(state_name), {writable_bytes_of(stream.hidden())}).value_or(0)
                      : 0;
   for (Index i = 0; i < layers; ++i) {
-    const std::optional<LayerMoments> moments =
-        read_layer(layer_file(work, i), model.config(), sequences.length);
+    const std::optional<LayerMoments> moments = read_layer(work, i, model.config(), sequences.length);
     if (!moments) {
       // A damaged file: everything is computed again.
       writer.reset();
@@ -124,7 +127,7 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
       continue;
     }
     try {
-      unsaved.push_back(write_layer(layer_file(work, i), moments));
+      unsaved.push_back(write_layer(work, i, moments));
       if (clock.due()) {
         clock.save([&] {
           for (PendingFile& file : unsaved) {

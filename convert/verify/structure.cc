@@ -98,7 +98,7 @@ std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& so
 
 // Counts one tensor of the converted checkpoint and says what is wrong with it.
 void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& converted,
-                  const std::map<std::string, std::string>& checksums, Structure& out) {
+                  const std::optional<ConversionReport>& report, Structure& out) {
   const TensorSource& files = converted.checkpoint();
   const std::optional<std::string> origin_name = origin_of(tensor, source);
   std::optional<Origin> origin;
@@ -106,9 +106,9 @@ void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& 
     const TensorSource& from = source.checkpoint();
     origin = Origin{from.info(*origin_name).dtype, from.bytes(*origin_name)};
   }
-  const auto written = checksums.find(tensor.name);
-  const bool known = written != checksums.end();
-  const Look found = look_at(files.info(tensor.name).dtype, files.bytes(tensor.name), origin, known);
+  const DType dtype = files.info(tensor.name).dtype;
+  const bool known = report && report->tensors.contains(tensor.name);
+  const Look found = look_at(dtype, files.bytes(tensor.name), origin, known);
   files.release(tensor.name);
   if (origin_name) {
     source.checkpoint().release(*origin_name);
@@ -119,22 +119,26 @@ void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& 
   if (!found.finite) {
     complain(out.not_finite, "holds NaN or infinity");
   }
-  if (known && found.checksum != written->second) {
+  const bool as_written = known && found.checksum == report->tensors.at(tensor.name);
+  if (known && !as_written) {
     complain(out.findings, "is not what convert wrote");
+  } else if (known && safetensors_name(dtype) != report->dtype) {
+    complain(out.findings,
+             "is stored as " + std::string(safetensors_name(dtype)) + ", and convert wrote " + report->dtype);
   }
   if (is_attention(tensor.role)) {
     ++out.converted;
-    if (!known && !checksums.empty()) {
+    if (report && !known) {
       complain(out.findings, "was not written by convert");
     }
   } else if (!origin_name) {
     complain(out.findings, "is no tensor of the source");
-  } else if (!found.same && !found.cast) {
+  } else if (!found.same && (!found.cast || (report && !known))) {
     complain(out.findings, "is not the source's " + *origin_name);
   }
   out.copied += found.same ? 1 : 0;
   out.cast += found.cast ? 1 : 0;
-  out.checked += known && found.checksum == written->second ? 1 : 0;
+  out.checked += as_written ? 1 : 0;
 }
 
 // Tokenizer, chat template and whatever else goes along.
@@ -190,12 +194,15 @@ bool ends_with_any(const std::string& name, const Endings& endings) {
 // Files beside the checkpoint that some engine would load although they belong to nothing.
 void check_strays(const Checkpoint& from, const Checkpoint& to, const std::optional<ConversionReport>& report,
                   std::vector<std::string>& findings) {
-  std::set<std::string> known = {"config.json", kReportName};
+  std::set<std::string> known = {kReportName};
   for (const SafetensorsFile& file : to.files()) {
     known.insert(file.path().filename().string());
   }
-  if (to.index_path()) {
-    known.insert(to.index_path()->filename().string());
+  if (!report) {
+    known.insert("config.json");
+    if (to.index_path()) {
+      known.insert(to.index_path()->filename().string());
+    }
   }
   for (const std::filesystem::path& file : from.linked_side_files()) {
     known.insert(file.filename().string());
@@ -214,7 +221,11 @@ void check_strays(const Checkpoint& from, const Checkpoint& to, const std::optio
     const bool loaded = ends_with_any(name, loaded_endings) || (report && name.ends_with(".py"));
     const bool harmless =
         !report && !adapter && !name.ends_with(".index.json") && ends_with_any(name, side_endings);
-    if (!name.starts_with('.') && loaded && !harmless && !known.contains(name)) {
+    // transformers takes generation code and chat templates out of folders.
+    std::error_code unreadable;
+    const bool folder = entry->is_directory(unreadable) &&
+                        (report || name == "custom_generate" || name == "additional_chat_templates");
+    if (!name.starts_with('.') && (folder || (loaded && !harmless)) && !known.contains(name)) {
       strays.push_back(entry->path().string() + ": belongs to nothing here, and an engine may load it");
     }
   }
@@ -257,12 +268,10 @@ std::optional<ConversionReport> find_report(const Model& converted, std::vector<
 Structure check_structure(const Model& source, const Model& converted,
                           const std::optional<ConversionReport>& report) {
   const Stage stage("files");
-  const std::map<std::string, std::string> checksums =
-      report ? report->tensors : std::map<std::string, std::string>{};
   const std::vector<PlacedTensor>& tensors = converted.tensors();
   std::vector<Structure> found(tensors.size());
   parallel_for(tensors.size(),
-               [&](std::size_t i) { check_tensor(tensors[i], source, converted, checksums, found[i]); });
+               [&](std::size_t i) { check_tensor(tensors[i], source, converted, report, found[i]); });
   Structure out;
   std::set<std::string> names;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
@@ -276,7 +285,7 @@ Structure check_structure(const Model& source, const Model& converted,
       to->insert(to->end(), from->begin(), from->end());
     }
   }
-  for (const auto& [name, checksum] : checksums) {
+  for (const auto& [name, checksum] : report ? report->tensors : std::map<std::string, std::string>{}) {
     if (!names.contains(name)) {
       out.findings.push_back(converted.checkpoint().path().string() + ": tensor " + name +
                              " is missing; convert wrote it");

@@ -470,7 +470,7 @@ def arguments(text: str, seconds: float = 60) -> argparse.Namespace:
     require_binary()
     args.end = time.monotonic() + args.seconds
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Shells let what they run in the background ignore it, and that is inherited.
+    # A shell's background jobs ignore the keyboard, and so would what is interrupted here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return args
 

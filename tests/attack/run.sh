@@ -34,13 +34,17 @@ last_number() {
 
 # Fuzzes TARGET for SECONDS; adds a line to the table. Fails on a finding.
 fuzz_one() {
-  local target="$1" seconds="$2" log="build/fuzz/logs/$1.log" words=() code=0
+  local target="$1" seconds="$2" log="build/fuzz/logs/$1.log" words=() leaks=1 code=0
   mkdir -p "build/fuzz/corpus/$target" build/fuzz/findings build/fuzz/logs
   if [[ -f "build/fuzz/seeds/$target.dict" ]]; then
     words=("-dict=build/fuzz/seeds/$target.dict")
   fi
-  RELATENT_FUZZ_FOLDER="$scratch" OPENBLAS_NUM_THREADS=1 "$fuzz/$target" -max_total_time="$seconds" -max_len=65536 -timeout=20 \
-    -rss_limit_mb=3072 -malloc_limit_mb=1024 -print_final_stats=1 "${words[@]}" \
+  # libhdf5 loses memory, which sends LeakSanitizer through all of it input after input; it still looks once at the end.
+  if [[ "$target" == calibration_* ]]; then
+    leaks=0
+  fi
+  RELATENT_FUZZ_FOLDER="$scratch" OPENBLAS_NUM_THREADS=1 "$fuzz/$target" -max_total_time="$seconds" -max_len=65536 \
+    -timeout=20 -rss_limit_mb=3072 -malloc_limit_mb=1024 -detect_leaks="$leaks" -print_final_stats=1 "${words[@]}" \
     -artifact_prefix="build/fuzz/findings/$target-" "build/fuzz/corpus/$target" "build/fuzz/seeds/$target" \
     >"$log" 2>&1 || code=$?
   printf '%-20s %12s %8s %9s %9s  %s\n' "$target" "$(last_number 'number_of_executed_units: *\([0-9]*\)' "$log")" \

@@ -12,6 +12,7 @@ from folders import Json, Tensor, Tensors, encoded, in_layer, layer_of
 EditTensor = Callable[[Tensor], Tensor]
 
 NON_FINITE = ("one NaN", "one infinity")
+OTHER_TYPES = ("in another type", "in float16", "its bytes taken for another type")
 # By what llama, the MLRA authors and DeepSeek call them.
 VOCABULARY = ("model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight")
 
@@ -154,10 +155,10 @@ def tensor_faults(
     caught_by: tuple[str, ...] = (STRUCTURE,)
     if what in NON_FINITE:
         caught_by = (FINITENESS, REFUSED)
-    elif what == "in float16":
-        caught_by = (STRUCTURE, REFUSED)  # some become infinite
     elif is_converted and not subject.has_report:
         caught_by = (*subject.running, FINITENESS, REFUSED)
+    elif what in OTHER_TYPES:
+        caught_by = (STRUCTURE, FINITENESS, REFUSED)  # some become infinite
     fault = Fault(
         "converted tensor" if is_converted else "copied tensor",
         what,
@@ -169,8 +170,9 @@ def tensor_faults(
     yield fault
     report = subject.original.report
     if report is not None and name in report["tensors"]:
-        # What is copied is compared with the source, whatever a report says.
-        is_felt_only = is_converted and what not in NON_FINITE
+        # What is copied is compared with the source, whatever a report says; and of what type
+        # everything is, it says in one place.
+        is_felt_only = is_converted and what not in (*NON_FINITE, *OTHER_TYPES)
         felt_by = (*subject.running, FINITENESS, REFUSED)
         yield fault.forged(*(felt_by if is_felt_only else caught_by))
 

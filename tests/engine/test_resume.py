@@ -209,13 +209,20 @@ def test_nothing_to_resume_just_starts(tmp_path: Path, llama: Path, calibration:
             shutil.rmtree(whole) if whole.is_dir() else whole.unlink()
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background is told to ignore the keyboard, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_from_the_keyboard(tmp_path: Path, llama: Path, calibration: Path) -> None:
     make = makes(llama, calibration)["mla"]
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
         command = [str(support.binary()), *map(str, make(out)), "--save-every", "0"]
         for _ in range(50):
-            with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            with subprocess.Popen(
+                command, stderr=subprocess.DEVNULL, preexec_fn=heed_interrupts
+            ) as process:
                 while process.poll() is None and not (partial(out) / "streams").exists():
                     time.sleep(0.005)
                 process.send_signal(number)

@@ -210,10 +210,10 @@ void require(bool holds, const std::string& what) {
 }
 
 const fs::path& folder() {
-  static const fs::path path = [] {
-    fs::path made = make_folder();
+  // Never destroyed: it is removed when objects already are.
+  static const fs::path& path = *[] {
     static_cast<void>(std::atexit(remove_folder));
-    return made;
+    return new fs::path(make_folder());
   }();
   return path;
 }

@@ -161,6 +161,48 @@ TEST_F(StructureTest, FilesThatBelongToNothingAreFound) {
   }
   write_text(output() / "notes.txt", "no engine reads it");
   EXPECT_TRUE(checked().findings.empty());
+  for (const char* without : {"nothing", kReportName}) {
+    fs::remove(output() / without);
+    fs::create_directory(output() / "custom_generate");
+    expect_finding({"custom_generate", "belongs to nothing"});
+    fs::remove(output() / "custom_generate");
+  }
+}
+
+// Forges the report: what it says fits its own checksum.
+void forge(const fs::path& folder, const std::function<void(ConversionReport&)>& change) {
+  ConversionReport report = ConversionReport::read(folder / kReportName);
+  change(report);
+  write_text(folder / kReportName, report.text());
+}
+
+TEST_F(StructureTest, AReportMayNotLeaveAnythingOut) {
+  convert(write(testing_support::TinyOptions{}));
+  const std::string report = read_bytes(output() / kReportName);
+  forge(output(), [](ConversionReport& r) { r.files.erase("config.json"); });
+  expect_finding({"config.json", "belongs to nothing"});
+  write_text(output() / kReportName, report);
+  const std::string name = layer_name(1, "self_attn.o_proj.weight");
+  forge(output(), [&](ConversionReport& r) { r.tensors.erase(name); });
+  expect_finding({name, "was not written by convert"});
+  write_text(output() / kReportName, report);
+  forge(output(), [](ConversionReport& r) { r.tensors.clear(); });
+  EXPECT_GE(checked().findings.size(), 3U * 4U);
+}
+
+TEST_F(StructureTest, TypesAreAsWritten) {
+  ConvertOptions options = write(testing_support::TinyOptions{.dtype = DType::bf16});
+  options.dtype = DType::f16;
+  convert(options);
+  // The same bytes under another name: of zeros, a checksum cannot tell.
+  forge(output(), [](ConversionReport& r) { r.dtype = "BF16"; });
+  EXPECT_EQ(checked().findings.size(), static_cast<std::size_t>(checked().cast + checked().converted));
+  // Cast without the report knowing.
+  forge(output(), [](ConversionReport& r) {
+    r.dtype = "F16";
+    r.tensors.erase("model.embed_tokens.weight");
+  });
+  expect_finding({"model.embed_tokens.weight", "is not the source's"});
 }
 
 TEST_F(StructureTest, WithoutAReportTheSourceStillSpeaks) {
