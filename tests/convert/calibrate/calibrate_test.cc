@@ -147,6 +147,28 @@ TEST(Calibrate, GoesOnAfterAnInterruption) {
   EXPECT_TRUE(read_bytes(out) == expected);
 }
 
+// Each of them is whole, and only in another one's place.
+TEST(Calibrate, SavedLayersAreBelievedInTheirOwnPlaceOnly) {
+  const TempFolder folder;
+  tiny_model({.layers = 4}).write(folder / "model");
+  const Model model = Model::open(folder / "model");
+  const Sequences sequences = random_sequences(3, 5, 20, 50);
+  calibrate(model, sequences, folder / "whole.h5", ignore);
+  const std::filesystem::path out = folder / "moments.h5";
+  const std::filesystem::path work = folder / "moments.h5.partial";
+  const auto stop_at_3 = [](Index done, Index /*all*/) {
+    if (done == 3) {
+      throw Error(ErrorKind::machine, "disk full");
+    }
+  };
+  EXPECT_THROW(calibrate(model, sequences, out, stop_at_3, {.resume = false, .every = 0}), Error);
+  std::filesystem::rename(work / "layer-0", work / "layer-x");
+  std::filesystem::rename(work / "layer-1", work / "layer-0");
+  std::filesystem::rename(work / "layer-x", work / "layer-1");
+  calibrate(model, sequences, out, ignore, {.resume = true});
+  EXPECT_TRUE(read_bytes(out) == read_bytes(folder / "whole.h5"));
+}
+
 TEST(Calibrate, NumbersThatAreNoneAreRefusedByName) {
   const TempFolder folder;
   const std::string names[] = {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"};
