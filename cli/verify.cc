@@ -113,13 +113,11 @@ std::string limits_in_words(const Limits& limits) {
 }
 
 void print_evidence(const AllEvidence& all, const Limits& limits, FILE* out) {
-  const auto outcome = [](const std::vector<std::string>& findings) {
-    return findings.empty() ? Outcome::passed : Outcome::failed;
-  };
   const Structure& s = all.structure;
   std::fputs("\n", out);
-  print_findings("files", outcome(s.findings), files_in_words(s), s.findings, out);
-  print_findings("finiteness", outcome(s.not_finite), "no tensor holds NaN or infinity", s.not_finite, out);
+  print_findings("files", outcome_of(s.findings), files_in_words(s), s.findings, out);
+  print_findings("finiteness", outcome_of(s.not_finite), "no tensor holds NaN or infinity", s.not_finite,
+                 out);
   print_findings("function", all.function.outcome, limits_in_words(limits), all.function.findings, out);
   print_findings("prediction", all.prediction.outcome,
                  "what convert measured of every layer is measured again", all.prediction.findings, out);

@@ -244,11 +244,7 @@ void Checkpoint::release(const std::string& name) const {
 }
 
 FilePermissions Checkpoint::weight_permissions() const {
-  std::filesystem::perms all = std::filesystem::perms::all;
-  for (const SafetensorsFile& file : files_) {
-    all &= *permissions_of(file.path());
-  }
-  return all;
+  return common_permissions(files_);
 }
 
 std::vector<std::filesystem::path> Checkpoint::side_files() const {
@@ -261,21 +257,15 @@ std::vector<std::filesystem::path> Checkpoint::side_files() const {
 
 std::vector<std::filesystem::path> Checkpoint::linked_side_files() const {
   std::vector<std::filesystem::path> files;
-  std::error_code error;
-  std::filesystem::directory_iterator entry(folder_, error);
-  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
+  for (const std::filesystem::path& entry : entries_of(folder_)) {
+    const std::string name = entry.filename().string();
     std::error_code unreadable;  // a broken link is no regular file, and no reason to stop
     if (!name.starts_with('.') && name != "config.json" &&
         !ends_with_any(name, {".bin", ".pt", ".pth", ".gguf", ".safetensors", ".index.json"}) &&
-        entry->is_regular_file(unreadable)) {
-      files.push_back(entry->path());
+        std::filesystem::is_regular_file(entry, unreadable)) {
+      files.push_back(entry);
     }
   }
-  if (error) {
-    fail_system(folder_, "cannot list the folder", error.value());
-  }
-  std::sort(files.begin(), files.end());
   return files;
 }
 

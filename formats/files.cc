@@ -139,6 +139,20 @@ std::filesystem::path parent_of(const std::filesystem::path& path) {
   return path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
 }
 
+std::vector<std::filesystem::path> entries_of(const std::filesystem::path& folder) {
+  std::vector<std::filesystem::path> out;
+  std::error_code error;
+  std::filesystem::directory_iterator entry(folder, error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+    out.push_back(entry->path());
+  }
+  if (error) {
+    fail_system(folder, "cannot list the folder", error.value());
+  }
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
 // Makes a rename or a new entry of the folder survive a power cut.
 void flush_folder(const std::filesystem::path& folder) {
   const Descriptor descriptor(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));

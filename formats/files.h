@@ -8,6 +8,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace relatent {
 
@@ -82,6 +83,9 @@ void require_absent(const std::filesystem::path& path);
 // Renames a finished folder into place and flushes the parent; never replaces anything. Throws Error: usage
 // when something appeared at path in the meantime, machine otherwise.
 void rename_new_folder(const std::filesystem::path& staging, const std::filesystem::path& path);
+// The paths of all entries of a folder, sorted. Throws Error (input when there is no such folder, machine
+// otherwise).
+std::vector<std::filesystem::path> entries_of(const std::filesystem::path& folder);
 // Makes a rename or a new entry of the folder survive a power cut. Throws Error (machine).
 void flush_folder(const std::filesystem::path& folder);
 std::filesystem::path parent_of(const std::filesystem::path& path);  // "." for a bare name

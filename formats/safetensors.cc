@@ -403,6 +403,14 @@ std::span<const std::byte> SafetensorsFile::bytes(const TensorInfo& tensor) cons
   return all.subspan(tensor.offset, tensor.bytes);
 }
 
+FilePermissions common_permissions(std::span<const SafetensorsFile> files) {
+  std::filesystem::perms all = std::filesystem::perms::all;
+  for (const SafetensorsFile& file : files) {
+    all &= *permissions_of(file.path());
+  }
+  return all;
+}
+
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<TensorSpec> specs,
                                      const std::map<std::string, std::string>& metadata,
                                      FilePermissions permissions)

@@ -66,6 +66,9 @@ class SafetensorsFile {
   std::unordered_map<std::string, std::size_t> index_;
 };
 
+// What all of the files allow: for files that are made from them. Throws Error as permissions_of does.
+FilePermissions common_permissions(std::span<const SafetensorsFile> files);
+
 // Writes one safetensors file. The header is padded with spaces to eight bytes.
 class SafetensorsWriter final : public TensorFileWriter {
  public:

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -132,21 +133,27 @@ void ConvertedOutput::open_writer(const Rotary& rotary) {
   writer_ = engine.open_output(output, false);
 }
 
+std::vector<const PlannedTensor*> ConvertedOutput::done(Index copied, Index layers) const {
+  std::vector<const PlannedTensor*> out;
+  for (const PlannedTensor& tensor : plan_.tensors) {
+    if (tensor.action == TensorAction::convert ? *tensor.layer_idx < layers : copied-- > 0) {
+      out.push_back(&tensor);
+    }
+  }
+  return out;
+}
+
 bool ConvertedOutput::is_as_written() const {
   const Checkpoint& source = inputs_.source.folder("converted");
-  Index count = 0;
-  return std::all_of(plan_.tensors.begin(), plan_.tensors.end(), [&](const PlannedTensor& tensor) {
-    if (tensor.action == TensorAction::convert ? *tensor.layer_idx >= layers_done_
-                                               : ++count > tensors_done_) {
-      return true;
-    }
-    if (tensor.action == TensorAction::copy) {
-      const std::string found = writer_->stored_checksum(tensor.spec.name);
-      const std::string wanted = checksum_of(source.bytes(tensor.source));
-      source.release(tensor.source);
+  const std::vector<const PlannedTensor*> tensors = done(tensors_done_, layers_done_);
+  return std::all_of(tensors.begin(), tensors.end(), [&](const PlannedTensor* tensor) {
+    if (tensor->action == TensorAction::copy) {
+      const std::string found = writer_->stored_checksum(tensor->spec.name);
+      const std::string wanted = checksum_of(source.bytes(tensor->source));
+      source.release(tensor->source);
       return found == wanted;
     }
-    return is_as_recorded(tensor);
+    return is_as_recorded(*tensor);
   });
 }
 
@@ -156,9 +163,9 @@ bool ConvertedOutput::is_as_recorded(const PlannedTensor& tensor) const {
 }
 
 bool ConvertedOutput::has_layers(Index count) const {
-  return std::all_of(plan_.tensors.begin(), plan_.tensors.end(), [&](const PlannedTensor& tensor) {
-    return tensor.action != TensorAction::convert || *tensor.layer_idx < layers_done_ ||
-           *tensor.layer_idx >= count || is_as_recorded(tensor);
+  const std::vector<const PlannedTensor*> tensors = done(0, count);
+  return std::all_of(tensors.begin(), tensors.end(), [&](const PlannedTensor* tensor) {
+    return *tensor->layer_idx < layers_done_ || is_as_recorded(*tensor);
   });
 }
 
@@ -207,10 +214,8 @@ void ConvertedOutput::copy_tensors() {
 }
 
 void ConvertedOutput::keep_layers(Index count) {
-  for (const PlannedTensor& tensor : plan_.tensors) {
-    if (tensor.action == TensorAction::convert && *tensor.layer_idx < count) {
-      writer_->mark_written(tensor.spec.name);
-    }
+  for (const PlannedTensor* tensor : done(0, count)) {
+    writer_->mark_written(tensor->spec.name);
   }
 }
 
@@ -239,26 +244,23 @@ void ConvertedOutput::make_durable(SaveClock& clock, const WriteState& write_sta
   clock.save([&] {
     writer_->flush();
     // Before the state, which counts from the moment it is there.
-    record_checksums(entry, value);
+    record_checksums(std::string_view(entry) == layers_entry ? done(0, value) : done(value, 0));
     if (!write_state || state_written(write_state)) {
       work_.record(entry, value);
     }
   });
 }
 
-void ConvertedOutput::record_checksums(const char* entry, Index value) {
-  const bool layers = entry == layers_entry;
+void ConvertedOutput::record_checksums(const std::vector<const PlannedTensor*>& tensors) {
   nlohmann::json added = nlohmann::json::object();
-  Index count = 0;
-  for (const PlannedTensor& tensor : plan_.tensors) {
-    const bool converted = tensor.action == TensorAction::convert;
-    const bool done = converted ? layers && *tensor.layer_idx < value : ++count <= value && !layers;
-    if (!done || tensor.action == TensorAction::copy || recorded_.contains(tensor.spec.name)) {
+  for (const PlannedTensor* tensor : tensors) {
+    const std::string& name = tensor->spec.name;
+    if (tensor->action == TensorAction::copy || recorded_.contains(name)) {
       continue;
     }
-    if (const std::string checksum = writer_->checksum(tensor.spec.name); !checksum.empty()) {
-      added[tensor.spec.name] = checksum;
-      recorded_[tensor.spec.name] = checksum;
+    if (const std::string checksum = writer_->checksum(name); !checksum.empty()) {
+      added[name] = checksum;
+      recorded_[name] = checksum;
     }
   }
   if (!added.empty()) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "convert/plan/plan.h"
 #include "formats/tensor_sink.h"
@@ -49,6 +50,8 @@ class ConvertedOutput {
 
  private:
   void open_writer(const Rotary& rotary);
+  // The first so many tensors that are copied or cast, and those of the first layers.
+  std::vector<const PlannedTensor*> done(Index copied, Index layers) const;
   // Whether what counts as done is on the disk as it was written.
   bool is_as_written() const;
   // Whether a tensor that was converted or cast has the checksum in the journal.
@@ -56,8 +59,8 @@ class ConvertedOutput {
   // Records what is durable from now on. When write_state finds no room nothing counts as done.
   void make_durable(SaveClock& clock, const WriteState& write_state, const char* entry, Index value);
   bool state_written(const WriteState& write_state) const;
-  // Puts into the journal the checksums of what `entry` says is done up to `value`, where it lacks them.
-  void record_checksums(const char* entry, Index value);
+  // Puts their checksums into the journal, where it lacks them.
+  void record_checksums(const std::vector<const PlannedTensor*>& tensors);
 
   const ConvertPlan& plan_;
   const ConvertInputs& inputs_;

@@ -167,7 +167,7 @@ class Merger {
     report.tp = manifest_.tp;
     Index done = 0;
     for (const Target& target : targets_) {
-      PendingFile out(folder.staging() / target.file->name, rank_permissions());
+      PendingFile out(folder.staging() / target.file->name, common_permissions(ranks_));
       out.reserve(target.file->bytes);
       write_safetensors_header(out, target.file->header);
       for (const TensorInfo& tensor : target.tensors) {
@@ -200,15 +200,6 @@ class Merger {
       fail_input(
           {path, "", "was changed after the shards were written", "checksum " + file.checksum, found, ""});
     }
-  }
-
-  // What the files of all ranks allow.
-  FilePermissions rank_permissions() const {
-    std::filesystem::perms all = std::filesystem::perms::all;
-    for (const SafetensorsFile& file : ranks_) {
-      all &= *permissions_of(file.path());
-    }
-    return all;
   }
 
   const SafetensorsFile& rank(Index index) const { return ranks_[static_cast<std::size_t>(index)]; }

@@ -8,7 +8,9 @@
 #include <system_error>
 #include <utility>
 
+#include "convert/model/config_reader.h"
 #include "formats/error.h"
+#include "formats/files.h"
 #include "formats/hash.h"
 #include "formats/json_text.h"
 #include "formats/mapped_file.h"
@@ -23,16 +25,11 @@ constexpr std::int64_t format_version = 1;
 constexpr std::size_t largest_report = std::size_t{256} << 20U;
 
 Json to_json(const Probe& probe) {
-  Json out = {{"tokens", probe.tokens},
-              {"nats", probe.nats},
-              {"mean_kl", probe.mean_kl},
-              {"rel_logit_error", probe.rel_logit_error},
-              {"layers", Json::array()}};
-  for (const LayerFidelity& layer : probe.layers) {
-    out["layers"].push_back({{"attention_rel_error", layer.attention_rel_error},
-                             {"residual_rel_error", layer.residual_rel_error}});
-  }
-  return out;
+  return {{"tokens", probe.tokens},
+          {"nats", probe.nats},
+          {"mean_kl", probe.mean_kl},
+          {"rel_logit_error", probe.rel_logit_error},
+          {"layers", to_json(probe.layers)}};
 }
 
 Json to_json(const ConversionReport& report) {
@@ -53,76 +50,33 @@ std::string checksum_of(const Json& without_checksum) {
   return relatent::checksum_of(std::as_bytes(std::span<const char>(text)));
 }
 
-// Members of an object, each of which must be what it should.
-class Members {
- public:
-  Members(const std::filesystem::path& path, const Json& object) : path_(path), object_(object) {
-    if (!object.is_object()) {
-      fail_input({path, "", "an entry", "an object", object.type_name(), ""});
-    }
-  }
+// What is not finite has no number in JSON, and is null.
+double number_or_nan(const ConfigReader& in, const char* key) {
+  const bool is_null = in.json().contains(key) && !in.has(key);
+  return is_null ? std::numeric_limits<double>::quiet_NaN() : in.number(key);
+}
 
-  const Json& at(const char* key) const {
-    const auto found = object_.find(key);
-    if (found == object_.end()) {
-      fail_input({path_, "", key, "an entry of that name", "none", ""});
-    }
-    return *found;
+const Json& list(const ConfigReader& in, const char* key) {
+  const Json* found = in.find(key);
+  if (found == nullptr || !found->is_array()) {
+    in.complain(key, "a list");
   }
+  return *found;
+}
 
-  std::string text(const char* key) const {
-    if (!at(key).is_string()) {
-      complain(key, "a string");
-    }
-    return at(key).get<std::string>();
+std::map<std::string, std::string> checksums(const ConfigReader& in, const char* key) {
+  const Json* found = in.find(key);
+  if (found == nullptr || !found->is_object() ||
+      !std::all_of(found->begin(), found->end(), [](const Json& value) { return value.is_string(); })) {
+    in.complain(key, "an object of checksums");
   }
-
-  // What is not finite has no number in JSON, and is null.
-  double number(const char* key) const {
-    const Json& value = at(key);
-    if (value.is_null()) {
-      return std::numeric_limits<double>::quiet_NaN();
-    }
-    if (!value.is_number()) {
-      complain(key, "a number or null");
-    }
-    return value.get<double>();
-  }
-
-  std::map<std::string, std::string> texts(const char* key) const {
-    std::map<std::string, std::string> out;
-    if (!at(key).is_object()) {
-      complain(key, "an object of checksums");
-    }
-    for (const auto& [name, value] : at(key).items()) {
-      if (!value.is_string()) {
-        complain(key, "an object of checksums");
-      }
-      out.emplace(name, value.get<std::string>());
-    }
-    return out;
-  }
-
-  const Json& list(const char* key) const {
-    if (!at(key).is_array()) {
-      complain(key, "a list");
-    }
-    return at(key);
-  }
-
-  [[noreturn]] void complain(const char* key, const std::string& expected) const {
-    fail_input({path_, "", key, expected, at(key).dump(), ""});
-  }
-
- private:
-  const std::filesystem::path& path_;
-  const Json& object_;
-};
+  return found->get<std::map<std::string, std::string>>();
+}
 
 Probe read_probe(const std::filesystem::path& path, const Json& json) {
-  const Members in(path, json);
+  const ConfigReader in(json, path, "probe: ");
   Probe out;
-  for (const Json& id : in.list("tokens")) {
+  for (const Json& id : list(in, "tokens")) {
     if (!id.is_number_unsigned() || !std::in_range<std::int32_t>(id.get<std::uint64_t>())) {
       in.complain("tokens", "a list of token ids");
     }
@@ -131,28 +85,15 @@ Probe read_probe(const std::filesystem::path& path, const Json& json) {
   if (out.tokens.size() < 2 || out.tokens.size() > static_cast<std::size_t>(probe_tokens)) {
     in.complain("tokens", "2 to " + std::to_string(probe_tokens) + " token ids");
   }
-  out.nats = in.number("nats");
-  out.mean_kl = in.number("mean_kl");
-  out.rel_logit_error = in.number("rel_logit_error");
-  for (const Json& entry : in.list("layers")) {
-    const Members layer(path, entry);
-    out.layers.push_back({layer.number("attention_rel_error"), layer.number("residual_rel_error")});
+  out.nats = number_or_nan(in, "nats");
+  out.mean_kl = number_or_nan(in, "mean_kl");
+  out.rel_logit_error = number_or_nan(in, "rel_logit_error");
+  for (const Json& entry : list(in, "layers")) {
+    const ConfigReader layer(entry, path, "probe: layers: ");
+    out.layers.push_back(
+        {number_or_nan(layer, "attention_rel_error"), number_or_nan(layer, "residual_rel_error")});
   }
   return out;
-}
-
-bool is_weights(const std::string& name) {
-  return name.ends_with(".safetensors");
-}
-
-// JSON has no place for other names.
-bool is_utf8(const std::string& text) {
-  try {
-    static_cast<void>(Json(text).dump());
-    return true;
-  } catch (const Json::exception&) {
-    return false;
-  }
 }
 
 }  // namespace
@@ -167,8 +108,8 @@ ConversionReport ConversionReport::read(const std::filesystem::path& path) {
   Json json = read_json_object(path, largest_report);
   ConversionReport out;
   {
-    const Members in(path, json);
-    if (in.at("format_version") != format_version) {
+    const ConfigReader in(json, path);
+    if (const Json* found = in.find("format_version"); found == nullptr || *found != format_version) {
       in.complain("format_version", std::to_string(format_version));
     }
     const std::string expected = in.text("checksum");
@@ -178,17 +119,20 @@ ConversionReport ConversionReport::read(const std::filesystem::path& path) {
       fail_input({path, "", "was changed after it was written", "checksum " + expected, found, ""});
     }
   }
-  const Members in(path, json);
+  const ConfigReader in(json, path);
   out.version = in.text("written_by");
   out.method = in.text("method");
   out.form = in.text("form");
   out.engine = in.text("engine");
   out.dtype = in.text("dtype");
   out.source_config = in.text("source_config");
-  out.files = in.texts("files");
-  out.tensors = in.texts("tensors");
-  if (!in.at("probe").is_null()) {
-    out.probe = read_probe(path, in.at("probe"));
+  out.files = checksums(in, "files");
+  out.tensors = checksums(in, "tensors");
+  if (!json.contains("probe")) {
+    in.complain("probe", "null or an object");
+  }
+  if (const Json* probe = in.find("probe"); probe != nullptr) {
+    out.probe = read_probe(path, *probe);
   }
   return out;
 }
@@ -213,19 +157,16 @@ Probe probe_from(const Sequences& sequences, const Verification& measured) {
           measured.layers};
 }
 
-std::map<std::string, std::string> file_checksums(const std::filesystem::path& folder) {
+std::map<std::string, std::string> file_checksums(const std::filesystem::path& folder,
+                                                  const std::set<std::string>& left_out) {
   std::map<std::string, std::string> out;
-  std::error_code error;
-  std::filesystem::directory_iterator entry(folder, error);
-  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
+  for (const std::filesystem::path& entry : entries_of(folder)) {
+    const std::string name = entry.filename().string();
     std::error_code unreadable;
-    if (!is_weights(name) && name != kReportName && is_utf8(name) && entry->is_regular_file(unreadable)) {
-      out.emplace(name, relatent::checksum_of(entry->path()));
+    if (!name.ends_with(".safetensors") && name != kReportName && !left_out.contains(name) && is_utf8(name) &&
+        std::filesystem::is_regular_file(entry, unreadable)) {
+      out.emplace(name, relatent::checksum_of(entry));
     }
-  }
-  if (error) {
-    fail_system(folder, "cannot list the folder", error.value());
   }
   return out;
 }

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -51,8 +52,9 @@ Sequences sequence_of(const Probe& probe);
 bool fits(const Probe& probe, const ModelConfig& config);
 Probe probe_from(const Sequences& sequences, const Verification& measured);
 
-// Checksums of the folder's regular files but weights and report, by name. Throws Error (input, machine) as
-// reading them does.
-std::map<std::string, std::string> file_checksums(const std::filesystem::path& folder);
+// Checksums of the folder's regular files but weights, report and those left out, by name. Throws Error
+// (input, machine) as reading them does.
+std::map<std::string, std::string> file_checksums(const std::filesystem::path& folder,
+                                                  const std::set<std::string>& left_out = {});
 
 }  // namespace relatent

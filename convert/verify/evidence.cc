@@ -49,7 +49,8 @@ Json to_json(const Evidence& evidence) {
 }
 
 Evidence from_findings(std::vector<std::string> findings) {
-  return {findings.empty() ? Outcome::passed : Outcome::failed, std::move(findings)};
+  const Outcome outcome = outcome_of(findings);
+  return {outcome, std::move(findings)};
 }
 
 // "the first of them (and 3 more)"
@@ -63,6 +64,10 @@ bool is_lossless(const std::optional<ConversionReport>& report) {
 }
 
 }  // namespace
+
+Outcome outcome_of(const std::vector<std::string>& findings) {
+  return findings.empty() ? Outcome::passed : Outcome::failed;
+}
 
 double rounding_error(DType dtype) {
   // Measured of lossless conversions of a llama, a qwen2 and SmolLM2-135M: at most 1.0e-6, 1.4e-4 and 1.6e-3.

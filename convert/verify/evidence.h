@@ -14,6 +14,9 @@ namespace relatent {
 
 enum class Outcome { passed, failed, not_checked };
 
+// Passed where there is nothing to say.
+Outcome outcome_of(const std::vector<std::string>& findings);
+
 struct Evidence {
   Outcome outcome = Outcome::passed;
   // A sentence for everything that failed, or why it was not checked.

@@ -13,6 +13,7 @@
 
 #include "formats/checkpoint.h"
 #include "formats/error.h"
+#include "formats/files.h"
 #include "formats/hash.h"
 #include "formats/mapped_file.h"
 #include "formats/safetensors.h"
@@ -142,17 +143,18 @@ void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& 
 }
 
 // Tokenizer, chat template and whatever else goes along.
-void check_side_files(const Checkpoint& from, const Checkpoint& to, std::vector<std::string>& findings) {
-  for (const std::filesystem::path& file : from.linked_side_files()) {
-    const std::filesystem::path copy = to.path() / file.filename();
-    if (file.filename() == kReportName) {
+void check_side_files(const Checkpoint& from, const Checkpoint& to, const std::set<std::string>& names,
+                      std::vector<std::string>& findings) {
+  for (const std::string& name : names) {
+    const std::filesystem::path copy = to.path() / name;
+    if (name == kReportName) {
       continue;
     }
     if (!std::filesystem::exists(copy)) {
       findings.push_back(copy.string() + ": is missing; the source has it");
       continue;
     }
-    const MappedFile a = MappedFile::open(file);
+    const MappedFile a = MappedFile::open(from.path() / name);
     const MappedFile b = MappedFile::open(copy);
     if (!std::ranges::equal(a.bytes(), b.bytes())) {
       findings.push_back(copy.string() + ": is not the source's");
@@ -160,14 +162,11 @@ void check_side_files(const Checkpoint& from, const Checkpoint& to, std::vector<
   }
 }
 
-// Configuration, code and side files as convert left them.
-void check_written_files(const Checkpoint& from, const Checkpoint& to, const ConversionReport& report,
+// Configuration and code as convert left them.
+void check_written_files(const Checkpoint& from, const Checkpoint& to,
+                         const std::set<std::string>& side_files, const ConversionReport& report,
                          std::vector<std::string>& findings) {
-  const std::map<std::string, std::string> found = file_checksums(to.path());
-  std::set<std::string> side_files;
-  for (const std::filesystem::path& file : from.linked_side_files()) {
-    side_files.insert(file.filename().string());
-  }
+  const std::map<std::string, std::string> found = file_checksums(to.path(), side_files);
   for (const auto& [name, checksum] : report.files) {
     const auto there = found.find(name);
     if (side_files.contains(name)) {
@@ -192,9 +191,10 @@ bool ends_with_any(const std::string& name, const Endings& endings) {
 }
 
 // Files beside the checkpoint that some engine would load although they belong to nothing.
-void check_strays(const Checkpoint& from, const Checkpoint& to, const std::optional<ConversionReport>& report,
-                  std::vector<std::string>& findings) {
-  std::set<std::string> known = {kReportName};
+void check_strays(const Checkpoint& to, const std::set<std::string>& side_files,
+                  const std::optional<ConversionReport>& report, std::vector<std::string>& findings) {
+  std::set<std::string> known = side_files;
+  known.insert(kReportName);
   for (const SafetensorsFile& file : to.files()) {
     known.insert(file.path().filename().string());
   }
@@ -204,36 +204,25 @@ void check_strays(const Checkpoint& from, const Checkpoint& to, const std::optio
       known.insert(to.index_path()->filename().string());
     }
   }
-  for (const std::filesystem::path& file : from.linked_side_files()) {
-    known.insert(file.filename().string());
-  }
   if (report) {
     for (const auto& [name, checksum] : report->files) {
       known.insert(name);
     }
   }
-  std::vector<std::string> strays;
-  std::error_code error;
-  std::filesystem::directory_iterator entry(to.path(), error);
-  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
-    const std::string name = entry->path().filename().string();
+  for (const std::filesystem::path& entry : entries_of(to.path())) {
+    const std::string name = entry.filename().string();
     const bool adapter = name.starts_with("adapter_");
     const bool loaded = ends_with_any(name, loaded_endings) || (report && name.ends_with(".py"));
     const bool harmless =
         !report && !adapter && !name.ends_with(".index.json") && ends_with_any(name, side_endings);
     // transformers takes generation code and chat templates out of folders.
     std::error_code unreadable;
-    const bool folder = entry->is_directory(unreadable) &&
+    const bool folder = std::filesystem::is_directory(entry, unreadable) &&
                         (report || name == "custom_generate" || name == "additional_chat_templates");
     if (!name.starts_with('.') && (folder || (loaded && !harmless)) && !known.contains(name)) {
-      strays.push_back(entry->path().string() + ": belongs to nothing here, and an engine may load it");
+      findings.push_back(entry.string() + ": belongs to nothing here, and an engine may load it");
     }
   }
-  if (error) {
-    fail_system(to.path(), "cannot list the folder", error.value());
-  }
-  std::sort(strays.begin(), strays.end());
-  findings.insert(findings.end(), strays.begin(), strays.end());
 }
 
 void check_config(const Model& source, const Model& converted, std::vector<std::string>& findings) {
@@ -294,12 +283,16 @@ Structure check_structure(const Model& source, const Model& converted,
   const auto* from = dynamic_cast<const Checkpoint*>(&source.checkpoint());
   const auto* to = dynamic_cast<const Checkpoint*>(&converted.checkpoint());
   if (from != nullptr && to != nullptr) {
-    check_side_files(*from, *to, out.findings);
+    std::set<std::string> side_files;
+    for (const std::filesystem::path& file : from->linked_side_files()) {
+      side_files.insert(file.filename().string());
+    }
+    check_side_files(*from, *to, side_files, out.findings);
     check_config(source, converted, out.findings);
     if (report) {
-      check_written_files(*from, *to, *report, out.findings);
+      check_written_files(*from, *to, side_files, *report, out.findings);
     }
-    check_strays(*from, *to, report, out.findings);
+    check_strays(*to, side_files, report, out.findings);
   }
   return out;
 }

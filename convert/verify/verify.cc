@@ -113,6 +113,15 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
   return out;
 }
 
+nlohmann::ordered_json to_json(const std::vector<LayerFidelity>& layers) {
+  nlohmann::ordered_json out = nlohmann::ordered_json::array();
+  for (const LayerFidelity& layer : layers) {
+    out.push_back({{"attention_rel_error", layer.attention_rel_error},
+                   {"residual_rel_error", layer.residual_rel_error}});
+  }
+  return out;
+}
+
 nlohmann::ordered_json to_json(const DeviceVerification& v) {
   return {{"tp", v.tp},
           {"rel_logit_error", v.logits.rel_logit_error},
@@ -141,11 +150,7 @@ nlohmann::ordered_json to_json(const Verification& v) {
     cache["per_device"][tp] = {{"source", or_null(v.source_per_device[i])},
                                {"converted", or_null(v.converted_per_device[i])}};
   }
-  out["layers"] = nlohmann::ordered_json::array();
-  for (const LayerFidelity& layer : v.layers) {
-    out["layers"].push_back({{"attention_rel_error", layer.attention_rel_error},
-                             {"residual_rel_error", layer.residual_rel_error}});
-  }
+  out["layers"] = to_json(v.layers);
   return out;
 }
 

@@ -53,6 +53,8 @@ struct DeviceVerification {
 DeviceVerification verify_devices(const Model& converted, const Sequences& sequences, Index tp,
                                   const LayerProgress& progress);
 
+// A list of objects with both errors of every layer.
+nlohmann::ordered_json to_json(const std::vector<LayerFidelity>& layers);
 // The fields of `verify --json`.
 nlohmann::ordered_json to_json(const Verification& verification);
 nlohmann::ordered_json to_json(const DeviceVerification& verification);

@@ -22,13 +22,7 @@ const std::vector<std::string>& names() {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace relatent;
-  const fuzz::Files files = fuzz::split_files(fuzz::text_of(data, size), names());
-  for (const std::string& name : names()) {
-    std::filesystem::remove(fuzz::folder() / name);
-  }
-  for (const auto& [name, bytes] : files) {
-    fuzz::put(name, bytes);
-  }
+  fuzz::put_files(fuzz::split_files(fuzz::text_of(data, size), names()), names());
   fuzz::reads([&] {
     const Checkpoint checkpoint = Checkpoint::open(fuzz::folder());
     static_cast<void>(checkpoint.index_path());
@@ -51,7 +45,5 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
-  using namespace relatent;
-  const std::string out = fuzz::mutated_files(fuzz::text_of(data, size), names(), max_size, seed);
-  return fuzz::hand_over(out, data, max_size);
+  return relatent::fuzz::mutate_files(data, size, max_size, seed, names());
 }

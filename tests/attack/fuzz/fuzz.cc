@@ -283,6 +283,16 @@ std::string join_files(const Files& files) {
   return out;
 }
 
+void put_files(const Files& files, const std::vector<std::string>& names) {
+  for (const std::string& name : names) {
+    if (const auto found = files.find(name); found != files.end()) {
+      put(name, found->second);
+    } else {
+      std::filesystem::remove(folder() / name);
+    }
+  }
+}
+
 Json any_json(std::string_view text) {
   constexpr int deepest = 80;
   return Json::parse(
@@ -343,6 +353,11 @@ std::size_t hand_over(std::string_view text, std::uint8_t* data, std::size_t max
   const std::size_t size = std::min(text.size(), max_size);
   std::memcpy(data, text.data(), size);
   return size;
+}
+
+std::size_t mutate_files(std::uint8_t* data, std::size_t size, std::size_t max_size, unsigned seed,
+                         const std::vector<std::string>& names) {
+  return hand_over(mutated_files(text_of(data, size), names, max_size, seed), data, max_size);
 }
 
 }  // namespace relatent::fuzz

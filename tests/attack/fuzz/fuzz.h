@@ -70,6 +70,8 @@ bool reads(const Work& work, bool usage = false) {
 using Files = std::map<std::string, std::string>;
 Files split_files(std::string_view input, const std::vector<std::string>& names);
 std::string join_files(const Files& files);
+// Puts those that are there into the private folder, and removes the others of these names.
+void put_files(const Files& files, const std::vector<std::string>& names);
 
 // The value of a JSON text, without what is nested so deeply that the library's recursion would not come back
 // from it; discarded where the text is no JSON.
@@ -87,6 +89,9 @@ std::string mutated_files(std::string_view input, const std::vector<std::string>
                           unsigned seed);
 // Copies a mutation to where libFuzzer wants it, cut to max_size; its size.
 std::size_t hand_over(std::string_view text, std::uint8_t* data, std::size_t max_size);
+// All of what a target's mutator does to an input of several files.
+std::size_t mutate_files(std::uint8_t* data, std::size_t size, std::size_t max_size, unsigned seed,
+                         const std::vector<std::string>& names);
 // True for seven of eight seeds: where putting right what guards a file is worth more than what that hides.
 inline bool repairs(unsigned seed) {
   return seed % 8 != 0;

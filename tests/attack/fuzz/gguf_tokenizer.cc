@@ -19,13 +19,7 @@ const std::vector<std::string>& names() {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace relatent;
   const fuzz::Files files = fuzz::split_files(fuzz::text_of(data, size), names());
-  for (const std::string& name : names()) {
-    if (const auto found = files.find(name); found != files.end()) {
-      fuzz::put(name, found->second);
-    } else {
-      std::filesystem::remove(fuzz::folder() / name);
-    }
-  }
+  fuzz::put_files(files, names());
   for (const char* pre : {"", "llama-bpe"}) {
     fuzz::reads([&] {
       const nlohmann::ordered_json config =
@@ -43,7 +37,5 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
-  using namespace relatent;
-  const std::string out = fuzz::mutated_files(fuzz::text_of(data, size), names(), max_size, seed);
-  return fuzz::hand_over(out, data, max_size);
+  return relatent::fuzz::mutate_files(data, size, max_size, seed, names());
 }

@@ -29,7 +29,5 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
-  using namespace relatent;
-  const std::string out = fuzz::mutated_files(fuzz::text_of(data, size), names(), max_size, seed);
-  return fuzz::hand_over(out, data, max_size);
+  return relatent::fuzz::mutate_files(data, size, max_size, seed, names());
 }
