@@ -78,6 +78,13 @@ std::string to_string(const CacheShape& shape) {
   return std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
 }
 
+std::string Engine::why_not_source(const ModelConfig& source) const {
+  if (source.experts) {
+    return "its layout has no place for a mixture of experts";
+  }
+  return "";
+}
+
 ModelConfig Engine::written_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
                                    const LatentShape& shape, DType dtype) const {
   const std::filesystem::path nowhere = "config.json";
@@ -93,17 +100,19 @@ std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reo
   return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
 }
 
-std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form) {
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form, const ModelConfig* source) {
   for (std::unique_ptr<Engine>& engine : all_engines()) {
     if (engine->name() != name) {
       continue;
     }
     const EngineTraits traits = engine->traits();
-    if (traits.forms.empty() ||
-        std::find(traits.forms.begin(), traits.forms.end(), form) != traits.forms.end()) {
-      return std::move(engine);
+    const bool has_form = traits.forms.empty() ||
+                          std::find(traits.forms.begin(), traits.forms.end(), form) != traits.forms.end();
+    if (traits.instead.empty()) {
+      return has_form ? std::move(engine) : nullptr;
     }
-    return traits.other_forms.empty() ? nullptr : make_engine(traits.other_forms, form);
+    const bool holds = source == nullptr || engine->why_not_source(*source).empty();
+    return has_form && holds ? std::move(engine) : make_engine(traits.instead, form, source);
   }
   return nullptr;
 }

@@ -36,7 +36,7 @@ inline constexpr std::array<CacheShape, 2> served_shapes = {{{512, 64}, {256, 64
 // What an engine's layout can hold.
 struct EngineTraits {
   std::vector<std::string_view> forms;  // that it has a layout for; none: any
-  std::string_view other_forms{};       // the engine that writes the others instead; empty: none does
+  std::string_view instead{};           // the engine that writes other forms and sources; empty: none does
   bool any_frequencies = true;          // else base^(-2i/p), pairs in order
   std::optional<double> fixed_base{};   // of the plain list; none = the config's
   bool query_bias = true;               // has a place for a query bias that the source does not have
@@ -80,6 +80,9 @@ class Engine {
   // how large they are.
   virtual std::string_view family() const = 0;
   virtual EngineTraits traits() const = 0;
+  // Why the engine's layout cannot hold what the source has around its latents, whatever their sizes: a
+  // sentence, empty when it can. Here: everything that plain Llama and DeepSeek models do not have.
+  virtual std::string why_not_source(const ModelConfig& source) const;
   // Why the engine's layout cannot hold the shape: a sentence, empty when it can.
   virtual std::string why_not(const ModelConfig& /*source*/, const LatentShape& /*shape*/) const {
     return "";
@@ -114,8 +117,11 @@ class Engine {
   virtual std::vector<std::string> readers(const ModelConfig& /*config*/) const { return {}; }
 };
 
-// The engine of that name for a form; nullptr when there is no engine of that name, or none for that form.
-std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form);
+// The engine of that name for a form and a source (none: one that every layout holds), or the one that its
+// traits name instead; nullptr when there is no engine of that name, or none for that form. An engine without
+// another instead is returned for sources that it cannot hold too: why_not_source says why.
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form,
+                                    const ModelConfig* source = nullptr);
 // Those for which `has` is true of their traits, all of them without; in the order in which they are listed.
 std::vector<std::string> engine_names(bool (*has)(const EngineTraits&) = nullptr);
 // Engine::readers of every engine of the config's family.

@@ -48,6 +48,8 @@ class RelatentEngine final : public Engine {
 
   EngineTraits traits() const override { return {.forms = {}, .pads_latent = true, .any_cache_shape = true}; }
 
+  std::string why_not_source(const ModelConfig& /*source*/) const override { return ""; }
+
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,
               const Rotary& rotary, DType dtype) const override {
     Json out;

@@ -20,7 +20,7 @@ class TransformersEngine final : public Engine {
   EngineTraits traits() const override {
     return {.forms = {"mla"},
             // What stock transformers has no class for is run by the code that goes with our own layout.
-            .other_forms = "relatent",
+            .instead = "relatent",
             .query_bias = false,
             .own_coordinates = 1,
             .pads_latent = true};

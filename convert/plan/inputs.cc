@@ -36,11 +36,8 @@ void check_sizes(const CalibrationFile& calibration, const Model& source) {
 }  // namespace
 
 ConvertInputs open_inputs(const ConvertOptions& options) {
-  ConvertInputs out{Model::open(options.source),
-                    make_engine(options.engine, options.form),
-                    {},
-                    find_form(options.form),
-                    {}};
+  ConvertInputs out{Model::open(options.source), nullptr, {}, find_form(options.form), {}};
+  out.engine = make_engine(options.engine, options.form, &out.source.config());
   static_cast<void>(out.source.folder("converted"));
   if (out.form == nullptr) {
     fail_usage("--to " + options.form + " is not one of: " + join_words(form_names(), "or"));
@@ -50,6 +47,9 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
     const bool known = std::find(names.begin(), names.end(), options.engine) != names.end();
     fail_usage(known ? "--engine " + options.engine + " has no layout for --to " + options.form
                      : "--engine " + options.engine + " is not one of: " + join_words(names, "or"));
+  }
+  if (const std::string why = out.engine->why_not_source(out.source.config()); !why.empty()) {
+    fail_usage("--engine " + options.engine + ": " + why + ", which --engine relatent has");
   }
   if (!out.engine->traits().single_file) {
     // Refuses links out of the checkpoint before anything is done.

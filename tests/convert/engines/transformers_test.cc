@@ -316,6 +316,23 @@ TEST(TransformersEngine, ConfigIsWhatDeepseekV3Needs) {
   EXPECT_FLOAT_EQ(back.attention.front().scale, 1 / std::sqrt(11.0F));
 }
 
+TEST(Engine, FollowsTheSource) {
+  ModelConfig source;
+  EXPECT_EQ(make_engine("transformers", "mla", &source)->name(), "transformers");
+  source.experts = testing_support::tiny_experts();
+  EXPECT_EQ(make_engine("transformers", "mla", &source)->name(), "relatent");
+  EXPECT_EQ(make_engine("transformers", "gla", &source)->name(), "relatent");
+  // One that was asked for by name says why rather than stand aside.
+  for (const char* name : {"deepseek", "gguf"}) {
+    const std::unique_ptr<Engine> engine = make_engine(name, "mla", &source);
+    ASSERT_NE(engine, nullptr);
+    EXPECT_EQ(engine->name(), name);
+    EXPECT_NE(engine->why_not_source(source).find("mixture of experts"), std::string::npos);
+  }
+  EXPECT_EQ(make_engine("relatent", "mla")->why_not_source(source), "");
+  EXPECT_EQ(make_engine("deepseek", "gla", &source), nullptr);
+}
+
 TEST(Engine, IsFoundByName) {
   ASSERT_NE(make_engine("transformers", "mla"), nullptr);
   EXPECT_EQ(make_engine("transformers", "mla")->name(), "transformers");

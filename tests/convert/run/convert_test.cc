@@ -288,6 +288,19 @@ TEST_F(Convert, ExpertsAreCarriedAndPredictionLayersLeftOut) {
   }
 }
 
+TEST_F(Convert, EnginesRefuseASourceThatTheyHaveNoPlaceFor) {
+  ConvertOptions options =
+      write(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}));
+  for (const char* engine : {"deepseek", "gguf"}) {
+    options.engine = engine;
+    expect_error(ErrorKind::usage,
+                 {std::string("--engine ") + engine, "mixture of experts", "--engine relatent"},
+                 [&] { Conversion{options}; });
+  }
+  options.engine = "transformers";
+  EXPECT_EQ(open_inputs(options).engine->name(), "relatent");
+}
+
 // As a fresh model has them.
 TEST_F(Convert, BiasesMayBeZero) {
   TinyModel model = tiny_model({.model_type = "qwen2"});
