@@ -27,7 +27,9 @@ using hdf5::Reading;
 using hdf5::Writing;
 
 constexpr std::string_view kFormat = "relatent-calibration";
-constexpr std::int64_t kFormatVersion = 3;
+// The first version with moments of normalised heads, which only files that hold them are of.
+constexpr std::int64_t kNormedHeads = 4;
+constexpr std::int64_t kFormatVersion = 4;
 // The first version whose datasets have checksums.
 constexpr std::int64_t kChecksums = 2;
 // The first version with a checksum that binds these, and the attributes, together.
@@ -50,16 +52,53 @@ DatasetShape tokens_shape(std::int64_t count, std::int64_t length) {
   return {H5T_STD_I32LE, "int32", {count, length}};
 }
 
-struct LayerShapes {
-  DatasetShape second_moment;
-  DatasetShape mean;
-  DatasetShape distance_mass;
+struct LayerDataset {
+  std::string name;
+  DatasetShape shape;
+  std::vector<std::string_view> dimensions;
+  std::string unit;
 };
 
-LayerShapes layer_shapes(const CalibrationHeader& header, std::int64_t length) {
-  return {{H5T_IEEE_F64LE, "float64", {header.hidden_size, header.hidden_size}},
-          {H5T_IEEE_F64LE, "float64", {header.hidden_size}},
-          {H5T_IEEE_F64LE, "float64", {header.num_attention_heads, length}}};
+bool has_normed_heads(const CalibrationHeader& header) {
+  return header.head_dim > 0;
+}
+
+// Calls body(dataset, values) for all datasets of a layer, in the order in which they are written. moments
+// has normed_heads where the header says so.
+template <typename Moments, typename Body>
+void for_datasets(const CalibrationHeader& header, std::int64_t length, Moments& moments, const Body& body) {
+  const auto floats = [](std::vector<std::int64_t> sizes) {
+    return DatasetShape{H5T_IEEE_F64LE, "float64", std::move(sizes)};
+  };
+  const std::int64_t hidden = header.hidden_size;
+  const std::int64_t heads = header.num_attention_heads;
+  body(
+      LayerDataset{
+          "second_moment", floats({hidden, hidden}), {"hidden", "hidden"}, "square of the normed input"},
+      moments.second_moment);
+  body(LayerDataset{"mean", floats({hidden}), {"hidden"}, "normed input"}, moments.mean);
+  body(LayerDataset{"distance_mass", floats({heads, length}), {"head", "distance"}, "probability"},
+       moments.distance_mass);
+  if (!has_normed_heads(header)) {
+    return;
+  }
+  auto& normed = *moments.normed_heads;
+  const std::int64_t d = header.head_dim;
+  const std::int64_t keys = header.num_key_value_heads * d;
+  const std::string unit = "normalised key or value";
+  body(LayerDataset{"feature_moment", floats({2 * keys, 2 * keys}), {"feature", "feature"}, "square of one"},
+       normed.feature_moment);
+  body(LayerDataset{"feature_mean", floats({2 * keys}), {"feature"}, unit}, normed.feature_mean);
+  body(
+      LayerDataset{
+          "query_moment", floats({heads * d, d}), {"query", "head_dim"}, "square of a normalised query"},
+      normed.query_moment);
+  body(LayerDataset{"query_mean", floats({heads * d}), {"query"}, "normalised query"}, normed.query_mean);
+  body(LayerDataset{"normed_cross",
+                    floats({heads * d + keys, hidden}),
+                    {"query or key", "hidden"},
+                    "normalised query or key times normed input"},
+       normed.cross);
 }
 
 // The beginning of what the file's own checksum is over; the checksums of the datasets, each in its place,
@@ -69,37 +108,81 @@ void hash_header(const CalibrationHeader& header, Hasher& bound) {
        {header.source_fingerprint, header.source_config, header.model_type, header.compute}) {
     bound.add_text(text);
   }
-  for (const std::int64_t number :
-       {header.hidden_size, header.num_hidden_layers, header.num_attention_heads}) {
+  std::vector<std::int64_t> numbers = {header.hidden_size, header.num_hidden_layers,
+                                       header.num_attention_heads};
+  if (has_normed_heads(header)) {
+    numbers.insert(numbers.end(), {header.num_key_value_heads, header.head_dim});
+  }
+  for (const std::int64_t number : numbers) {
     bound.add_number(static_cast<std::uint64_t>(number));
   }
+}
+
+// What is wrong with a second moment and the mean beside it, as a clause; empty when nothing is.
+std::string why_no_moment(const MatrixD& second, const VectorD& mean, const std::string& second_name,
+                          const std::string& mean_name) {
+  if (second != second.transpose()) {
+    return second_name + " is not symmetric";
+  }
+  const VectorD limit = second.diagonal() * (1 + kRounding);
+  if (limit.size() > 0 && limit.minCoeff() < 0) {
+    return second_name + " has a negative diagonal";
+  }
+  // |E[x_i x_j]|² <= E[x_i²] E[x_j²], and E[x_i]² <= E[x_i²].
+  for (Index j = 0; j < second.cols(); ++j) {
+    if ((second.col(j).array().square() > limit.array() * limit(j)).any()) {
+      return second_name + " has an entry above what its diagonal allows";
+    }
+  }
+  if ((mean.array().square() > limit.array()).any()) {
+    return mean_name + " is above what " + second_name + " allows";
+  }
+  return "";
+}
+
+std::string why_no_normed_heads(const NormedHeadMoments& moments, const VectorD& input_square) {
+  std::string wrong =
+      why_no_moment(moments.feature_moment, moments.feature_mean, "feature_moment", "feature_mean");
+  const Index d = moments.query_moment.cols();
+  const Index queries = moments.query_moment.rows();
+  VectorD square(moments.cross.rows());
+  square.tail(square.size() - queries) = moments.feature_moment.diagonal().head(square.size() - queries);
+  for (Index first = 0; first < queries && wrong.empty(); first += d) {
+    const MatrixD of_head = moments.query_moment.middleRows(first, d);
+    wrong = why_no_moment(of_head, moments.query_mean.segment(first, d), "query_moment", "query_mean");
+    square.segment(first, d) = of_head.diagonal();
+  }
+  for (Index j = 0; j < moments.cross.cols() && wrong.empty(); ++j) {
+    const double limit = input_square(j) * (1 + kRounding);
+    if ((moments.cross.col(j).array().square() > square.array() * limit).any()) {
+      wrong = "normed_cross has an entry above what the second moments allow";
+    }
+  }
+  return wrong;
 }
 
 // What is wrong with numbers that are to be moments and shares, as a clause; empty when nothing is. Whoever
 // changes a file may put a checksum beside what they like.
 std::string why_no_moments(const LayerMoments& moments) {
-  const MatrixD& second = moments.second_moment;
-  if (second != second.transpose()) {
-    return "second_moment is not symmetric";
-  }
-  const VectorD limit = second.diagonal() * (1 + kRounding);
-  if (limit.size() > 0 && limit.minCoeff() < 0) {
-    return "second_moment has a negative diagonal";
-  }
-  // |E[x_i x_j]|² <= E[x_i²] E[x_j²], and E[x_i]² <= E[x_i²].
-  for (Index j = 0; j < second.cols(); ++j) {
-    if ((second.col(j).array().square() > limit.array() * limit(j)).any()) {
-      return "second_moment has an entry above what its diagonal allows";
-    }
-  }
-  if ((moments.mean.array().square() > limit.array()).any()) {
-    return "mean is above what second_moment allows";
+  if (std::string wrong = why_no_moment(moments.second_moment, moments.mean, "second_moment", "mean");
+      !wrong.empty()) {
+    return wrong;
   }
   const VectorD sums = moments.distance_mass.rowwise().sum();
   if (moments.distance_mass.minCoeff() < 0 || ((sums.array() - 1).abs() > 1e-3).any()) {
     return "distance_mass has a row that is no distribution";
   }
-  return "";
+  return moments.normed_heads ? why_no_normed_heads(*moments.normed_heads, moments.second_moment.diagonal())
+                              : "";
+}
+
+// Room for what a layer of this header has.
+LayerMoments empty_layer(const CalibrationHeader& header) {
+  LayerMoments out;
+  if (has_normed_heads(header)) {
+    out.normed_heads.emplace();
+  }
+  return out;
 }
 
 // Nothing notices damage to the metadata of an older file, and libhdf5 does not survive all that it then
@@ -136,9 +219,16 @@ struct CalibrationWriter::Impl {
     bound.add_text(values.hexadecimal());
   }
 
-  void write_matrix(const Handle& dataset, const MatrixD& values, const std::string& name) {
+  void write(const Handle& dataset, const MatrixD& values, const std::string& name) {
     Hasher hasher;
     writing.require(hdf5::write_matrix(dataset.get(), values, hasher), name);
+    add_checksum(dataset, hasher);
+  }
+  void write(const Handle& dataset, const VectorD& values, const std::string& name) {
+    writing.require(
+        H5Dwrite(dataset.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data()) >= 0, name);
+    Hasher hasher;
+    hasher.add(bytes_of(values));
     add_checksum(dataset, hasher);
   }
 
@@ -168,7 +258,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   impl_->file = writing.create_file();
   const hid_t file = impl_->file.get();
   writing.add_text(file, "format", kFormat);
-  writing.add_number(file, "format_version", kFormatVersion);
+  writing.add_number(file, "format_version", has_normed_heads(header) ? kNormedHeads : kBound);
   writing.add_text(file, "creator", kCreator);
   writing.add_text(file, "source_fingerprint", header.source_fingerprint);
   writing.add_text(file, "source_config", header.source_config);
@@ -176,6 +266,10 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   writing.add_number(file, "hidden_size", header.hidden_size);
   writing.add_number(file, "num_hidden_layers", header.num_hidden_layers);
   writing.add_number(file, "num_attention_heads", header.num_attention_heads);
+  if (has_normed_heads(header)) {
+    writing.add_number(file, "num_key_value_heads", header.num_key_value_heads);
+    writing.add_number(file, "head_dim", header.head_dim);
+  }
   writing.add_text(file, "compute", header.compute);
   hash_header(header, impl_->bound);
 
@@ -199,13 +293,13 @@ void CalibrationWriter::add_layer(const LayerMoments& moments) {
     throw std::logic_error("calibration store: a layer more than the header says");
   }
   require_shape(moments.tokens > 0, "a layer is over no tokens");
-  require_shape(moments.second_moment.rows() == header.hidden_size &&
-                    moments.second_moment.cols() == header.hidden_size,
-                "second_moment does not fit the header");
-  require_shape(moments.mean.size() == header.hidden_size, "mean does not fit the header");
-  require_shape(moments.distance_mass.rows() == header.num_attention_heads &&
-                    moments.distance_mass.cols() == impl_->length,
-                "distance_mass does not fit the header");
+  require_shape(moments.normed_heads.has_value() == has_normed_heads(header),
+                "moments of normalised heads do not fit the header");
+  for_datasets(header, impl_->length, moments, [](const LayerDataset& dataset, const auto& values) {
+    const std::vector<std::int64_t>& sizes = dataset.shape.dimensions;
+    require_shape(values.rows() == sizes.front() && values.cols() == (sizes.size() > 1 ? sizes.back() : 1),
+                  (dataset.name + " does not fit the header").c_str());
+  });
 
   const LibraryLock lock;
   const Writing& writing = impl_->writing;
@@ -213,20 +307,11 @@ void CalibrationWriter::add_layer(const LayerMoments& moments) {
   const Handle layer = writing.add_group(impl_->layers.get(), layer_name(impl_->next_layer));
   writing.add_number(layer.get(), "tokens", moments.tokens);
   impl_->bound.add_number(static_cast<std::uint64_t>(moments.tokens));
-  const LayerShapes shapes = layer_shapes(header, impl_->length);
-  const Handle second_moment = writing.add_dataset(layer.get(), "second_moment", shapes.second_moment,
-                                                   {"hidden", "hidden"}, "square of the normed input");
-  impl_->write_matrix(second_moment, moments.second_moment, name + "/second_moment");
-  const Handle mean = writing.add_dataset(layer.get(), "mean", shapes.mean, {"hidden"}, "normed input");
-  writing.require(
-      H5Dwrite(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0,
-      name + "/mean");
-  Hasher hasher;
-  hasher.add(bytes_of(moments.mean));
-  impl_->add_checksum(mean, hasher);
-  const Handle distance_mass = writing.add_dataset(layer.get(), "distance_mass", shapes.distance_mass,
-                                                   {"head", "distance"}, "probability");
-  impl_->write_matrix(distance_mass, moments.distance_mass, name + "/distance_mass");
+  for_datasets(header, impl_->length, moments, [&](const LayerDataset& dataset, const auto& values) {
+    const Handle handle =
+        writing.add_dataset(layer.get(), dataset.name, dataset.shape, dataset.dimensions, dataset.unit);
+    impl_->write(handle, values, name + "/" + dataset.name);
+  });
   ++impl_->next_layer;
 }
 
@@ -254,9 +339,19 @@ struct CalibrationFile::Impl {
     file.close();
   }
 
-  Handle dataset(std::int64_t layer_idx, const Handle& layer, const std::string& name,
-                 const DatasetShape& shape) const {
-    return reading.dataset(layer.get(), name, layer_path(layer_idx) + "/" + name, shape);
+  Handle dataset(std::int64_t layer_idx, const Handle& layer, const LayerDataset& dataset) const {
+    return reading.dataset(layer.get(), dataset.name, layer_path(layer_idx) + "/" + dataset.name,
+                           dataset.shape);
+  }
+
+  static bool read(const Handle& dataset, MatrixD& values, Hasher& hasher) {
+    return hdf5::read_matrix(dataset.get(), values, hasher);
+  }
+  static bool read(const Handle& dataset, VectorD& values, Hasher& hasher) {
+    const bool done =
+        H5Dread(dataset.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, values.data()) >= 0;
+    hasher.add(bytes_of(values));
+    return done;
   }
 
   Handle layer_group(std::int64_t layer_idx) const {
@@ -309,6 +404,10 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   header.hidden_size = reading.number(file, "hidden_size", 1);
   header.num_hidden_layers = reading.number(file, "num_hidden_layers", 1);
   header.num_attention_heads = reading.number(file, "num_attention_heads", 1);
+  if (version >= kNormedHeads) {
+    header.num_key_value_heads = reading.number(file, "num_key_value_heads", 1);
+    header.head_dim = reading.number(file, "head_dim", 1);
+  }
   header.compute = reading.text(file, "compute");
   Hasher bound;
   hash_header(header, bound);
@@ -328,13 +427,12 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   bind(reading.dataset(file, "tokens", "/tokens", tokens_shape(impl->count, impl->length)));
 
   impl->layers = reading.group(file, "layers", "/layers");
-  const LayerShapes shapes = layer_shapes(header, impl->length);
   for (std::int64_t i = 0; i < header.num_hidden_layers; ++i) {
     const Handle layer = impl->layer_group(i);
     bound.add_number(static_cast<std::uint64_t>(reading.number(layer.get(), "tokens", 1)));
-    bind(impl->dataset(i, layer, "second_moment", shapes.second_moment));
-    bind(impl->dataset(i, layer, "mean", shapes.mean));
-    bind(impl->dataset(i, layer, "distance_mass", shapes.distance_mass));
+    LayerMoments nothing = empty_layer(header);
+    for_datasets(header, impl->length, nothing,
+                 [&](const LayerDataset& dataset, const auto&) { bind(impl->dataset(i, layer, dataset)); });
   }
   if (version >= kBound) {
     const std::string expected = reading.text(file, "checksum");
@@ -384,38 +482,29 @@ LayerMoments CalibrationFile::layer(std::int64_t layer_idx) const {
   const LibraryLock lock;
   const Reading& reading = impl_->reading;
   const CalibrationHeader& header = impl_->header;
-  const LayerShapes shapes = layer_shapes(header, impl_->length);
   const Handle layer = impl_->layer_group(layer_idx);
-  // All three fit into the file before any is allocated.
-  const Handle second_moment = impl_->dataset(layer_idx, layer, "second_moment", shapes.second_moment);
-  const Handle mean = impl_->dataset(layer_idx, layer, "mean", shapes.mean);
-  const Handle distance_mass = impl_->dataset(layer_idx, layer, "distance_mass", shapes.distance_mass);
-  LayerMoments moments;
+  LayerMoments moments = empty_layer(header);
   moments.tokens = reading.number(layer.get(), "tokens", 1);
-  moments.second_moment.resize(header.hidden_size, header.hidden_size);
-  moments.mean.resize(header.hidden_size);
-  moments.distance_mass.resize(header.num_attention_heads, impl_->length);
-  const auto check = [&](bool was_read, const auto& values, const Handle& dataset, const char* name,
-                         const Hasher& hasher) {
-    const std::string full_name = layer_path(layer_idx) + "/" + name;
+  // All fit into the file before any is allocated.
+  std::vector<Handle> handles;
+  for_datasets(header, impl_->length, moments, [&](const LayerDataset& dataset, const auto&) {
+    handles.push_back(impl_->dataset(layer_idx, layer, dataset));
+  });
+  std::size_t next = 0;
+  for_datasets(header, impl_->length, moments, [&](const LayerDataset& dataset, auto& values) {
+    const std::vector<std::int64_t>& sizes = dataset.shape.dimensions;
+    values.resize(sizes.front(), sizes.size() > 1 ? sizes.back() : 1);
+    const Handle& handle = handles[next++];
+    const std::string full_name = layer_path(layer_idx) + "/" + dataset.name;
+    Hasher hasher;
+    const bool was_read = Impl::read(handle, values, hasher);
     if (!was_read || !values.allFinite()) {
       reading.fail("dataset " + full_name, "finite numbers", was_read ? "others" : "unreadable bytes");
     }
     if (impl_->has_checksums) {
-      reading.check_checksum(dataset, full_name, hasher);
+      reading.check_checksum(handle, full_name, hasher);
     }
-  };
-  Hasher of_second;
-  const bool second_read = hdf5::read_matrix(second_moment.get(), moments.second_moment, of_second);
-  check(second_read, moments.second_moment, second_moment, "second_moment", of_second);
-  Hasher of_mean;
-  const bool mean_read =
-      H5Dread(mean.get(), H5T_NATIVE_DOUBLE, H5S_ALL, H5S_ALL, H5P_DEFAULT, moments.mean.data()) >= 0;
-  of_mean.add(bytes_of(moments.mean));
-  check(mean_read, moments.mean, mean, "mean", of_mean);
-  Hasher of_mass;
-  const bool mass_read = hdf5::read_matrix(distance_mass.get(), moments.distance_mass, of_mass);
-  check(mass_read, moments.distance_mass, distance_mass, "distance_mass", of_mass);
+  });
   if (const std::string wrong = why_no_moments(moments); !wrong.empty()) {
     reading.fail(layer_path(layer_idx), "moments as `relatent calibrate` writes them", wrong);
   }

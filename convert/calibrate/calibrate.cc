@@ -1,5 +1,7 @@
 #include "convert/calibrate/calibrate.h"
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -36,9 +38,29 @@ std::filesystem::path layer_file(const WorkFolder& work, Index layer_idx) {
   return work.file("layer-" + std::to_string(layer_idx));
 }
 
+// All numbers of a layer, in the order in which its file holds them.
+template <typename Moments>
+auto numbers_of(Moments& moments) {
+  const auto numbers = [](auto& dense) {
+    return std::span(dense.data(), static_cast<std::size_t>(dense.size()));
+  };
+  std::vector<decltype(numbers(moments.mean))> out = {numbers(moments.second_moment), numbers(moments.mean),
+                                                      numbers(moments.distance_mass)};
+  if (moments.normed_heads) {
+    auto& heads = *moments.normed_heads;
+    out.insert(out.end(), {numbers(heads.feature_moment), numbers(heads.feature_mean),
+                           numbers(heads.query_moment), numbers(heads.query_mean), numbers(heads.cross)});
+  }
+  return out;
+}
+
 // Numbers that are none come from weights that are none, which are named, or grew out of range on the way.
 void require_finite(const Model& model, Index layer_idx, const LayerMoments& moments) {
-  if (moments.second_moment.allFinite() && moments.mean.allFinite() && moments.distance_mass.allFinite()) {
+  const std::vector<std::span<const double>> all = numbers_of(moments);
+  const auto finite = [](std::span<const double> numbers) {
+    return std::all_of(numbers.begin(), numbers.end(), [](double number) { return std::isfinite(number); });
+  };
+  if (std::all_of(all.begin(), all.end(), finite)) {
     return;
   }
   for (const std::string& name : model.checkpoint().tensor_names()) {
@@ -50,9 +72,11 @@ void require_finite(const Model& model, Index layer_idx, const LayerMoments& mom
 }
 
 PendingFile write_layer(const WorkFolder& work, Index layer_idx, const LayerMoments& moments) {
-  return write_state(layer_file(work, layer_idx), moments.tokens,
-                     {std::as_bytes(std::span(&layer_idx, 1)), bytes_of(moments.second_moment),
-                      bytes_of(moments.mean), bytes_of(moments.distance_mass)});
+  std::vector<std::span<const std::byte>> parts = {std::as_bytes(std::span(&layer_idx, 1))};
+  for (const std::span<const double> numbers : numbers_of(moments)) {
+    parts.push_back(std::as_bytes(numbers));
+  }
+  return write_state(layer_file(work, layer_idx), moments.tokens, parts);
 }
 
 // Nothing where the file is damaged, or another layer's.
@@ -62,11 +86,23 @@ std::optional<LayerMoments> read_layer(const WorkFolder& work, Index layer_idx, 
   out.second_moment.resize(config.hidden_size, config.hidden_size);
   out.mean.resize(config.hidden_size);
   out.distance_mass.resize(config.num_attention_heads, length);
+  if (normalises_keys(config)) {
+    NormedHeadMoments& heads = out.normed_heads.emplace();
+    const Index d = config.gqa->head_dim;
+    const Index queries = config.num_attention_heads * d;
+    const Index keys = config.gqa->num_key_value_heads * d;
+    heads.feature_moment.resize(2 * keys, 2 * keys);
+    heads.feature_mean.resize(2 * keys);
+    heads.query_moment.resize(queries, d);
+    heads.query_mean.resize(queries);
+    heads.cross.resize(queries + keys, config.hidden_size);
+  }
   Index found_idx = -1;
-  const std::optional<std::int64_t> tokens =
-      read_state(layer_file(work, layer_idx),
-                 {std::as_writable_bytes(std::span(&found_idx, 1)), writable_bytes_of(out.second_moment),
-                  writable_bytes_of(out.mean), writable_bytes_of(out.distance_mass)});
+  std::vector<std::span<std::byte>> parts = {std::as_writable_bytes(std::span(&found_idx, 1))};
+  for (const std::span<double> numbers : numbers_of(out)) {
+    parts.push_back(std::as_writable_bytes(numbers));
+  }
+  const std::optional<std::int64_t> tokens = read_state(layer_file(work, layer_idx), parts);
   if (!tokens || found_idx != layer_idx) {
     return std::nullopt;
   }
@@ -105,6 +141,10 @@ void write_store(const Model& model, const Sequences& sequences, const LayerProg
   header.hidden_size = config.hidden_size;
   header.num_hidden_layers = config.num_hidden_layers;
   header.num_attention_heads = config.num_attention_heads;
+  if (normalises_keys(config)) {
+    header.num_key_value_heads = config.gqa->num_key_value_heads;
+    header.head_dim = config.gqa->head_dim;
+  }
   header.compute = torch_name(compute);
   std::unique_ptr<CalibrationWriter> writer;
   Stream stream(model, sequences);

@@ -20,7 +20,8 @@ class DeepseekEngine final : public Engine {
             .any_frequencies = false,
             .query_bias = false,
             .normed_latent = true,
-            .pads_latent = true};
+            .pads_latent = true,
+            .linear_stand_in = true};
   }
 
   Json config(const Json& source_config, const ModelConfig& source, const LatentShape& shape,

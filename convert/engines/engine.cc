@@ -82,6 +82,9 @@ std::string Engine::why_not_source(const ModelConfig& source) const {
   if (source.experts) {
     return "its layout has no place for a mixture of experts";
   }
+  if (normalises_keys(source) && !traits().linear_stand_in) {
+    return "its layout has no place for norms on queries and keys";
+  }
   return "";
 }
 

@@ -44,6 +44,8 @@ struct EngineTraits {
   Index own_coordinates = 0;            // of the stored latent, that the layout needs for itself
   bool pads_latent = false;             // MLA: dead coordinates of the latent are harmless
   bool any_cache_shape = false;         // its readers have no kernels of certain sizes
+  bool normed_heads = false;            // has a place for what the latents of normalised keys read
+  bool linear_stand_in = false;         // else takes linear maps in the place of normalised queries and keys
   bool normed_query = false;            // the query passes a normalised latent as wide as the input
   bool latent_source = true;            // what an MLA source's norm becomes has a place
   bool stores_tied_head = false;        // the head is written where it is the embedding too

@@ -43,6 +43,7 @@ class GgufEngine final : public Engine {
             .query_bias = false,
             .normed_latent = true,
             .any_cache_shape = true,
+            .linear_stand_in = true,
             .single_file = true};
   }
 

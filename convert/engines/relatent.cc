@@ -46,7 +46,9 @@ class RelatentEngine final : public Engine {
 
   std::string_view family() const override { return "relatent"; }
 
-  EngineTraits traits() const override { return {.forms = {}, .pads_latent = true, .any_cache_shape = true}; }
+  EngineTraits traits() const override {
+    return {.forms = {}, .pads_latent = true, .any_cache_shape = true, .normed_heads = true};
+  }
 
   std::string why_not_source(const ModelConfig& /*source*/) const override { return ""; }
 
@@ -77,7 +79,7 @@ class RelatentEngine final : public Engine {
       entry["rank"] = branch.rank + shape.dead_coordinates;
       out["latent_branches"].push_back(std::move(entry));
     }
-    out["latent_features"] = "hidden";
+    out["latent_features"] = shape.normed_heads ? "normed_heads" : "hidden";
     out["latent_form"] = shape.form;
     out["latent_norm"] = norm_name(shape.norm);
     out["latent_norm_rank"] = shape.norm == LatentNorm::replicated ? Json(shape.norm_rank) : Json(nullptr);
@@ -86,6 +88,12 @@ class RelatentEngine final : public Engine {
     out["max_position_embeddings"] = source.max_position_embeddings;
     out["num_attention_heads"] = shape.heads;
     out["num_hidden_layers"] = source.num_hidden_layers;
+    if (shape.normed_heads) {
+      out["normed_bias"] = shape.normed_heads->bias;
+      out["normed_head_dim"] = shape.normed_heads->head_dim;
+      out["num_key_value_heads"] = shape.normed_heads->num_key_value_heads;
+      out["qk_norm"] = qk_norm_name(shape.normed_heads->norm);
+    }
     out["q_lora_rank"] = shape.q_lora_rank ? Json(*shape.q_lora_rank) : Json(nullptr);
     out["qk_nope_head_dim"] = shape.qk_nope_head_dim;
     out["qk_rope_head_dim"] = shape.qk_rope_head_dim;

@@ -3,14 +3,21 @@
 // them with (trust_remote_code). vLLM reads it through the plug-in in engines/vllm. Latents are stored as
 // they are, so nothing has to be undone.
 //
-// config.json says layout_version 1 and latent_features "hidden": latents read the layer's normalised input.
-// A later version may say otherwise, and may have `layers`, one object for each layer that differs from the
-// others in kind, sizes or frequencies. Readers refuse what they do not know.
+// config.json says layout_version 1 and latent_features. "hidden": latents read the layer's normalised input
+// x. "normed_heads", for a source with norms on queries and keys: they read f(x) = [norm(k_proj x); v_proj
+// x], and the query of head h its own d numbers of norm(q_proj x); the keys num_key_value_heads,
+// normed_head_dim (d), normed_bias and qk_norm ("head" or "width") say the rest. A later version may have
+// `layers`, one object for each layer that differs from the others in kind, sizes or frequencies. Readers
+// refuse what they do not know.
 //
 // Under model.layers.{i}.self_attn., with D = hidden_size, n = qk_nope_head_dim, p = qk_rope_head_dim, w =
 // v_head_dim, r_b = (shared rank) + (own rank) of latent b, h_b its heads; biases where attention_bias:
 //   q_proj.weight [H(n+p), D], .bias; or q_a_proj.weight [a, D], .bias, q_a_layernorm.weight [a],
 //   q_b_proj.weight [H(n+p), a]          per head n content rows, then p rotary rows (half-split)
+// of normed heads instead, with K = num_key_value_heads, the first five as the source has them:
+//   q_proj.weight [H d, D], q_norm.weight [d or H d], k_proj.weight [K d, D], k_norm.weight [d or K d],
+//   v_proj.weight [K d, D], .bias where normed_bias; q_b_proj.weight [H(n+p), d], .bias
+// and in what follows 2 K d in the place of D, but in the last line:
 //   k_rope_proj.weight [p, D], .bias     half-split
 //   kv_norm_proj.weight [norm rank, D]   where latent_norm is replicated
 //   kv_shared_proj.{s}.weight [r_s, D], .bias

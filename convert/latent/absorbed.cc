@@ -135,7 +135,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
       const auto at = static_cast<std::size_t>(h);
       const MatrixD head = maps.query_of(h);
       const MatrixD content = key.content_query[at] * head;
-      MatrixD query(group.query_rows(), maps.k.cols());
+      MatrixD query(group.query_rows(), head.cols());
       query.topRows(p) = maps.scale * key.query[at] * head;
       for (const LatentPart& part : group.parts) {
         MatrixD up(d, group.width(part));
@@ -155,7 +155,8 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
   return out;
 }
 
-void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, MomentRef query_moment) {
+void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment,
+                        const QueryMoments& query_moments) {
   const Stage stage("limit query rank");
   for (const LatentGroup& group : attention.groups) {
     if (content_rows(group) <= attention.nope_dim) {
@@ -165,7 +166,7 @@ void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, Mo
     parallel_for(static_cast<std::size_t>(group.head_count), [&](std::size_t i) {
       const Index h = group.first_head + static_cast<Index>(i);
       const ContentFactors f =
-          factor_content(content_of(attention, group, h), roots, query_moment, attention.nope_dim);
+          factor_content(content_of(attention, group, h), roots, query_moments.of(h), attention.nope_dim);
       for (std::size_t b = 0; b < group.parts.size(); ++b) {
         attention.query[static_cast<std::size_t>(h)].middleRows(
             group.parts[b].query, group.width(group.parts[b])) = f.up[b] * f.down;
@@ -175,7 +176,7 @@ void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, Mo
 }
 
 LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_moment,
-                                    MomentRef query_moment) {
+                                    const QueryMoments& query_moments) {
   const Stage stage("assemble");
   const Index n = a.nope_dim;
   const Index p = a.rope_dim();
@@ -219,7 +220,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
       const auto i = static_cast<Index>(head);
       const Index h = group.first_head + i;
       const auto at = static_cast<std::size_t>(h);
-      const ContentFactors f = factor_content(content_of(a, group, h), roots, query_moment, n);
+      const ContentFactors f = factor_content(content_of(a, group, h), roots, query_moments.of(h), n);
       for (std::size_t b = 0; b < group.parts.size(); ++b) {
         const LatentPart& part = group.parts[b];
         MatrixF& up = out.branches[b * group_count + g].up;
@@ -238,7 +239,8 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
     store_normed(a.latent(), a.norm, out.branches.front());
   }
   out.q = linear_of(q);
-  out.q_mean_square = query_moment.diagonal().head(query_moment.size() - 1).mean();
+  const MomentRef asked = query_moments.of(0);
+  out.q_mean_square = asked.diagonal().head(asked.size() - 1).mean();
   out.o.weight = narrowed(a.o);
   if (!a.o_bias.isZero(0)) {
     out.o.bias = a.o_bias.transpose().cast<float>();

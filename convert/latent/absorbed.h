@@ -24,15 +24,16 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
 
 // Brings the content queries of every head, all parts together, down to nope_dim ranks where they have more:
 // among all such queries, those with the nearest content scores, E‖S^½ (B - B') x̃‖² least, S the covariance
-// of the latent that a part reads. input_moment = E[x̃ x̃ᵀ], [D + 1, D + 1]; query_moment the same of what the
-// queries act on.
-void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment, MomentRef query_moment);
+// of the latent that a part reads. input_moment = E[x̃ x̃ᵀ], [D + 1, D + 1]; query_moments the same of what
+// the queries act on.
+void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment,
+                        const QueryMoments& query_moments);
 
 // The canonical layer: branch part * groups + group, as partition.h numbers them. The content rows that
 // a head does not need are zero. With a completion the latent carries its extra coordinates and an RMSNorm of
 // unit gain.
 LatentAttention to_latent_attention(const AbsorbedAttention& attention, MomentRef input_moment,
-                                    MomentRef query_moment);
+                                    const QueryMoments& query_moments);
 
 // The same for queries that act on x̃, and for one latent.
 inline void limit_content_rank(AbsorbedAttention& attention, MomentRef input_moment) {

@@ -30,7 +30,7 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
   out.rotary = key.rotary;
 
   // Row by row of heads, so that no other copy of the whole query is ever made.
-  const Index inputs = (query ? query->lift.cols() : maps.k.cols() - 1);
+  const Index inputs = query ? query->lift.cols() : maps.query_inputs();
   out.q.weight.resize(maps.heads * (n + p), inputs);
   VectorD q_bias = VectorD::Zero(query ? 0 : out.q.weight.rows());
   MatrixD q(n + p, query ? inputs : inputs + 1);
@@ -50,8 +50,9 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
     out.q_down = linear_of(query->down);
     out.q_mean_square = mean_square(query->down, moments);
   } else {
-    out.q_mean_square = moments.input().diagonal().head(inputs).mean();
+    out.q_mean_square = moments.queries().of(0).diagonal().head(inputs).mean();
   }
+  out.normed_heads = maps.normed_heads;
   out.rotary_key = linear_of(key.read * maps.k);
 
   VectorD shift(maps.heads * d);

@@ -22,6 +22,19 @@ double mean_square(const MatrixD& input_moment) {
   return input_moment.diagonal().head(input_moment.rows() - 1).mean();
 }
 
+double asked_mean_square(const AttentionSample& sample) {
+  const Index heads = std::max<Index>(1, static_cast<Index>(sample.head_moments.size()));
+  double sum = 0;
+  for (Index h = 0; h < heads; ++h) {
+    sum += mean_square(sample.asked_moment(h));
+  }
+  return sum / static_cast<double>(heads);
+}
+
+QueryMoments asked_moments(const AttentionSample& sample) {
+  return sample.by_head() ? QueryMoments(sample.head_moments) : QueryMoments(sample.asked_moment(0));
+}
+
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
                          AbsorbedAttention& attention) {
   ScoreError out;
@@ -41,7 +54,7 @@ ScoreError fit_attention(const AttentionSample& sample, const FitOptions& option
       break;
     }
     if (fit) {
-      limit_content_rank(attention, sample.input_moment, sample.asked_moment());
+      limit_content_rank(attention, sample.input_moment, asked_moments(sample));
     }
     if (options.keys) {
       fit_keys(sample, options, attention);

@@ -45,6 +45,11 @@ double scarcity(const AttentionSample& sample);
 
 // The mean square of what a map reads, the constant apart.
 double mean_square(const MatrixD& input_moment);
+// The same of what queries act on, over all heads.
+double asked_mean_square(const AttentionSample& sample);
+
+// Second moments of what the sample's queries act on.
+QueryMoments asked_moments(const AttentionSample& sample);
 
 struct ScoreError {
   double before = 0;  // mean of J_h over heads

@@ -81,8 +81,8 @@ MatrixD latent_read_by(const LatentGroup& group, const LatentPart& part, const D
 
 }  // namespace
 
-AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
-                           const FromMlaOptions& options) {
+AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment,
+                           const QueryMoments& query_moments, const FromMlaOptions& options) {
   const LatentBranch& branch = only_branch(source);
   const Index n = source.nope_dim;
   const Index p = source.rope_dim;
@@ -121,7 +121,8 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
       const MatrixD asked = queries.middleRows(h * (n + p), n);
-      keys += up.topRows(n).transpose() * (query_moment.after(asked) * asked.transpose()) * up.topRows(n);
+      keys +=
+          up.topRows(n).transpose() * (query_moments.of(h).after(asked) * asked.transpose()) * up.topRows(n);
       const MatrixD through = out.o.middleCols(h * w, w) * up.bottomRows(w);
       values += through.transpose() * through;
     }

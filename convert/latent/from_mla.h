@@ -23,10 +23,10 @@ struct FromMlaOptions {
 // S under A_V.
 //
 // The norm stays exact: what the latents are divided by is that of the source's own rows (norm_rows), which
-// every device can hold as it holds them today. input_moment = E[x̃ x̃ᵀ], query_moment the same of what the
+// every device can hold as it holds them today. input_moment = E[x̃ x̃ᵀ], query_moments the same of what the
 // queries act on. source has one branch.
-AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment, MomentRef query_moment,
-                           const FromMlaOptions& options);
+AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment,
+                           const QueryMoments& query_moments, const FromMlaOptions& options);
 
 // O_h U^V_h of every head: what ĉ does to the output, [hidden, heads * r].
 MatrixF mla_value_map(const LatentAttention& source);

@@ -99,7 +99,8 @@ Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey&
         const MatrixD o = maps.output_of(h);
         squared += o.transpose() * o;
       } else if (key.nope_dim() > 0) {
-        squared += second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h), moments);
+        squared += second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
+                                 moments.queries().of(h));
       }
     }
     SymmetricRoot block = backend().symmetric_root(squared, metric_floor);

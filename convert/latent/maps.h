@@ -6,6 +6,7 @@
 // read as one complex number that RoPE at position n multiplies by exp(i θ_f n).
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "convert/model/attention.h"
@@ -14,6 +15,8 @@
 
 namespace relatent {
 
+// Where the source normalises its keys, x̃ is [f; 1] of NormedHeads (attention.h), of which keys and values
+// are selections, and the query of head h acts on [q̂_h; 1].
 struct LayerMaps {
   Index heads = 0;
   Index kv_heads = 0;
@@ -26,12 +29,15 @@ struct LayerMaps {
   VectorD o_bias;  // [D], zero where the source has none
   double scale = 0;
   Rotary rotary;
+  std::optional<NormedHeads> normed_heads{};  // instead of q
 
   Index group_of(Index head) const { return head / (heads / kv_heads); }
   Index pairs() const { return head_dim / 2; }
   Index key_dim() const { return kv_heads * head_dim; }
   bool has_q_bias() const { return q.bias.size() > 0; }
-  MatrixD query_of(Index head) const;   // [d, D + 1]
+  // Numbers that a head's query acts on, the constant apart: D or d.
+  Index query_inputs() const { return normed_heads ? head_dim : k.cols() - 1; }
+  MatrixD query_of(Index head) const;   // [d, query inputs + 1]
   MatrixD output_of(Index head) const;  // [D, d]
 };
 
@@ -41,6 +47,7 @@ MatrixD map_of(const Linear& linear);
 Linear linear_of(const MatrixD& map);
 
 LayerMaps maps_of(GqaAttention attention);
+NormedHeads normed_heads_of(const GqaAttention& attention);
 
 // For engines without biases: 1 ≈ wᵀ x with the w of least squares, w = E[x xᵀ]⁻¹ E[x], so that a bias b of
 // q or v becomes b wᵀ in its weight. Returns ε = E(1 - wᵀ x)², the mean square of what that misses of a bias.
@@ -78,6 +85,27 @@ class MomentRef {
   const VectorD* diagonal_ = nullptr;
 };
 
+// Second moments of what queries act on: one for all heads, or one for each. Made of named objects only.
+class QueryMoments {
+ public:
+  QueryMoments(MomentRef all) : all_(all) {}
+  QueryMoments(const MatrixD& all) : all_(all) {}
+  QueryMoments(const VectorD& all) : all_(all) {}
+  // Not empty.
+  QueryMoments(const std::vector<MatrixD>& each) : all_(each.front()), each_(&each) {}
+  QueryMoments(const MatrixD&& all) = delete;
+  QueryMoments(const VectorD&& all) = delete;
+  QueryMoments(const std::vector<MatrixD>&& each) = delete;
+
+  MomentRef of(Index head) const {
+    return each_ != nullptr ? MomentRef((*each_)[static_cast<std::size_t>(head)]) : all_;
+  }
+
+ private:
+  MomentRef all_;
+  const std::vector<MatrixD>* each_ = nullptr;
+};
+
 struct Moments {
   MatrixD second;    // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
   VectorD diagonal;  // [D + 1], instead: its entries when it has no others
@@ -85,16 +113,33 @@ struct Moments {
   MatrixD distance_mass;
   // [D]: E[x] where x̃ = [x; 0] says nothing of it; empty otherwise.
   VectorD mean{};
+  // With normed heads, per head E[q̃ q̃ᵀ] of q̃ = [q̂_h; 1], [d + 1, d + 1].
+  std::vector<MatrixD> query{};
+  // Of a source with normed heads, on its input: E[q̂ x̃ᵀ], then E[k̂ x̃ᵀ], [(H + K) d, D + 1].
+  MatrixD normed_cross{};
+  VectorD normed_square{};  // E[q̂²], then E[k̂²], [(H + K) d]
 
+  QueryMoments queries() const& { return query.empty() ? QueryMoments(input()) : QueryMoments(query); }
+  QueryMoments queries() const&& = delete;
   MomentRef input() const& { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
   MomentRef input() const&& = delete;
 };
 
 Moments moments_of(const LayerMoments& layer);
+// The same of f in the place of x. The layer has normed_heads.
+Moments normed_moments_of(const LayerMoments& layer);
 
 // What is known without calibration: x = gain ⊙ u with u of unit second moment and zero mean, and attention
 // mass that falls as 1 / (1 + Δ) over `length` positions.
 Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index length);
+// The same of f, to first order: a norm divides by the root of its expected mean square.
+Moments normed_moments_without_data(const RmsNorm& input_norm, const GqaAttention& attention, Index length);
+
+// For engines whose latents read nothing but the layer's input: queries and keys without their norms, as the
+// linear maps (with biases) of x nearest to q̂ and k̂ in least squares over the calibration tokens.
+GqaAttention linear_stand_in(GqaAttention attention, const Moments& moments);
+// What it misses of how the keys vary, E|k̂ - W x̃|² / E|k̂ - E k̂|². keys: K d.
+double stand_in_error(const Moments& moments, Index keys);
 
 // How the keys' rotation is kept: a rotary key shared by all heads, and what is left over without rotation.
 //   score of head h  ≈  (query[h] q_h) · RoPE(read k)  +  (content_query[h] q_h) · (residual k)_κ(h)

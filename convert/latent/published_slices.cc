@@ -82,7 +82,7 @@ MatrixD hadamard_rotation(Index size) {
 }
 
 LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOrder order,
-                             MomentRef input_moment, MomentRef query_moment) {
+                             MomentRef input_moment, const QueryMoments& query_moments) {
   if (whole.branches.size() != 1 || !whole.shared.empty()) {
     throw std::logic_error("slice_latent: the layer has more than one latent");
   }
@@ -110,7 +110,7 @@ LatentAttention slice_latent(const LatentAttention& whole, Index parts, LatentOr
   for (Index h = 0; h < whole.heads; ++h) {
     const auto asked = queries.middleRows(h * (n + p), n);
     const auto keys = up.middleRows(h * (n + w), n);
-    metric += keys.transpose() * (query_moment.after(asked) * asked.transpose()) * keys;
+    metric += keys.transpose() * (query_moments.of(h).after(asked) * asked.transpose()) * keys;
   }
   // A constant in the latent cancels in the softmax.
   const VectorD mean = turn.transpose() * (down * input_moment.last_column());

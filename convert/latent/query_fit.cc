@@ -9,8 +9,8 @@ namespace relatent {
 
 QueryFit::QueryFit(const AttentionSample& sample, const FitOptions& options) {
   const Stage stage("fit queries");
-  problems_ = backend().query_problems(
-      sample, options.query_ridge * scarcity(sample) * mean_square(sample.asked_moment()));
+  problems_ =
+      backend().query_problems(sample, options.query_ridge * scarcity(sample) * asked_mean_square(sample));
 }
 
 ScoreError QueryFit::operator()(Index steps, AbsorbedAttention& attention) const {

@@ -63,7 +63,7 @@ MatrixD constant_spread(const LayerMaps& maps, const Moments& moments) {
   MatrixD sum = MatrixD::Zero(maps.kv_heads, half);
   MatrixD weight = MatrixD::Zero(maps.kv_heads, half);
   for (Index h = 0; h < maps.heads; ++h) {
-    const VectorD energy = moments.input().energies(maps.query_of(h));
+    const VectorD energy = moments.queries().of(h).energies(maps.query_of(h));
     const Index g = maps.group_of(h);
     for (Index f = 0; f < half; ++f) {
       const double here = energy(f) + energy(f + half);
@@ -85,7 +85,7 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   copy_tiled(maps.k, keys);
   VectorD query_energy(maps.heads * d);
   for (Index h = 0; h < maps.heads; ++h) {
-    query_energy.segment(h * d, d) = moments.input().energies(maps.query_of(h));
+    query_energy.segment(h * d, d) = moments.queries().of(h).energies(maps.query_of(h));
   }
 
   Concentration out;

@@ -94,6 +94,9 @@ RelatentConversion::PreparedLayer RelatentConversion::prepare(GqaAttention atten
   PreparedLayer out;
   out.layer_idx = layer_idx;
   out.moments = std::move(moments);
+  if (attention.normed() && !options_.normed_heads) {
+    attention = linear_stand_in(std::move(attention), out.moments);
+  }
   const bool biased =
       attention.q.bias.size() > 0 || attention.k.bias.size() > 0 || attention.v.bias.size() > 0;
   LayerMaps& maps = out.maps.emplace(maps_of(std::move(attention)));
@@ -175,6 +178,9 @@ LatentAttention RelatentConversion::closed(const Attention& attention, const Pre
     compress_query(out, prepared.moments.input(), *options_.q_rank);
   }
   keep_query(attention, out);
+  if (prepared.maps) {
+    out.normed_heads = prepared.maps->normed_heads;
+  }
   return out;
 }
 
@@ -182,14 +188,17 @@ LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, PreparedL
   AbsorbedAttention attention = absorbed(layer.attention, prepared);
   const bool query_bias = prepared.query_bias;
   prepared = {};  // the sample has moments of its own
-  const AttentionSample sample = streams_->sample_attention(layer, options_.fit.stride, affine(), query_bias);
+  const AttentionSample sample = streams_->sample_attention(layer, {.stride = options_.fit.stride,
+                                                                    .affine = affine(),
+                                                                    .query_affine = query_bias,
+                                                                    .normed_heads = options_.normed_heads});
   const bool one_latent = options_.partition.latents() == 1;
   if (!affine() && one_latent) {
     attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,
                                    *options_.norm_coordinates);
   }
   score_error_ = fit_attention(sample, options_.fit, attention);
-  LatentAttention out = to_latent_attention(attention, sample.input_moment, sample.asked_moment());
+  LatentAttention out = to_latent_attention(attention, sample.input_moment, asked_moments(sample));
   if (!affine() && !one_latent) {
     normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);
   }
@@ -197,6 +206,9 @@ LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, PreparedL
     compress_query(out, sample.input_moment, *options_.q_rank);
   }
   keep_query(layer.attention, out);
+  if (options_.normed_heads) {
+    out.normed_heads = normed_heads_of(std::get<GqaAttention>(layer.attention));
+  }
   return out;
 }
 

@@ -52,7 +52,9 @@ class RelatentConversion final : public ConversionMethod {
     double fold_error = 0;    // of this layer
 
     // Second moment of what the queries act on.
-    MomentRef queries() const { return query_latent.size() > 0 ? MomentRef(query_latent) : moments.input(); }
+    QueryMoments queries() const {
+      return query_latent.size() > 0 ? QueryMoments(query_latent) : moments.queries();
+    }
   };
   LatentAttention convert_next(Index layer_idx);
   LatentAttention convert_alone(Index layer_idx, Moments moments) const;

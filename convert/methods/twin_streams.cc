@@ -20,13 +20,13 @@ std::optional<Index> TwinStreams::load(const std::filesystem::path& path) {
   return read_state(path, {writable_bytes_of(source_.hidden()), writable_bytes_of(converted_.hidden())});
 }
 
-AttentionSample TwinStreams::sample_attention(const AttentionHalf& source, Index stride, bool affine,
-                                              bool query_affine) {
+AttentionSample TwinStreams::sample_attention(const AttentionHalf& source, SampleOptions options) {
   const auto* gqa = std::get_if<GqaAttention>(&source.attention);
   const MatrixF latent_map =
       gqa != nullptr ? MatrixF() : mla_value_map(std::get<LatentAttention>(source.attention));
-  return backend().sample_attention(source, gqa != nullptr ? gqa->o.weight : latent_map,
-                                    {stride, affine, query_affine, compute_, kept_weight_bytes}, source_,
+  options.compute = compute_;
+  options.weight_bytes = kept_weight_bytes;
+  return backend().sample_attention(source, gqa != nullptr ? gqa->o.weight : latent_map, options, source_,
                                     converted_);
 }
 

@@ -18,9 +18,9 @@ class TwinStreams {
   TwinStreams(const Model& source, const Sequences& sequences, DType compute = DType::f32);
 
   // Moves the source's stream past its attention and keeps what the fits need of it. The sample refers to
-  // this object and is good until finish_attention. affine: the converted layer may have biases,
-  // query_affine: its queries too.
-  AttentionSample sample_attention(const AttentionHalf& source, Index stride, bool affine, bool query_affine);
+  // this object and to source, and is good until finish_attention. Of the options stride, biases and normed
+  // heads count.
+  AttentionSample sample_attention(const AttentionHalf& source, SampleOptions options);
 
   // Moves the source's stream past its attention, for layers that need no sample.
   void follow_source(const AttentionHalf& source);

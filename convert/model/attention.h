@@ -34,7 +34,9 @@ struct RmsNorm {
   bool present() const { return gain.size() > 0; }
 };
 
-// Grouped-query attention; head h reads group h / (heads / kv_heads).
+// Grouped-query attention; head h reads group h / (heads / kv_heads). Before they are rotated, queries and
+// keys may be normalised: each head's numbers alone (Qwen3), or those of all heads together (OLMo 2), by the
+// size of the gain.
 struct GqaAttention {
   Index heads = 0;
   Index kv_heads = 0;
@@ -45,15 +47,18 @@ struct GqaAttention {
   Linear k;                     // [kv_heads * head_dim, hidden]
   Linear v;                     // [kv_heads * head_dim, hidden]
   Linear o;                     // [hidden, heads * head_dim]
+  RmsNorm q_norm{};             // [head_dim] or [heads * head_dim]
+  RmsNorm k_norm{};             // [head_dim] or [kv_heads * head_dim]
   Rotary rotary;                // over head_dim
 
+  bool normed() const { return k_norm.present() || q_norm.present(); }
   Index group_of(Index head) const { return head / (heads / kv_heads); }
 };
 
 // One latent and the heads that read it. Its coordinates are those of a shared latent, if it reads one, and
 // then its own.
 struct LatentBranch {
-  Linear down;                    // own rows [rank, hidden], what the cache holds (before a norm)
+  Linear down;                    // own rows [rank, inputs], what the cache holds (before a norm)
   std::optional<Index> shared{};  // index into LatentAttention::shared
   RmsNorm norm;                   // on the whole latent, where the engine insists on one
   MatrixF up;                     // [head_count * (nope_dim + v_dim), r_b]: per head U^K rows, then U^V rows
@@ -62,7 +67,25 @@ struct LatentBranch {
   double mean_square = 0;  // E|c_b|² / r_b where a conversion knows it; 0 = unknown
 };
 
-// The canonical latent form:
+// What latents read instead of the layer's input where the source normalises its keys: a key that is
+// normalised when it is written is no linear map of the input, but what is made of it and of the values is
+// one of
+//   f(x) = [norm(k x); v x],  and of the head's own  q̂_h = norm(q x)_h  for queries.
+// Nothing of it is cached.
+struct NormedHeads {
+  Linear q;        // [all heads * d, hidden]
+  RmsNorm q_norm;  // as in GqaAttention
+  Linear k;        // [kv_heads * d, hidden]
+  RmsNorm k_norm;
+  Linear v;              // [kv_heads * d, hidden]
+  Index head_dim = 0;    // d
+  Index first_head = 0;  // of q, that is the layer's first
+
+  Index size() const { return k.out() + v.out(); }
+};
+
+// The canonical latent form (with normed heads, read f(x) for x in what gives k^R and c_b, and q̂_h for x in
+// the query of head h):
 //   k^R = RoPE(rotary_key x),  c_b = norm([shared_s(b) x; down_b x]) / ρ(x)
 //   s_hb = scale * (q^R_h · k^R + q^N_h · U^K_hb c_b),  out_h = Σ_b softmax(s_hb) U^V_hb c_b
 // Branches of the same heads that read their keys from one shared latent alone attend alike (shared key,
@@ -77,8 +100,10 @@ struct LatentAttention {
   Linear q_down;
   RmsNorm q_norm;
   double q_mean_square = 0;  // E|z|² / size of what q acts on (q_down x, or x), as above
-  Linear q;  // [heads * (n + p), hidden or q rank]: per head n content rows, then p rotary rows (half-split)
-  Linear rotary_key;           // [p, hidden], half-split
+  // [heads * (n + p), hidden, q rank or d]: per head n content rows, then p rotary rows (half-split)
+  Linear q;
+  std::optional<NormedHeads> normed_heads{};
+  Linear rotary_key;           // [p, inputs], half-split; inputs = hidden, or the size of f(x)
   std::vector<Linear> shared;  // latents that several branches read
   // ρ(x) = √(mean((norm_rows x)²) + norm_eps), the same for all latents; no rows = 1.
   MatrixF norm_rows;  // [norm rank, hidden]

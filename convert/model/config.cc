@@ -16,6 +16,16 @@ namespace {
 constexpr std::array<std::pair<LatentNorm, std::string_view>, 3> norms = {
     {{LatentNorm::none, "none"}, {LatentNorm::branch, "branch"}, {LatentNorm::replicated, "replicated"}}};
 
+constexpr std::array<std::pair<QkNorm, std::string_view>, 3> qk_norms = {
+    {{QkNorm::none, "none"}, {QkNorm::head, "head"}, {QkNorm::width, "width"}}};
+
+template <typename Value, typename Table>
+std::optional<Value> value_in(const Table& table, std::string_view name) {
+  const auto* known =
+      std::find_if(table.begin(), table.end(), [&](const auto& named) { return named.second == name; });
+  return known == table.end() ? std::nullopt : std::optional<Value>(known->first);
+}
+
 template <typename Table, typename Value>
 std::string_view name_in(const Table& table, Value value) {
   for (const auto& [known, name] : table) {
@@ -33,13 +43,23 @@ std::string_view norm_name(LatentNorm norm) {
 }
 
 std::optional<LatentNorm> latent_norm_of(std::string_view name) {
-  const auto* known =
-      std::find_if(norms.begin(), norms.end(), [&](const auto& named) { return named.second == name; });
-  return known == norms.end() ? std::nullopt : std::optional(known->first);
+  return value_in<LatentNorm>(norms, name);
+}
+
+std::string_view qk_norm_name(QkNorm norm) {
+  return name_in(qk_norms, norm);
+}
+
+std::optional<QkNorm> qk_norm_of(std::string_view name) {
+  return value_in<QkNorm>(qk_norms, name);
 }
 
 std::string_view topk_method_name(TopkMethod method) {
   return name_in(topk_methods, method);
+}
+
+bool normalises_keys(const ModelConfig& config) {
+  return config.gqa && config.gqa->qk_norm != QkNorm::none;
 }
 
 Index ModelConfig::cache_elements() const {

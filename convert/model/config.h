@@ -24,6 +24,8 @@ inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
 struct GqaGeometry {
   Index num_key_value_heads = 0;
   Index head_dim = 0;
+  QkNorm qk_norm = QkNorm::none;
+  bool attention_bias = false;  // of families that say it in the config
 };
 
 // Latent attention as a config describes it.
@@ -72,6 +74,9 @@ struct AttentionSpec {
 };
 
 struct Family;
+struct ModelConfig;
+// Whether queries and keys of grouped-query attention are normalised.
+bool normalises_keys(const ModelConfig& config);
 
 struct ModelConfig {
   const Family* family = nullptr;  // families/family.h

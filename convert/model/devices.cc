@@ -87,6 +87,21 @@ std::vector<DeviceShare> device_shares(const LatentSizes& latent, Index tp) {
   return out;
 }
 
+namespace {
+
+// A norm on each head's numbers needs no other head's; one on all of them needs all.
+NormedHeads part_of(const NormedHeads& all, const DeviceShare& share) {
+  NormedHeads out = all;
+  if (all.q_norm.gain.size() == all.head_dim) {
+    out.q = all.q.rows(share.first_head * all.head_dim, share.head_count * all.head_dim);
+  } else {
+    out.first_head += share.first_head;
+  }
+  return out;
+}
+
+}  // namespace
+
 LatentAttention part_of(const LatentAttention& a, const DeviceShare& share, bool keeps_bias) {
   const Index query = a.nope_dim + a.rope_dim;
   const Index up = a.nope_dim + a.v_dim;
@@ -101,6 +116,9 @@ LatentAttention part_of(const LatentAttention& a, const DeviceShare& share, bool
   out.q_norm = a.q_norm;
   out.q_mean_square = a.q_mean_square;
   out.q = a.q.rows(share.first_head * query, share.head_count * query);
+  if (a.normed_heads) {
+    out.normed_heads = part_of(*a.normed_heads, share);
+  }
   out.rotary_key = a.rotary_key;
   out.norm_rows = a.norm_rows;
   out.norm_eps = a.norm_eps;

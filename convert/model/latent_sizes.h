@@ -33,6 +33,28 @@ enum class LatentNorm {
 std::string_view norm_name(LatentNorm norm);
 std::optional<LatentNorm> latent_norm_of(std::string_view name);
 
+// Which numbers a norm on queries and keys takes together, before they are rotated.
+enum class QkNorm {
+  none,
+  head,   // each head's (Qwen3)
+  width,  // those of all heads (OLMo 2)
+};
+// As config.json of the own layout says it.
+std::string_view qk_norm_name(QkNorm norm);
+std::optional<QkNorm> qk_norm_of(std::string_view name);
+
+// The heads of a source whose keys are normalised: what latents read in place of the layer's input
+// (NormedHeads, attention.h).
+struct NormedHeadSizes {
+  Index num_key_value_heads = 0;
+  Index head_dim = 0;
+  QkNorm norm = QkNorm::head;
+  bool bias = false;  // of the three projections
+
+  // Keys, then values.
+  Index inputs() const { return 2 * num_key_value_heads * head_dim; }
+};
+
 // DeepSeek-V2/V3's MLA is one branch, the partitioned forms have several.
 struct LatentSizes {
   std::string form = "mla";          // of forms/
@@ -46,6 +68,7 @@ struct LatentSizes {
   std::vector<BranchGeometry> branches;
   LatentNorm norm = LatentNorm::none;
   Index norm_rank = 0;  // rows of a replicated norm
+  std::optional<NormedHeadSizes> normed_heads{};
 
   // Elements kept per token and layer: r + p.
   Index cache_elements() const { return kv_lora_rank + qk_rope_head_dim; }

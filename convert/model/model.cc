@@ -70,6 +70,10 @@ GqaAttention Model::gqa_geometry(Index layer_idx) const {
   out.window = spec.window;
   out.scale = spec.scale;
   out.rotary = config_.rotary;
+  if (config_.gqa->qk_norm != QkNorm::none) {
+    out.q_norm = reader(layer_idx).norm(Role::q_head_norm);
+    out.k_norm = reader(layer_idx).norm(Role::k_head_norm);
+  }
   return out;
 }
 
@@ -165,7 +169,14 @@ Layer Model::packed_layer(Index layer_idx) const {
                      work);
   } else {
     auto& latent = out.attention.emplace<LatentAttention>(config_.family->read_latent(reader(layer_idx)));
-    for (Linear* linear : {&latent.q, &latent.o, &latent.q_down}) {
+    std::vector<Linear*> large = {&latent.o, &latent.q_down};
+    if (latent.normed_heads) {
+      NormedHeads& heads = *latent.normed_heads;
+      large.insert(large.end(), {&heads.q, &heads.k, &heads.v});
+    } else {
+      large.push_back(&latent.q);
+    }
+    for (Linear* linear : large) {
       if (linear->out() > 0) {
         work.emplace_back([linear] { linear->pack(); });
       }

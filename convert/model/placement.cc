@@ -134,6 +134,28 @@ bool is_attention(Role role) {
   return role >= Role::q_weight && role <= Role::kv_shared_bias;
 }
 
+std::optional<Role> source_role(Role role) {
+  switch (role) {
+    case Role::normed_q_weight:
+      return Role::q_weight;
+    case Role::normed_q_bias:
+      return Role::q_bias;
+    case Role::normed_k_weight:
+      return Role::k_weight;
+    case Role::normed_k_bias:
+      return Role::k_bias;
+    case Role::normed_v_weight:
+      return Role::v_weight;
+    case Role::normed_v_bias:
+      return Role::v_bias;
+    case Role::q_head_norm:
+    case Role::k_head_norm:
+      return role;
+    default:
+      return is_attention(role) ? std::nullopt : std::optional(role);
+  }
+}
+
 std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config) {
   const std::vector<TensorRule>& rules = config.family->rules;
   std::vector<ExpectedTensor> out;

@@ -2,6 +2,7 @@
 // checkpoint must hold and what is written.
 #pragma once
 
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -26,6 +27,15 @@ enum class Role {
   v_bias,
   o_weight,
   o_bias,
+  q_head_norm,  // of queries and keys, before they are rotated
+  k_head_norm,
+  // Of a latent layer that reads normed heads (attention.h): the source's own projections.
+  normed_q_weight,
+  normed_q_bias,
+  normed_k_weight,
+  normed_k_bias,
+  normed_v_weight,
+  normed_v_bias,
   q_a_weight,
   q_a_bias,
   q_a_norm,
@@ -62,6 +72,9 @@ enum class Role {
 
 // Attention tensors are what a conversion replaces; the others are copied as they are.
 bool is_attention(Role role);
+
+// What of the source a tensor of a converted model is, unchanged; none for what is computed.
+std::optional<Role> source_role(Role role);
 
 // absent: this config has no such tensor, and one of that name is refused.
 enum class Presence { required, optional, absent };

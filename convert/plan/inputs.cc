@@ -31,6 +31,14 @@ void check_sizes(const CalibrationFile& calibration, const Model& source) {
   check("num_hidden_layers", config.num_hidden_layers, header.num_hidden_layers);
   check("hidden_size", config.hidden_size, header.hidden_size);
   check("num_attention_heads", config.num_attention_heads, header.num_attention_heads);
+  const bool normed = normalises_keys(config);
+  if (normed && header.head_dim == 0) {
+    fail_input({calibration.path(), "", "has no moments of normalised queries and keys",
+                "a calibration of this checkpoint by this version of relatent", "one of an earlier version",
+                "run `relatent calibrate` again"});
+  }
+  check("num_key_value_heads", normed ? config.gqa->num_key_value_heads : 0, header.num_key_value_heads);
+  check("head_dim", normed ? config.gqa->head_dim : 0, header.head_dim);
 }
 
 }  // namespace
@@ -97,8 +105,15 @@ void check_calibration(const ConvertInputs& inputs) {
 }
 
 Moments input_moments(const ConvertInputs& inputs, Index layer_idx) {
+  const bool normed = normalises_keys(inputs.source.config()) && inputs.engine->traits().normed_heads;
   if (inputs.calibration) {
-    return moments_of(inputs.calibration->layer(layer_idx));
+    const LayerMoments layer = inputs.calibration->layer(layer_idx);
+    return normed ? normed_moments_of(layer) : moments_of(layer);
+  }
+  if (normed) {
+    return normed_moments_without_data(inputs.source.input_norm(layer_idx),
+                                       std::get<GqaAttention>(inputs.source.attention(layer_idx)),
+                                       assumed_length);
   }
   return moments_without_data(inputs.source.input_norm(layer_idx), inputs.source.config().num_attention_heads,
                               assumed_length);

@@ -10,11 +10,17 @@ namespace {
 
 constexpr std::uint64_t memory_at_once = std::uint64_t{3} << 30U;
 
+// Numbers that latents and rotary keys read.
+Index latent_inputs(const ModelConfig& config, const LatentShape& shape) {
+  return shape.normed_heads ? shape.normed_heads->inputs() : config.hidden_size;
+}
+
 }  // namespace
 
 std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, bool moments, bool absorbed,
                            std::uint64_t output_values) {
-  const auto inputs = static_cast<std::uint64_t>(config.hidden_size) + 1;
+  const auto hidden = static_cast<std::uint64_t>(config.hidden_size);
+  const auto inputs = static_cast<std::uint64_t>(latent_inputs(config, shape)) + 1;
   const auto count = static_cast<std::uint64_t>(config.num_attention_heads);
   const auto head_dim = static_cast<std::uint64_t>(
       config.gqa ? config.gqa->head_dim : shape.qk_nope_head_dim + shape.qk_rope_head_dim);
@@ -29,6 +35,9 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
   if (moments) {
     out += (joint ? 24 : 8) * inputs * inputs;
   }
+  if (shape.normed_heads) {
+    out += 4 * (heads + 2 * keys) * hidden;
+  }
   if (absorbed) {
     const auto width = static_cast<std::uint64_t>(shape.qk_rope_head_dim + shape.kv_lora_rank);
     out += 8 * (count * width + heads) * inputs;
@@ -37,13 +46,14 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
 }
 
 std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size) {
-  const Index inputs = config.hidden_size + 1;
+  const Index inputs = latent_inputs(config, shape) + 1;
   const Index width = shape.qk_rope_head_dim + shape.kv_lora_rank;
   const Index head_dim = config.gqa ? config.gqa->head_dim : shape.qk_nope_head_dim + shape.qk_rope_head_dim;
   const Index heads = config.num_attention_heads * head_dim;
   const Index numbers = config.num_attention_heads * width + 2 * heads + 2 * inputs;
+  const Index asking = shape.normed_heads ? head_dim + 1 : inputs;
   return static_cast<std::uint64_t>(8 * numbers * inputs) +
-         backend().query_fit_bytes(config.num_attention_heads, width, inputs, size);
+         backend().query_fit_bytes(config.num_attention_heads, width, asking, size);
 }
 
 std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequences, Index stride,
@@ -61,6 +71,7 @@ std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequenc
     query = heads * config.gqa->head_dim;
     key = 2 * config.gqa->num_key_value_heads * config.gqa->head_dim;
     mixed = query;
+    asking = normalises_keys(config) ? query + heads + key : asking;
   } else {
     key = 2 * (config.latent->kv_lora_rank + config.latent->qk_rope_head_dim);
     query = heads * key / 2;

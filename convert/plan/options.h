@@ -41,7 +41,10 @@ struct RelatentOptions {
   std::optional<Index> norm_coordinates;
   std::optional<Index> pad_rank;  // instead: as many as bring the latent to this size
   bool query_bias = false;        // the written form has room for a query bias
-  std::optional<Index> q_rank;    // the query is compressed to a latent of this size, without a norm
+  // Of a source with norms on queries and keys: the written form has a place for what its latents read;
+  // false: they read a linear stand-in (maps.h).
+  bool normed_heads = false;
+  std::optional<Index> q_rank;  // the query is compressed to a latent of this size, without a norm
   // Shared key, split value, and GLA's groups of heads.
   Partition partition;
   Index key_rank = 0;         // coordinates that the parts of a group share; with several parts only

@@ -99,6 +99,33 @@ std::string other_eps(const ConvertOptions& options, const Model& source, const 
   return eps.str();
 }
 
+// What it costs that the engine has no norms on queries and keys.
+std::string linear_stand_in_note(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const ModelConfig& config = inputs.source.config();
+  if (!normalises_keys(config) || inputs.engine->traits().normed_heads || !inputs.calibration) {
+    return "";
+  }
+  const Index keys = config.gqa->num_key_value_heads * config.gqa->head_dim;
+  double sum = 0;
+  double most = 0;
+  Index worst = 0;
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    const double error = stand_in_error(input_moments(inputs, i), keys);
+    sum += error;
+    if (error > most) {
+      most = error;
+      worst = i;
+    }
+  }
+  std::ostringstream text;
+  text.precision(2);
+  text << "this checkpoint normalises its queries and keys, and --engine " << options.engine
+       << " has no place for that: linear maps stand in for them, which miss "
+       << sum / static_cast<double>(config.num_hidden_layers) << " of how the keys vary (" << most
+       << " in layer " << worst << ") before the fits win some of it back; --engine relatent keeps the norms";
+  return text.str();
+}
+
 // What is written, layer by layer, the converted attention in the place of the old one, and what is left out.
 // Returns the most values that the attention of one layer has.
 std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& converted, ConvertPlan& plan) {
@@ -128,6 +155,11 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
         for (const ExpectedTensor& to : attention[static_cast<std::size_t>(*tensor.layer_idx)]) {
+          if (const std::optional<Role> role = source_role(to.role)) {
+            plan.tensors.push_back(
+                kept_tensor(inputs, plan.options, to, source.name_of(*role, to.layer_idx)));
+            continue;
+          }
           TensorSpec spec{to.name, inputs.engine->stored_dtype(to.role, to.shape, plan.dtype), to.shape};
           values += spec.bytes() / size_of(spec.dtype);
           plan.tensors.push_back(
@@ -233,6 +265,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
+  out.normed_heads = shape.normed_heads.has_value();
   if (config.gqa && !traits.normed_query) {
     out.q_rank = query_rank(options, inputs);
   }
@@ -249,8 +282,9 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   ConvertPlan plan;
   plan.options = options;
   plan.shape = choose_shape(options, inputs);
-  for (std::string warning : {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
-                              unserved_shape(options, engine.traits())}) {
+  for (std::string warning :
+       {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
+        unserved_shape(options, engine.traits()), linear_stand_in_note(options, inputs)}) {
     if (!warning.empty()) {
       plan.warnings.push_back(std::move(warning));
     }

@@ -419,10 +419,18 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
     shape.has_q_bias = shape.has_q_bias || source.has(Role::q_bias, i);
   }
+  bool biased = shape.has_q_bias || source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0);
+  if (normalises_keys(config) && inputs.engine->traits().normed_heads) {
+    shape.normed_heads = {config.gqa->num_key_value_heads, config.gqa->head_dim, config.gqa->qk_norm, biased};
+    if (options.q_rank) {
+      fail_usage("--q-rank: queries of this checkpoint are normalised head by head, and stay as they are");
+    }
+    // They are those of the normed heads.
+    biased = false;
+    shape.has_q_bias = false;
+  }
   shape.form = options.form;
-  shape.attention_bias = options.method != Method::lossless || shape.has_q_bias ||
-                         source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0) ||
-                         source.has(Role::o_bias, 0);
+  shape.attention_bias = options.method != Method::lossless || biased || source.has(Role::o_bias, 0);
   choose_sizes(options, inputs, shape);
   if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);

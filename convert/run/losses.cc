@@ -16,9 +16,11 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
   if (traits.normed_latent) {
     const bool biased =
         plan.shape.has_q_bias || inputs.source.has(Role::k_bias, 0) || inputs.source.has(Role::v_bias, 0);
-    out.push_back("--engine " + options.engine + " has " +
-                  (biased ? "no place for the biases of this checkpoint and " : "") +
-                  "one plain list of rotary frequencies: --engine relatent and transformers keep more");
+    out.push_back(
+        "--engine " + options.engine + " has " +
+        (biased ? "no place for the biases of this checkpoint and " : "") +
+        (normalises_keys(inputs.source.config()) ? "no place for its norms on queries and keys and " : "") +
+        "one plain list of rotary frequencies: --engine relatent and transformers keep more");
   }
   const double part =
       static_cast<double>(plan.converted_cache_elements) / static_cast<double>(plan.source_cache_elements);

@@ -87,11 +87,12 @@ Look look_at(DType dtype, std::span<const std::byte> bytes, const std::optional<
 
 // The source's tensor that this one is, whatever it is called.
 std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& source) {
-  if (is_attention(tensor.role)) {
+  const std::optional<Role> role = source_role(tensor.role);
+  if (!role) {
     return std::nullopt;
   }
-  if (source.has(tensor.role, tensor.layer_idx, tensor.part)) {
-    return source.name_of(tensor.role, tensor.layer_idx, tensor.part);
+  if (source.has(*role, tensor.layer_idx, tensor.part)) {
+    return source.name_of(*role, tensor.layer_idx, tensor.part);
   }
   // A tied head that a layout stores.
   return tensor.role == Role::lm_head ? std::optional(source.name_of(Role::embed_tokens, {})) : std::nullopt;
@@ -127,7 +128,7 @@ void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& 
     complain(out.findings,
              "is stored as " + std::string(safetensors_name(dtype)) + ", and convert wrote " + report->dtype);
   }
-  if (is_attention(tensor.role)) {
+  if (!source_role(tensor.role)) {
     ++out.converted;
     if (report && !known) {
       complain(out.findings, "was not written by convert");

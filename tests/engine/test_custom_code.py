@@ -411,7 +411,7 @@ def test_gradients(tmp_path: Path) -> None:
         ({"latent_norm": "layer"}, "latent_norm"),
         ({"latent_norm": "replicated"}, "latent_norm_rank"),
         ({"layout_version": 2}, "layout_version is 2, and this code reads 1"),
-        ({"latent_features": "nested"}, "latent_features must be 'hidden', not 'nested'"),
+        ({"latent_features": "nested"}, "latent_features must be one of .*, not 'nested'"),
         ({"layers": [{"kv_lora_rank": 21}]}, "layers must be absent or null"),
     ],
     ids=["rank", "heads", "shared", "norm", "norm rank", "version", "features", "layers"],

@@ -119,6 +119,90 @@ TEST(CalibrationStore, RoundTrips) {
   }
 }
 
+// Of a model with two key/value heads of three numbers.
+CalibrationHeader normed_header(std::int64_t layers) {
+  CalibrationHeader out = header_of(5, layers);
+  out.num_key_value_heads = 2;
+  out.head_dim = 3;
+  return out;
+}
+
+LayerMoments random_normed_layer(std::mt19937& random) {
+  LayerMoments out = random_layer(5, random);
+  const auto second = [](const MatrixD& rows) {
+    MatrixD moment = rows * rows.transpose() / 30;
+    moment.triangularView<Eigen::StrictlyUpper>() = moment.transpose();
+    return moment;
+  };
+  const MatrixD features = random_matrix(12, 30, random);
+  const MatrixD queries = random_matrix(kHeads * 3, 30, random);
+  NormedHeadMoments& heads = out.normed_heads.emplace();
+  heads.feature_moment = second(features);
+  heads.feature_mean = features.rowwise().mean();
+  heads.query_moment.resize(kHeads * 3, 3);
+  for (Index h = 0; h < kHeads; ++h) {
+    heads.query_moment.middleRows(h * 3, 3) = second(queries.middleRows(h * 3, 3));
+  }
+  heads.query_mean = queries.rowwise().mean();
+  heads.cross = random_matrix(kHeads * 3 + 6, 5, random) * 0.01;
+  return out;
+}
+
+TEST(CalibrationStore, NormalisedHeadsGoAlong) {
+  const TempFolder folder;
+  std::mt19937 random(3);
+  std::vector<LayerMoments> written;
+  CalibrationWriter writer(folder / "c.h5", normed_header(2), some_sequences());
+  for (int i = 0; i < 2; ++i) {
+    written.push_back(random_normed_layer(random));
+    writer.add_layer(written.back());
+  }
+  writer.finish();
+  const CalibrationFile file = CalibrationFile::open(folder / "c.h5");
+  EXPECT_EQ(file.header().num_key_value_heads, 2);
+  EXPECT_EQ(file.header().head_dim, 3);
+  for (std::size_t i = 0; i < 2; ++i) {
+    const LayerMoments found = file.layer(static_cast<std::int64_t>(i));
+    expect_same(found, written[i]);
+    ASSERT_TRUE(found.normed_heads.has_value());
+    const NormedHeadMoments& expected = *written[i].normed_heads;
+    EXPECT_EQ(found.normed_heads->feature_moment, expected.feature_moment);
+    EXPECT_EQ(found.normed_heads->feature_mean, expected.feature_mean);
+    EXPECT_EQ(found.normed_heads->query_moment, expected.query_moment);
+    EXPECT_EQ(found.normed_heads->query_mean, expected.query_mean);
+    EXPECT_EQ(found.normed_heads->cross, expected.cross);
+  }
+}
+
+// What no tokens can have given is refused, though its checksum is right.
+TEST(CalibrationStore, NormalisedHeadsMustBePossible) {
+  const TempFolder folder;
+  const std::vector<std::pair<std::string, std::function<void(NormedHeadMoments&)>>> spoilt = {
+      {"feature_moment is not symmetric", [](NormedHeadMoments& m) { m.feature_moment(0, 1) += 0.01; }},
+      {"feature_mean is above", [](NormedHeadMoments& m) { m.feature_mean(4) = 100; }},
+      {"query_moment has a negative diagonal", [](NormedHeadMoments& m) { m.query_moment(3, 0) = -1; }},
+      {"query_mean is above", [](NormedHeadMoments& m) { m.query_mean(5) = -100; }},
+      {"normed_cross has an entry above", [](NormedHeadMoments& m) { m.cross(11, 4) = 100; }},
+  };
+  for (const auto& [wrong, spoil] : spoilt) {
+    SCOPED_TRACE(wrong);
+    fs::remove(folder / "c.h5");
+    std::mt19937 random(3);
+    LayerMoments layer = random_normed_layer(random);
+    spoil(*layer.normed_heads);
+    CalibrationWriter writer(folder / "c.h5", normed_header(1), some_sequences());
+    writer.add_layer(layer);
+    writer.finish();
+    const CalibrationFile file = CalibrationFile::open(folder / "c.h5");
+    expect_error(ErrorKind::input, {"c.h5", "/layers/00000", wrong}, [&] { file.layer(0); });
+  }
+  CalibrationWriter writer(folder / "d.h5", normed_header(1), some_sequences());
+  std::mt19937 random(3);
+  EXPECT_THROW(writer.add_layer(random_layer(5, random)), std::invalid_argument);
+  CalibrationWriter plain(folder / "e.h5", header_of(5, 1), some_sequences());
+  EXPECT_THROW(plain.add_layer(random_normed_layer(random)), std::invalid_argument);
+}
+
 TEST(CalibrationStore, KeepsLongAndEmptyTexts) {
   const TempFolder folder;
   for (const std::size_t size :
@@ -307,8 +391,8 @@ TEST(CalibrationFile, RefusesBadAttributes) {
        [](hid_t file) { replace_text(file, "format", "relatent-calibration", true); },
        {"attribute format", "fixed-length text"}},
       {"newer",
-       [](hid_t file) { set_number(file, "format_version", 4); },
-       {"format_version", "newer", "found 4"}},
+       [](hid_t file) { set_number(file, "format_version", 5); },
+       {"format_version", "newer", "found 5"}},
       {"version 0",
        [](hid_t file) { set_number(file, "format_version", 0); },
        {"format_version", "at least 1"}},

@@ -140,6 +140,11 @@ inline const std::set<std::string>& always_biased() {
   return types;
 }
 
+// Families that normalise each head's queries and keys.
+inline bool normalises_heads(const std::string& model_type) {
+  return model_type == "qwen3";
+}
+
 inline TinyModel tiny_model(const TinyOptions& options = {}) {
   Random random(options.seed);
   TinyModel model = tiny_body(options, random);
@@ -153,6 +158,12 @@ inline TinyModel tiny_model(const TinyOptions& options = {}) {
     model.put(layer_name(i, "self_attn.v_proj"),
               random.linear(kv, options.hidden, options.kv_bias || always));
     model.put(layer_name(i, "self_attn.o_proj"), random.linear(options.hidden, q, options.o_bias));
+    if (normalises_heads(options.model_type)) {
+      model.config["attention_bias"] = options.q_bias;
+      for (const char* norm : {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}) {
+        model.put_vector(layer_name(i, norm), RowVectorF(random.row(options.head_dim, 0.3).array() + 1.5F));
+      }
+    }
   }
   return model;
 }

@@ -51,6 +51,16 @@ void attend(const ConstRows& q, const ConstRows& k, const ConstRows& v, SoftmaxS
   }
 }
 
+// The two things that latents of normalised keys read, side by side.
+MatrixF keys_and_values(const Linear& k, const RmsNorm& k_norm, const Linear& v, const MatrixF& x) {
+  MatrixF keys = product(k, x);
+  normalise(k_norm, keys);
+  const MatrixF values = product(v, x);
+  MatrixF out(x.rows(), keys.cols() + values.cols());
+  out << keys, values;
+  return out;
+}
+
 }  // namespace
 
 MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
@@ -58,10 +68,21 @@ MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const
   return attention_forward(attention, project(attention, x, table), mass);
 }
 
-GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table) {
+GqaProjections project_unrotated(const GqaAttention& attention, const MatrixF& x) {
   GqaProjections out{product(attention.q, x), product(attention.k, x), product(attention.v, x)};
-  rotate_in_place(table, 0, attention.head_dim, attention.heads, out.q);
-  rotate_in_place(table, 0, attention.head_dim, attention.kv_heads, out.k);
+  normalise(attention.q_norm, out.q);
+  normalise(attention.k_norm, out.k);
+  return out;
+}
+
+void rotate(const GqaAttention& attention, const RotaryTable& table, GqaProjections& projections) {
+  rotate_in_place(table, 0, attention.head_dim, attention.heads, projections.q);
+  rotate_in_place(table, 0, attention.head_dim, attention.kv_heads, projections.k);
+}
+
+GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table) {
+  GqaProjections out = project_unrotated(attention, x);
+  rotate(attention, table, out);
   return out;
 }
 
@@ -86,7 +107,43 @@ MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& p
   return out;
 }
 
+MatrixF key_features(const GqaAttention& attention, const MatrixF& x) {
+  return keys_and_values(attention.k, attention.k_norm, attention.v, x);
+}
+
+MatrixF key_features(const LatentAttention& attention, const MatrixF& x) {
+  if (!attention.normed_heads) {
+    return x;
+  }
+  const NormedHeads& heads = *attention.normed_heads;
+  return keys_and_values(heads.k, heads.k_norm, heads.v, x);
+}
+
+MatrixF queries_of(const LatentAttention& attention, const MatrixF& x) {
+  const MatrixF features = query_features(attention, x);
+  if (!attention.normed_heads) {
+    return product(attention.q, features);
+  }
+  const Index d = attention.normed_heads->head_dim;
+  const Index size = attention.nope_dim + attention.rope_dim;
+  MatrixF out(x.rows(), attention.heads * size);
+  for (Index h = 0; h < attention.heads; ++h) {
+    out.middleCols(h * size, size).noalias() =
+        features.middleCols(h * d, d) * attention.q.weight.middleRows(h * size, size).transpose();
+  }
+  if (attention.q.bias.size() > 0) {
+    out.rowwise() += attention.q.bias;
+  }
+  return out;
+}
+
 MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
+  if (attention.normed_heads) {
+    const NormedHeads& heads = *attention.normed_heads;
+    MatrixF out = product(heads.q, x);
+    normalise(heads.q_norm, out);
+    return out.middleCols(heads.first_head * heads.head_dim, attention.heads * heads.head_dim);
+  }
   if (attention.q_down.out() == 0) {
     return x;
   }
@@ -97,14 +154,16 @@ MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
   return out;
 }
 
-MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
+MatrixF attention_forward(const LatentAttention& attention, const MatrixF& hidden, const RotaryTable& table,
                           DistanceMass* mass) {
   const Stage stage("attention");
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
   const Index w = attention.v_dim;
-  MatrixF q = product(attention.q, query_features(attention, x));
+  MatrixF q = queries_of(attention, hidden);
   rotate_in_place(table, n, n + p, attention.heads, q);
+  const MatrixF features = attention.normed_heads ? key_features(attention, hidden) : MatrixF();
+  const MatrixF& x = attention.normed_heads ? features : hidden;
   MatrixF rotary_key = product(attention.rotary_key, x);
   rotate_in_place(table, 0, p, 1, rotary_key);
   const VectorF shrink = inverse_rms(attention.norm_rows, attention.norm_eps, x);
@@ -163,7 +222,7 @@ MlaProjections project(const LatentAttention& attention, const MatrixF& x, const
   const Index p = attention.rope_dim;
   const Index w = attention.v_dim;
   const Index r = branch.down.out();
-  MatrixF q = product(attention.q, query_features(attention, x));
+  MatrixF q = queries_of(attention, x);
   rotate_in_place(table, n, n + p, attention.heads, q);
   MlaProjections out;
   out.query.resize(x.rows(), attention.heads * (p + r));

@@ -22,18 +22,30 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
 MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table,
                           DistanceMass* mass = nullptr);
 
-// What x projects to: queries [length, heads * d] and keys [length, kv_heads * d], both rotated, and values.
+// What x projects to: queries [length, heads * d], keys [length, kv_heads * d] and values.
 struct GqaProjections {
   MatrixF q;
   MatrixF k;
   MatrixF v;
 };
+// Queries and keys normalised where the layer does that, and not rotated yet.
+GqaProjections project_unrotated(const GqaAttention& attention, const MatrixF& x);
+void rotate(const GqaAttention& attention, const RotaryTable& table, GqaProjections& projections);
+// The same, rotated.
 GqaProjections project(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table);
 MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
                           DistanceMass* mass = nullptr);
 
-// What LatentAttention's queries act on: x, or norm(q_down x).
+// What LatentAttention's queries act on: x, or norm(q_down x), or with normed heads q̂, [length, heads * d],
+// of which each head's query reads its own d.
 MatrixF query_features(const LatentAttention& attention, const MatrixF& x);
+// The queries of all heads, [length, heads * (n + p)], not rotated yet.
+MatrixF queries_of(const LatentAttention& attention, const MatrixF& x);
+
+// What latents and rotary keys read of grouped-query attention with normalised keys: [norm(k x), v x].
+MatrixF key_features(const GqaAttention& attention, const MatrixF& x);
+// The same of LatentAttention: x, or with normed heads f(x).
+MatrixF key_features(const LatentAttention& attention, const MatrixF& x);
 
 // Queries and keys of attention with one branch in latent space, for attention samples: one key for all
 // heads.

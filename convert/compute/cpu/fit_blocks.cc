@@ -61,11 +61,32 @@ MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, con
   return z;
 }
 
-MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
+QueryMaps query_maps(const AttentionSample& sample, const Systems& queries, Index first_head, Heads heads) {
+  const Heads mine{heads.first - first_head, heads.count};
+  QueryMaps out{heads, queries[static_cast<std::size_t>(mine.first)].rows(), {}};
+  if (!sample.by_head()) {
+    out.maps.emplace_back(stacked(queries, mine), sample.compute);
+    return out;
+  }
+  for (Index h = 0; h < heads.count; ++h) {
+    // A head's own few inputs are not worth packing.
+    out.maps.emplace_back(stacked(queries, {mine.first + h, 1}), DType::f32);
+  }
+  return out;
+}
+
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const QueryMaps& queries,
                    const SampleRotations& rotations) {
   const Index rows = sample.per_sequence();
-  MatrixF u = map(sample.asked().middleRows(sequence * rows, rows));
-  rotate_in_place(rotations.of(sequence), 0, width, map.out() / width, u);
+  MatrixF u(rows, queries.heads.count * queries.width);
+  Index column = 0;
+  for (std::size_t i = 0; i < queries.maps.size(); ++i) {
+    const ProductMap& map = queries.maps[i];
+    u.middleCols(column, map.out()) =
+        map(sample.asked(queries.heads.first + static_cast<Index>(i), sequence * rows, rows));
+    column += map.out();
+  }
+  rotate_in_place(rotations.of(sequence), 0, queries.width, queries.heads.count, u);
   return u;
 }
 
@@ -196,14 +217,15 @@ ProductMap input_side(const MatrixD& moment, double added, DType compute) {
 }
 
 Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual,
-                     const ProductMap& inputs) {
+                     std::span<const ProductMap> inputs) {
   Systems out;
   for (const MatrixD& m : residual) {
     out.emplace_back(m.rows(), m.cols());
   }
   for_slices(residual, [&](std::size_t i, Index first, Index rows) {
     const MatrixD half = scores[i].inverse.middleRows(first, rows) * residual[i];
-    copy_tiled(inputs(narrowed(half)), out[i].middleRows(first, rows));
+    const ProductMap& map = inputs[inputs.size() > 1 ? i : 0];
+    copy_tiled(map(narrowed(half)), out[i].middleRows(first, rows));
   });
   return out;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "convert/compute/absorbed_attention.h"
@@ -43,8 +44,17 @@ RotaryTable reversed(RotaryTable table);
 MatrixF keys_of(const MatrixF& x, const MatrixF& key, const VectorF& shrink, const RotaryTable& table,
                 Index p);
 
-// u of one sequence's sampled rows for all heads of `map`: [per_sequence, heads * width].
-MatrixF queries_of(const AttentionSample& sample, Index sequence, const ProductMap& map, Index width,
+// The queries of some heads as maps of what they act on: one for all of them, stacked, or one for each.
+struct QueryMaps {
+  Heads heads;
+  Index width = 0;  // numbers of a head's query
+  std::vector<ProductMap> maps;
+};
+// queries: of all heads from `first_head` on.
+QueryMaps query_maps(const AttentionSample& sample, const Systems& queries, Index first_head, Heads heads);
+
+// u of one sequence's sampled rows for all heads of `queries`: [per_sequence, heads * width].
+MatrixF queries_of(const AttentionSample& sample, Index sequence, const QueryMaps& queries,
                    const SampleRotations& rotations);
 
 // Columns of z that the scores of a part read; the group's latent starts `first` columns after the rotary
@@ -137,8 +147,9 @@ ScoreSide score_side(MatrixD moment);
 // (moment + added I)⁻¹, rounded: it only says where conjugate gradients look first.
 ProductMap input_side(const MatrixD& moment, double added, DType compute);
 
-// scores⁻¹ residual inputs of every system; inputs: an input_side.
-Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual, const ProductMap& inputs);
+// scores⁻¹ residual inputs of every system; inputs: an input_side for all, or one for each.
+Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual,
+                     std::span<const ProductMap> inputs);
 // image += ridge moment direction, of every system.
 void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
 

@@ -2,6 +2,8 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "convert/compute/cpu/attention.h"
@@ -18,9 +20,8 @@ constexpr Index mlp_rows = 256;
 
 // What the attention of a layer adds to the rows of one sequence: o(heads(x)) for x = norm h.
 template <typename Kind>
-MatrixF attention_output(const Kind& attention, const MatrixF& x, const RotaryTable& table,
-                         DistanceMass* mass = nullptr) {
-  return product(output_projection(attention), attention_forward(attention, x, table, mass));
+MatrixF attention_output(const Kind& attention, const MatrixF& x, const RotaryTable& table) {
+  return product(output_projection(attention), attention_forward(attention, x, table));
 }
 
 double squared(const MatrixF& m) {
@@ -30,6 +31,62 @@ double squared(const MatrixF& m) {
 Index heads_of(const Attention& attention) {
   return std::visit([](const auto& kind) { return kind.heads; }, attention);
 }
+
+// Sums for the moments of normalised queries and keys, and of values.
+class NormedHeadSums {
+ public:
+  // rows: of a batch.
+  NormedHeadSums(const GqaAttention& attention, Index rows, Index hidden)
+      : attention_(attention),
+        features_(rows, 2 * attention.kv_heads * attention.head_dim),
+        queries_(rows, attention.heads * attention.head_dim) {
+    const Index d = attention.head_dim;
+    sums_.feature_moment = MatrixD::Zero(features_.cols(), features_.cols());
+    sums_.feature_mean = VectorD::Zero(features_.cols());
+    sums_.query_moment = MatrixD::Zero(queries_.cols(), d);
+    sums_.query_mean = VectorD::Zero(queries_.cols());
+    sums_.cross = MatrixD::Zero(queries_.cols() + features_.cols() / 2, hidden);
+  }
+
+  // Rows first ... of the batch; callable from several threads for different rows.
+  void keep(Index first, const GqaProjections& projections) {
+    queries_.middleRows(first, projections.q.rows()) = projections.q;
+    features_.middleRows(first, projections.k.rows()) << projections.k, projections.v;
+  }
+
+  // Adds the first so many rows of the batch; inputs: the same rows of x.
+  void add(Index rows, const MatrixF& inputs) {
+    const Index d = attention_.head_dim;
+    add_second_moment(features_.topRows(rows), sums_.feature_moment);
+    sums_.feature_mean += features_.topRows(rows).cast<double>().colwise().sum().transpose();
+    sums_.query_mean += queries_.topRows(rows).cast<double>().colwise().sum().transpose();
+    for (Index first = 0; first < queries_.cols(); first += d) {
+      MatrixD of_head = MatrixD::Zero(d, d);
+      add_second_moment(queries_.block(0, first, rows, d), of_head);
+      mirror_lower(of_head);
+      sums_.query_moment.middleRows(first, d) += of_head;
+    }
+    MatrixF normed(rows, sums_.cross.rows());
+    normed << queries_.topRows(rows), features_.block(0, 0, rows, features_.cols() / 2);
+    add_cross_moment(normed, inputs, sums_.cross);
+  }
+
+  NormedHeadMoments mean(double tokens) && {
+    mirror_lower(sums_.feature_moment);
+    sums_.feature_moment /= tokens;
+    sums_.feature_mean /= tokens;
+    sums_.query_moment /= tokens;
+    sums_.query_mean /= tokens;
+    sums_.cross /= tokens;
+    return std::move(sums_);
+  }
+
+ private:
+  const GqaAttention& attention_;
+  MatrixF features_;
+  MatrixF queries_;
+  NormedHeadMoments sums_;
+};
 
 }  // namespace
 
@@ -82,6 +139,21 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
   out.mean = VectorD::Zero(hidden);
   out.distance_mass = MatrixD::Zero(heads, length);
   MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
+  const auto* gqa = std::get_if<GqaAttention>(&layer.attention);
+  std::optional<NormedHeadSums> normed_heads;
+  if (gqa != nullptr && gqa->normed()) {
+    normed_heads.emplace(*gqa, inputs.rows(), hidden);
+  }
+  // The heads' outputs, as attention_forward has them.
+  const auto attend = [&](Index row, const MatrixF& x, DistanceMass& mass) {
+    if (!normed_heads) {
+      return attention_forward(layer.attention, x, table, &mass);
+    }
+    GqaProjections projections = project_unrotated(*gqa, x);
+    normed_heads->keep(row, projections);
+    rotate(*gqa, table, projections);
+    return attention_forward(*gqa, projections, &mass);
+  };
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
     std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(heads, length)});
@@ -92,13 +164,15 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
       const MatrixF x = normed(layer.input_norm, rows);
       inputs.middleRows(i * length, length) = x;
       sums.row(i) = x.cast<double>().colwise().sum();
-      if (last) {
-        attention_forward(layer.attention, x, table, &here);
-      } else {
-        rows += attention_output(layer.attention, x, table, &here);
+      const MatrixF outputs = attend(i * length, x, here);
+      if (!last) {
+        rows += product(output_projection(layer.attention), outputs);
         add_mlp(layer, rows);
       }
     });
+    if (normed_heads) {
+      normed_heads->add(count * length, inputs.topRows(count * length));
+    }
     add_second_moment(inputs.topRows(count * length), out.second_moment);
     out.mean += sums.colwise().sum().transpose();
     for (const DistanceMass& m : mass) {
@@ -110,6 +184,9 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
   mirror_lower(out.second_moment);
   out.mean /= tokens;
   out.distance_mass /= tokens;
+  if (normed_heads) {
+    out.normed_heads = std::move(*normed_heads).mean(tokens);
+  }
   return out;
 }
 

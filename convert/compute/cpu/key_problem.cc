@@ -44,7 +44,7 @@ class KeyProblem final : public FitProblem {
     }
     for (const LatentGroup& group : attention.groups) {
       for (const Heads heads : head_chunks({group.first_head, group.head_count})) {
-        chunks_.push_back({&group, heads, ProductMap(stacked(attention.query, heads), sample.compute)});
+        chunks_.push_back({&group, query_maps(sample, attention.query, 0, heads)});
       }
     }
   }
@@ -61,7 +61,7 @@ class KeyProblem final : public FitProblem {
   }
 
   Systems precondition(const Systems& residual) const override {
-    return relatent::precondition(sides_, residual, inputs_);
+    return relatent::precondition(sides_, residual, {&inputs_, 1});
   }
 
  private:
@@ -88,8 +88,7 @@ class KeyProblem final : public FitProblem {
 
   struct Chunk {
     const LatentGroup* group;
-    Heads heads;
-    ProductMap query;  // stacked
+    QueryMaps queries;
   };
 
   // A sequence while the errors are formed.
@@ -109,7 +108,7 @@ class KeyProblem final : public FitProblem {
     const Index s = group.shared;
     const MatrixD& query = attention_.query[at];
     MatrixD half(query.rows(), query.cols());
-    half.noalias() = query * sample_.asked_moment();
+    half.noalias() = query * sample_.asked_moment(h);
     const MatrixD energy = static_cast<double>(weight_(h)) * (half * query.transpose());
     const double share = 1 / static_cast<double>(group.parts.size());
     MatrixD out = MatrixD::Zero(p + group.rank, p + group.rank);
@@ -183,12 +182,11 @@ class KeyProblem final : public FitProblem {
   // The gradient of a chunk's score errors by the keys; its heads' part of `mixed`.
   void compare_scores(const Chunk& chunk, bool against_source, Sequence& here, MatrixF& gradient) const {
     const LatentGroup& group = *chunk.group;
-    const Heads heads = chunk.heads;
+    const Heads heads = chunk.queries.heads;
     const Index p = attention_.rope_dim();
     const Index w = attention_.v_dim();
     const auto share = 1.0F / static_cast<float>(group.parts.size());
-    const MatrixF whole =
-        queries_of(sample_, here.index, chunk.query, chunk.query.out() / heads.count, rotations_);
+    const MatrixF whole = queries_of(sample_, here.index, chunk.queries, rotations_);
     gradient = MatrixF::Zero(here.z.rows(), p + group.rank);
     MatrixF logits;
     MatrixF scores;
@@ -246,7 +244,7 @@ class KeyProblem final : public FitProblem {
 
   void add_value_gradient(const Sequence& here, const Chunk& chunk, MatrixF& gradient) const {
     const LatentGroup& group = *chunk.group;
-    const Heads heads = chunk.heads;
+    const Heads heads = chunk.queries.heads;
     const Index w = attention_.v_dim();
     MatrixF latent;
     MatrixF scratch;

@@ -23,10 +23,13 @@ MatrixF product(const Linear& linear, const MatrixF& x) {
 }
 
 void normalise(const RmsNorm& norm, MatrixF& x) {
-  const auto size = static_cast<float>(x.cols());
-  for (Index i = 0; i < x.rows(); ++i) {
-    const float inverse = 1.0F / std::sqrt(x.row(i).squaredNorm() / size + norm.eps);
-    x.row(i).array() = (x.row(i).array() * inverse) * norm.gain.array();
+  const Index size = norm.gain.size();
+  for (Index i = 0; size > 0 && i < x.rows(); ++i) {
+    for (Index first = 0; first < x.cols(); first += size) {
+      auto run = x.row(i).segment(first, size);
+      const float inverse = 1.0F / std::sqrt(run.squaredNorm() / static_cast<float>(size) + norm.eps);
+      run.array() = (run.array() * inverse) * norm.gain.array();
+    }
   }
 }
 

@@ -13,7 +13,7 @@ using Rows = Eigen::Ref<MatrixF, 0, Eigen::OuterStride<>>;
 // x weightᵀ + bias: x [rows, in] -> [rows, out]
 MatrixF product(const Linear& linear, const MatrixF& x);
 
-// x = norm(x), row by row.
+// x = norm(x), row by row; a gain shorter than a row normalises every run of its size, an empty one nothing.
 void normalise(const RmsNorm& norm, MatrixF& x);
 MatrixF normed(const RmsNorm& norm, const ConstRows& hidden);
 

@@ -2,6 +2,7 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -42,8 +43,8 @@ struct Shared {
   const AttentionSample& sample;
   const SampleRotations& rotations;
   double ridge;
-  // (asked_moment + ridge)⁻¹
-  const ProductMap& inputs;
+  // (asked_moment + ridge)⁻¹, for all heads or for each
+  const std::vector<ProductMap>& inputs;
   // What the queries of each batch of sequences act on, for bfloat16, or nothing.
   const std::vector<PackedWeight>& packed_inputs;
 };
@@ -97,7 +98,10 @@ class QueryProblem final : public FitProblem {
   }
 
   Systems precondition(const Systems& residual) const override {
-    return relatent::precondition(sides_, residual, shared_.inputs);
+    const std::span<const ProductMap> all = shared_.inputs;
+    const auto first = static_cast<std::size_t>(first_head_);
+    return relatent::precondition(sides_, residual,
+                                  sample_.by_head() ? all.subspan(first, residual.size()) : all);
   }
 
  private:
@@ -115,10 +119,8 @@ class QueryProblem final : public FitProblem {
     for (const MatrixD& m : queries) {
       sum.emplace_back(MatrixD::Zero(m.rows(), m.cols()));
     }
-    const std::vector<ProductMap> maps = parallel_made(chunks_.size(), [&](std::size_t c) {
-      return ProductMap(stacked(queries, {chunks_[c].first - first_head_, chunks_[c].count}),
-                        sample_.compute);
-    });
+    const std::vector<QueryMaps> maps = parallel_made(
+        chunks_.size(), [&](std::size_t c) { return query_maps(sample_, queries, first_head_, chunks_[c]); });
     const auto heads = static_cast<Index>(queries.size());
     const Index each = sample_.per_sequence();
     const Index batch = sequences_at_once(sample_.length);
@@ -145,8 +147,8 @@ class QueryProblem final : public FitProblem {
   }
 
   // The gradient by the queries of a chunk: [per_sequence, heads * width].
-  MatrixF run(Index s, Heads chunk, const ProductMap& map, bool against_source, Slot& slot) const {
-    const MatrixF u = queries_of(sample_, s, map, width_, shared_.rotations);
+  MatrixF run(Index s, Heads chunk, const QueryMaps& maps, bool against_source, Slot& slot) const {
+    const MatrixF u = queries_of(sample_, s, maps, shared_.rotations);
     const MatrixF& z = keys_[static_cast<std::size_t>(s)];
     const Index heads = chunk.count;
     const auto share = 1.0F / static_cast<float>(group_.parts.size());
@@ -213,10 +215,11 @@ class QueryProblem final : public FitProblem {
 
   // Adds gradientᵀ x̃ of every head, over a batch of sequences.
   void add(Index first_sequence, const MatrixF& gradient, Systems& sum) const {
-    const auto inputs = sample_.asked().middleRows(first_sequence * sample_.per_sequence(), gradient.rows());
     const auto batch = static_cast<std::size_t>(first_sequence / sequences_at_once(sample_.length));
     for_slices(sum, [&](std::size_t h, Index first, Index rows) {
       const auto of_slice = gradient.middleCols(static_cast<Index>(h) * width_ + first, rows);
+      const auto inputs = sample_.asked(first_head_ + static_cast<Index>(h),
+                                        first_sequence * sample_.per_sequence(), gradient.rows());
       const MatrixF product = shared_.packed_inputs.empty()
                                   ? MatrixF(of_slice.transpose() * inputs)
                                   : shared_.packed_inputs[batch].times_transposed(of_slice);
@@ -237,9 +240,11 @@ class QueryProblem final : public FitProblem {
 
 class CpuQueryProblems final : public QueryProblems {
  public:
-  CpuQueryProblems(const AttentionSample& sample, double ridge)
-      : sample_(sample), ridge_(ridge), inputs_(input_side(sample.asked_moment(), ridge, sample.compute)) {
-    if (sample.compute == DType::bf16) {
+  CpuQueryProblems(const AttentionSample& sample, double ridge) : sample_(sample), ridge_(ridge) {
+    inputs_ = parallel_made(sample.by_head() ? sample.head_moments.size() : 1, [&](std::size_t h) {
+      return input_side(sample.asked_moment(static_cast<Index>(h)), ridge, sample.compute);
+    });
+    if (sample.compute == DType::bf16 && !sample.by_head()) {
       const Index batch = sequences_at_once(sample.length);
       const Index rows = sample.per_sequence();
       packed_inputs_ =
@@ -270,7 +275,7 @@ class CpuQueryProblems final : public QueryProblems {
  private:
   const AttentionSample& sample_;
   double ridge_;
-  ProductMap inputs_;
+  std::vector<ProductMap> inputs_;
   std::vector<PackedWeight> packed_inputs_;
 };
 

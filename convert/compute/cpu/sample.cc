@@ -19,12 +19,32 @@ namespace {
 // Tokens wanted for each feature of a refit before some are left out.
 constexpr Index tokens_per_feature = 32;
 
-// x̃ of one sequence.
-MatrixF inputs_of(const RmsNorm& norm, const Stream& stream, Index sequence, bool affine) {
-  const Index hidden = stream.hidden().cols();
-  MatrixF out(stream.length(), hidden + 1);
-  out.leftCols(hidden) = normed(norm, stream.sequence(sequence));
-  out.col(hidden).setConstant(affine ? 1.0F : 0.0F);
+// Rows of x̃ from those of x.
+MatrixF with_constant(const MatrixF& x, bool affine) {
+  MatrixF out(x.rows(), x.cols() + 1);
+  out << x, VectorF::Constant(x.rows(), affine ? 1.0F : 0.0F);
+  return out;
+}
+
+// What latents read, for rows of the layer's input; normed_heads: the source's where they read those.
+MatrixF inputs_of(const GqaAttention* normed_heads, const MatrixF& x, bool affine) {
+  return with_constant(normed_heads != nullptr ? key_features(*normed_heads, x) : x, affine);
+}
+
+const GqaAttention* normed_heads_of(const AttentionHalf& source, const SampleOptions& options) {
+  return options.normed_heads ? &std::get<GqaAttention>(source.attention) : nullptr;
+}
+
+// Normalised queries, each head's with a constant behind it.
+MatrixF queries_by_head(const GqaAttention& attention, const MatrixF& x, bool affine) {
+  MatrixF queries = product(attention.q, x);
+  normalise(attention.q_norm, queries);
+  const Index d = attention.head_dim;
+  MatrixF out(x.rows(), attention.heads * (d + 1));
+  for (Index h = 0; h < attention.heads; ++h) {
+    out.middleCols(h * (d + 1), d) = queries.middleCols(h * d, d);
+    out.col(h * (d + 1) + d).setConstant(affine ? 1.0F : 0.0F);
+  }
   return out;
 }
 
@@ -87,26 +107,30 @@ void sample_sequence(const AttentionHalf& source, const SampleOptions& options, 
                      AttentionSample& out, MatrixF& values) {
   const Index length = out.length;
   const Index rows = out.per_sequence();
-  const Index hidden = source_stream.hidden().cols();
   auto expected = source_stream.sequence(s);
   const MatrixF x = normed(source.input_norm, expected);
-  const MatrixF converted = inputs_of(source.input_norm, converted_stream, s, options.affine);
+  const MatrixF converted_x = normed(source.input_norm, converted_stream.sequence(s));
+  const GqaAttention* normed_heads = normed_heads_of(source, options);
   const SourceAttention here =
       std::visit([&](const auto& kind) { return run_source(kind, x, table); }, source.attention);
   expected += here.output;
   out.source_key.middleRows(s * length, length) = here.key;
   values.middleRows(s * length, length) = here.value;
+  MatrixF sampled_x(rows, converted_x.cols());
   for (Index j = 0; j < rows; ++j) {
     const Index at = out.position(s, j);
     const Index row = s * rows + j;
-    out.sampled_inputs.row(row) = converted.row(at);
+    sampled_x.row(j) = converted_x.row(at);
     out.source_query.row(row) = here.query.row(at) * scale;
     out.target.row(row) = expected.row(at) - converted_stream.sequence(s).row(at);
   }
+  out.sampled_inputs.middleRows(s * rows, rows) = inputs_of(normed_heads, sampled_x, options.affine);
   if (const LatentAttention* mla = low_rank_query(source.attention)) {
-    const MatrixF sampled = out.sampled_inputs.block(s * rows, 0, rows, hidden);
-    out.query_inputs.middleRows(s * rows, rows) << query_features(*mla, sampled),
-        VectorF::Constant(rows, options.query_affine ? 1.0F : 0.0F);
+    out.query_inputs.middleRows(s * rows, rows) =
+        with_constant(query_features(*mla, sampled_x), options.query_affine);
+  } else if (normed_heads != nullptr) {
+    out.query_inputs.middleRows(s * rows, rows) =
+        queries_by_head(*normed_heads, sampled_x, options.query_affine);
   }
 }
 
@@ -127,13 +151,20 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
   out.compute = options.compute;
   out.group_size = shape.group_size;
   out.head_dim = shape.head_dim;
-  out.inputs = [&converted_stream, norm = source.input_norm, affine = options.affine](Index sequence) {
-    return inputs_of(norm, converted_stream, sequence, affine);
+  const GqaAttention* normed_heads = normed_heads_of(source, options);
+  out.inputs = [&converted_stream, norm = source.input_norm, normed_heads,
+                affine = options.affine](Index sequence) {
+    return inputs_of(normed_heads, normed(norm, converted_stream.sequence(sequence)), affine);
   };
   const Index queries = out.count * out.per_sequence();
   const Index keys = shape.heads / shape.group_size;
-  out.sampled_inputs.resize(queries, hidden + 1);
-  out.query_inputs.resize(mla != nullptr ? queries : 0, mla != nullptr ? mla->q_down.out() + 1 : 0);
+  const Index inputs = normed_heads != nullptr ? normed_heads->k.out() + normed_heads->v.out() : hidden;
+  out.sampled_inputs.resize(queries, inputs + 1);
+  if (mla != nullptr) {
+    out.query_inputs.resize(queries, mla->q_down.out() + 1);
+  } else if (normed_heads != nullptr) {
+    out.query_inputs.resize(queries, shape.heads * (shape.head_dim + 1));
+  }
   out.source_query.resize(queries, shape.heads * shape.head_dim);
   out.source_key.resize(out.count * length, keys * shape.head_dim);
   out.target.resize(queries, hidden);
@@ -145,6 +176,11 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
   out.input_moment = second_moment_of(out.sampled_inputs);
   if (mla != nullptr) {
     out.query_moment = second_moment_of(out.query_inputs);
+  } else if (normed_heads != nullptr) {
+    const Index width = shape.head_dim + 1;
+    for (Index h = 0; h < shape.heads; ++h) {
+      out.head_moments.push_back(second_moment_of(out.query_inputs.middleCols(h * width, width)));
+    }
   } else if (options.affine && !options.query_affine) {
     out.query_inputs = out.sampled_inputs;
     out.query_inputs.col(hidden).setZero();

@@ -6,6 +6,8 @@ from transformers import PreTrainedConfig
 
 LAYOUT_VERSION = 1
 LATENT_NORMS = ("none", "branch", "replicated")
+LATENT_FEATURES = ("hidden", "normed_heads")
+QK_NORMS = ("head", "width")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 
 
@@ -39,7 +41,10 @@ class RelatentConfig(PreTrainedConfig):
 
     What this code does not know it refuses rather than runs wrongly. `layout_version` (absent: 1)
     counts the changes of names, shapes and meanings that older code cannot read. `latent_features`
-    is what the latents are projections of: "hidden", the layer's normalised input. `layers`
+    is what the latents are projections of: "hidden", the layer's normalised input; or
+    "normed_heads", `num_key_value_heads` keys of `normed_head_dim` numbers, normalised each
+    (`qk_norm` "head") or all together ("width"), and as many values. Queries then are a map of the
+    head's own normalised query. `normed_bias` says whether these projections have biases. `layers`
     is kept for sizes that differ from layer to layer; it must be absent or None.
     """
 
@@ -65,6 +70,10 @@ class RelatentConfig(PreTrainedConfig):
         latent_norm: str = "none",
         latent_norm_rank: int | None = None,
         latent_features: str = "hidden",
+        num_key_value_heads: int | None = None,
+        normed_head_dim: int | None = None,
+        normed_bias: bool = False,
+        qk_norm: str | None = None,
         layout_version: int = LAYOUT_VERSION,
         layers: None = None,
         attention_bias: bool = False,
@@ -115,6 +124,10 @@ class RelatentConfig(PreTrainedConfig):
         self.latent_norm = latent_norm
         self.latent_norm_rank = latent_norm_rank
         self.latent_features = latent_features
+        self.num_key_value_heads = num_key_value_heads
+        self.normed_head_dim = normed_head_dim
+        self.normed_bias = normed_bias
+        self.qk_norm = qk_norm
         self.layout_version = layout_version
         self.layers = layers
         self.attention_bias = attention_bias
@@ -159,8 +172,18 @@ class RelatentConfig(PreTrainedConfig):
             raise ValueError(
                 f"layout_version is {self.layout_version!r}, and this code reads {LAYOUT_VERSION}"
             )
-        if self.latent_features != "hidden":
-            raise ValueError(f"latent_features must be 'hidden', not {self.latent_features!r}")
+        if self.latent_features not in LATENT_FEATURES:
+            raise ValueError(
+                f"latent_features must be one of {LATENT_FEATURES}, not {self.latent_features!r}"
+            )
+        if self.latent_features == "normed_heads":
+            if self.qk_norm not in QK_NORMS:
+                raise ValueError(f"qk_norm must be one of {QK_NORMS}, not {self.qk_norm!r}")
+            for key in ("num_key_value_heads", "normed_head_dim"):
+                if not getattr(self, key):
+                    raise ValueError(f"latent_features 'normed_heads' needs {key}")
+            if self.q_lora_rank is not None:
+                raise ValueError("normed_heads have no q_lora_rank")
         if self.layers is not None:
             raise ValueError("layers must be absent or null: all layers have the same sizes")
 

@@ -77,6 +77,11 @@ class RelatentRMSNorm(nn.Module):
         return self.weight * (x.float() * inverse_rms(x, self.eps)).to(x.dtype)
 
 
+def normed_runs(norm: RelatentRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Normalises every run of the norm's size."""
+    return norm(x.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2)
+
+
 class RelatentRotaryEmbedding(nn.Module):
     """Cosines and sines, in float32 whatever the type of the model."""
 
@@ -189,20 +194,35 @@ class RelatentAttention(nn.Module):
 
         hidden, bias = config.hidden_size, config.attention_bias
         query_size = self.num_heads * (self.nope_dim + self.rope_dim)
-        if config.q_lora_rank is None:
+        # What latents and rotary keys are projections of.
+        inputs = hidden
+        self.normed_heads = config.latent_features == "normed_heads"
+        if self.normed_heads:
+            head, eps = config.normed_head_dim, config.rms_norm_eps
+            queries, keys = self.num_heads * head, config.num_key_value_heads * head
+            inputs = 2 * keys
+            self.q_proj = nn.Linear(hidden, queries, bias=config.normed_bias)
+            self.k_proj = nn.Linear(hidden, keys, bias=config.normed_bias)
+            self.v_proj = nn.Linear(hidden, keys, bias=config.normed_bias)
+            wide = config.qk_norm == "width"
+            self.q_norm = RelatentRMSNorm(queries if wide else head, eps)
+            self.k_norm = RelatentRMSNorm(keys if wide else head, eps)
+            # The map of every head's own normalised query.
+            self.q_b_proj = nn.Linear(head, query_size, bias=bias)
+        elif config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, query_size, bias=bias)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RelatentRMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_size, bias=False)
-        self.k_rope_proj = nn.Linear(hidden, self.rope_dim, bias=bias)
+        self.k_rope_proj = nn.Linear(inputs, self.rope_dim, bias=bias)
         if config.latent_norm == "replicated":
             self.kv_norm_proj = nn.Linear(hidden, config.latent_norm_rank, bias=False)
         self.kv_shared_proj = nn.ModuleList(
-            nn.Linear(hidden, rank, bias=bias) for rank in shared_ranks
+            nn.Linear(inputs, rank, bias=bias) for rank in shared_ranks
         )
         self.kv_a_proj = nn.ModuleList(
-            nn.Linear(hidden, branch["rank"], bias=bias) for branch in self.branches
+            nn.Linear(inputs, branch["rank"], bias=bias) for branch in self.branches
         )
         ranks = [
             branch["rank"] + (0 if branch.get("shared") is None else shared_ranks[branch["shared"]])
@@ -220,13 +240,25 @@ class RelatentAttention(nn.Module):
 
     def query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[batch, length, hidden] -> [batch, heads, length, n + p]"""
-        if self.config.q_lora_rank is None:
+        if self.normed_heads:
+            maps = self.q_b_proj.weight.unflatten(0, (self.num_heads, -1))
+            heads = normed_runs(self.q_norm, self.q_proj(x)).unflatten(-1, (self.num_heads, -1))
+            query = torch.einsum("blhd,hsd->blhs", heads, maps).flatten(2)
+            if self.q_b_proj.bias is not None:
+                query = query + self.q_b_proj.bias
+        elif self.config.q_lora_rank is None:
             query = self.q_proj(x)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         content, rotary = query.split((self.nope_dim, self.rope_dim), dim=-1)
         return torch.cat((content, rotate(rotary, cos[:, None], sin[:, None])), dim=-1)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What latents and rotary keys are projections of: [batch, length, inputs]"""
+        if not self.normed_heads:
+            return x
+        return torch.cat((normed_runs(self.k_norm, self.k_proj(x)), self.v_proj(x)), dim=-1)
 
     def latents(self, x: torch.Tensor) -> torch.Tensor:
         """The latent numbers that the cache holds: [batch, length, sum of split_sizes]
@@ -324,8 +356,9 @@ class RelatentAttention(nn.Module):
     ) -> torch.Tensor:
         cos, sin = position_embeddings
         query = self.query(x, cos, sin)
-        rotary_key = rotate(self.k_rope_proj(x), cos, sin)
-        latents = self.latents(x)
+        features = self.features(x)
+        rotary_key = rotate(self.k_rope_proj(features), cos, sin)
+        latents = self.latents(features)
         if cache is not None:
             # One head whose keys are the latents and whose values are the rotary keys.
             latents, rotary_key = cache.update(

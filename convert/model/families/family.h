@@ -41,6 +41,7 @@ std::string known_families();
 const Family& llama_family();
 const Family& mistral_family();
 const Family& qwen2_family();
+const Family& qwen3_family();
 const Family& deepseek_v2_family();
 const Family& deepseek_v3_family();
 const Family& relatent_family();

@@ -87,18 +87,21 @@ void parse_body(const ConfigReader& in, ModelConfig& out) {
   out.tie_word_embeddings = in.flag_or("tie_word_embeddings", false);
 }
 
-Index parse_head_dim(const ConfigReader& in, const ModelConfig& config) {
+Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::optional<Index> otherwise) {
+  if (otherwise) {
+    return in.size_or("head_dim", *otherwise);
+  }
   if (!in.has("head_dim") && config.hidden_size % config.num_attention_heads != 0) {
     in.complain("head_dim", "a head size, since hidden_size is not a multiple of num_attention_heads");
   }
   return in.size_or("head_dim", config.hidden_size / config.num_attention_heads);
 }
 
-void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
+void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional<Index> head_dim) {
   parse_body(in, out);
   GqaGeometry gqa;
   gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);
-  gqa.head_dim = parse_head_dim(in, out);
+  gqa.head_dim = parse_head_dim(in, out, head_dim);
   if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
     in.complain("num_key_value_heads",
                 "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));

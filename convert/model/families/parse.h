@@ -15,11 +15,15 @@ void parse_shared_keys(const ConfigReader& in, ModelConfig& out);
 // The same and sizes by Llama's names: hidden_size, num_hidden_layers, ..., tie_word_embeddings.
 void parse_body(const ConfigReader& in, ModelConfig& out);
 
-// head_dim, or hidden_size / num_attention_heads.
-Index parse_head_dim(const ConfigReader& in, const ModelConfig& config);
+// head_dim; where the config says nothing `otherwise`, or hidden_size / num_attention_heads.
+Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::optional<Index> otherwise = {});
 
 // A grouped-query model by Llama's names, its sliding window (sliding_window, use_sliding_window) included.
-void parse_grouped_query(const ConfigReader& in, ModelConfig& out);
+// head_dim: where the config says nothing, as parse_head_dim has it.
+void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional<Index> head_dim);
+inline void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
+  parse_grouped_query(in, out, std::nullopt);
+}
 
 // Latent attention by DeepSeek's names, without its branches. Fills in the layers' score scale, (n + p)^-1/2
 // times YaRN's mscale squared.

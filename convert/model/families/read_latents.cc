@@ -1,6 +1,7 @@
 #include "convert/model/families/read_latents.h"
 
 #include <string>
+#include <utility>
 
 namespace relatent {
 namespace {
@@ -38,6 +39,16 @@ LatentAttention read_query_and_output(const LayerReader& in) {
   out.rope_dim = geometry.qk_rope_head_dim;
   out.v_dim = geometry.v_head_dim;
   out.scale = in.spec().scale;
+  if (geometry.normed_heads) {
+    NormedHeads heads;
+    heads.head_dim = geometry.normed_heads->head_dim;
+    heads.q = in.linear(Role::normed_q_weight, Role::normed_q_bias);
+    heads.q_norm = in.norm(Role::q_head_norm);
+    heads.k = in.linear(Role::normed_k_weight, Role::normed_k_bias);
+    heads.k_norm = in.norm(Role::k_head_norm);
+    heads.v = in.linear(Role::normed_v_weight, Role::normed_v_bias);
+    out.normed_heads = std::move(heads);
+  }
   if (geometry.q_lora_rank) {
     out.q_down = in.linear(Role::q_a_weight, Role::q_a_bias);
     out.q_norm = in.latent_norm(Role::q_a_norm);

@@ -7,11 +7,11 @@
 namespace relatent {
 namespace {
 
-const std::array<const Family*, 10>& families() {
-  static const std::array<const Family*, 10> all = {
-      &llama_family(),       &mistral_family(),       &qwen2_family(),    &seed_oss_family(),
-      &deepseek_v2_family(), &deepseek_v3_family(),   &relatent_family(), &mlra_family(),
-      &gla_family(),         &gguf_deepseek2_family()};
+const std::array<const Family*, 11>& families() {
+  static const std::array<const Family*, 11> all = {
+      &llama_family(),    &mistral_family(),     &qwen2_family(),         &qwen3_family(),
+      &seed_oss_family(), &deepseek_v2_family(), &deepseek_v3_family(),   &relatent_family(),
+      &mlra_family(),     &gla_family(),         &gguf_deepseek2_family()};
   return all;
 }
 

@@ -25,8 +25,63 @@ Presence with_replicated_norm(const ModelConfig& c) {
   return required_if(c.latent->norm == LatentNorm::replicated);
 }
 
-Presence without_q_rank_with_bias(const ModelConfig& c) {
-  return required_if(c.latent->attention_bias && !c.latent->q_lora_rank.has_value());
+// The query is one map of the layer's input.
+Presence with_q_alone(const ModelConfig& c) {
+  return required_if(!c.latent->q_lora_rank.has_value() && !c.latent->normed_heads);
+}
+
+Presence with_q_alone_and_bias(const ModelConfig& c) {
+  return required_if(c.latent->attention_bias && with_q_alone(c) == Presence::required);
+}
+
+Presence with_q_behind_another(const ModelConfig& c) {
+  return required_if(with_q_alone(c) != Presence::required);
+}
+
+Presence with_normed_heads(const ModelConfig& c) {
+  return required_if(c.latent->normed_heads.has_value());
+}
+
+Presence with_normed_heads_and_latent_bias(const ModelConfig& c) {
+  return required_if(c.latent->normed_heads && c.latent->attention_bias);
+}
+
+Presence with_normed_bias(const ModelConfig& c) {
+  return required_if(c.latent->normed_heads && c.latent->normed_heads->bias);
+}
+
+Index normed_q_rows(const ModelConfig& c) {
+  return c.num_attention_heads * c.latent->normed_heads->head_dim;
+}
+
+Index normed_kv_rows(const ModelConfig& c) {
+  return c.latent->normed_heads->inputs() / 2;
+}
+
+Shape normed_q_shape(const ModelConfig& c, Index /*part*/) {
+  return {normed_q_rows(c), c.hidden_size};
+}
+
+Shape normed_q_bias_shape(const ModelConfig& c, Index /*part*/) {
+  return {normed_q_rows(c)};
+}
+
+Shape normed_kv_shape(const ModelConfig& c, Index /*part*/) {
+  return {normed_kv_rows(c), c.hidden_size};
+}
+
+Shape normed_kv_bias_shape(const ModelConfig& c, Index /*part*/) {
+  return {normed_kv_rows(c)};
+}
+
+Shape q_head_norm_shape(const ModelConfig& c, Index /*part*/) {
+  const NormedHeadSizes& heads = *c.latent->normed_heads;
+  return {heads.norm == QkNorm::width ? normed_q_rows(c) : heads.head_dim};
+}
+
+Shape k_head_norm_shape(const ModelConfig& c, Index /*part*/) {
+  const NormedHeadSizes& heads = *c.latent->normed_heads;
+  return {heads.norm == QkNorm::width ? normed_kv_rows(c) : heads.head_dim};
 }
 
 Index shared_latent_count(const ModelConfig& c) {
@@ -34,7 +89,7 @@ Index shared_latent_count(const ModelConfig& c) {
 }
 
 Shape k_rope_shape(const ModelConfig& c, Index /*part*/) {
-  return {c.latent->qk_rope_head_dim, c.hidden_size};
+  return {c.latent->qk_rope_head_dim, latent_inputs(c)};
 }
 
 Shape k_rope_bias_shape(const ModelConfig& c, Index /*part*/) {
@@ -46,7 +101,7 @@ Shape kv_norm_shape(const ModelConfig& c, Index /*part*/) {
 }
 
 Shape shared_shape(const ModelConfig& c, Index part) {
-  return {c.latent->shared_ranks[static_cast<std::size_t>(part)], c.hidden_size};
+  return {c.latent->shared_ranks[static_cast<std::size_t>(part)], latent_inputs(c)};
 }
 
 Shape shared_bias_shape(const ModelConfig& c, Index part) {
@@ -54,7 +109,7 @@ Shape shared_bias_shape(const ModelConfig& c, Index part) {
 }
 
 Shape branch_down_shape(const ModelConfig& c, Index part) {
-  return {branch_of(c, part).rank, c.hidden_size};
+  return {branch_of(c, part).rank, latent_inputs(c)};
 }
 
 Shape branch_bias_shape(const ModelConfig& c, Index part) {
@@ -63,12 +118,22 @@ Shape branch_bias_shape(const ModelConfig& c, Index part) {
 
 std::vector<TensorRule> relatent_rules() {
   return with_experts(with_body({
-      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", without_q_rank, mla_q_b_shape},
-      {Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", without_q_rank_with_bias, mla_q_bias_shape},
+      {Role::normed_q_weight, "model.layers.{i}.self_attn.q_proj.weight", with_normed_heads, normed_q_shape},
+      {Role::normed_q_bias, "model.layers.{i}.self_attn.q_proj.bias", with_normed_bias, normed_q_bias_shape},
+      {Role::q_head_norm, "model.layers.{i}.self_attn.q_norm.weight", with_normed_heads, q_head_norm_shape},
+      {Role::normed_k_weight, "model.layers.{i}.self_attn.k_proj.weight", with_normed_heads, normed_kv_shape},
+      {Role::normed_k_bias, "model.layers.{i}.self_attn.k_proj.bias", with_normed_bias, normed_kv_bias_shape},
+      {Role::k_head_norm, "model.layers.{i}.self_attn.k_norm.weight", with_normed_heads, k_head_norm_shape},
+      {Role::normed_v_weight, "model.layers.{i}.self_attn.v_proj.weight", with_normed_heads, normed_kv_shape},
+      {Role::normed_v_bias, "model.layers.{i}.self_attn.v_proj.bias", with_normed_bias, normed_kv_bias_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", with_q_alone, mla_q_b_shape},
+      {Role::q_bias, "model.layers.{i}.self_attn.q_proj.bias", with_q_alone_and_bias, mla_q_bias_shape},
       {Role::q_a_weight, "model.layers.{i}.self_attn.q_a_proj.weight", with_q_rank, q_a_shape},
       {Role::q_a_bias, "model.layers.{i}.self_attn.q_a_proj.bias", with_q_rank_and_bias, q_a_vector_shape},
       {Role::q_a_norm, "model.layers.{i}.self_attn.q_a_layernorm.weight", with_q_rank, q_a_vector_shape},
-      {Role::q_weight, "model.layers.{i}.self_attn.q_b_proj.weight", with_q_rank, mla_q_b_shape},
+      {Role::q_weight, "model.layers.{i}.self_attn.q_b_proj.weight", with_q_behind_another, mla_q_b_shape},
+      {Role::q_bias, "model.layers.{i}.self_attn.q_b_proj.bias", with_normed_heads_and_latent_bias,
+       mla_q_bias_shape},
       {Role::k_rope_weight, "model.layers.{i}.self_attn.k_rope_proj.weight", required, k_rope_shape},
       {Role::k_rope_bias, "model.layers.{i}.self_attn.k_rope_proj.bias", with_bias, k_rope_bias_shape},
       {Role::kv_norm_weight, "model.layers.{i}.self_attn.kv_norm_proj.weight", with_replicated_norm,
@@ -93,15 +158,41 @@ std::vector<TensorRule> relatent_rules() {
 // Published slices have up to 8.
 constexpr std::size_t most_latents = 1024;
 
+// What the latents read.
+void parse_features(const ConfigReader& in, Index heads, LatentGeometry& latent) {
+  const std::string features = in.find("latent_features") != nullptr ? in.text("latent_features") : "hidden";
+  if (features == "hidden") {
+    return;
+  }
+  if (features != "normed_heads") {
+    in.complain("latent_features",
+                "\"hidden\", the layer's normalised input, or \"normed_heads\", normalised keys and values");
+  }
+  NormedHeadSizes sizes;
+  sizes.num_key_value_heads = in.size("num_key_value_heads");
+  sizes.head_dim = in.size("normed_head_dim");
+  sizes.bias = in.flag_or("normed_bias", false);
+  const std::optional<QkNorm> norm = qk_norm_of(in.text("qk_norm"));
+  if (!norm || *norm == QkNorm::none) {
+    in.complain("qk_norm", "head or width");
+  }
+  sizes.norm = *norm;
+  if (heads % sizes.num_key_value_heads != 0) {
+    in.complain("num_key_value_heads", "a divisor of num_attention_heads = " + std::to_string(heads));
+  }
+  if (latent.q_lora_rank) {
+    in.complain("q_lora_rank", "null: queries act on normalised heads");
+  }
+  latent.normed_heads = sizes;
+}
+
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent) {
   // What a later layout may say, and this reader would get wrong.
   if (in.size_or("layout_version", 1) != 1) {
     in.complain("layout_version", "1, the layout that this version reads");
   }
-  if (in.find("latent_features") != nullptr && in.text("latent_features") != "hidden") {
-    in.complain("latent_features", "\"hidden\": latents that read the layer's normalised input");
-  }
+  parse_features(in, heads, latent);
   if (in.find("layers") != nullptr) {
     in.complain("layers", "nothing: all layers alike");
   }

@@ -31,6 +31,23 @@ Shape kv_bias_shape(const ModelConfig& c, Index /*part*/) {
   return {kv_rows(c)};
 }
 
+// Of one head's numbers, or all heads'.
+Shape head_norm_shape(const ModelConfig& c, Index heads) {
+  return {c.gqa->qk_norm == QkNorm::width ? heads * c.gqa->head_dim : c.gqa->head_dim};
+}
+
+Shape q_head_norm_shape(const ModelConfig& c, Index /*part*/) {
+  return head_norm_shape(c, c.num_attention_heads);
+}
+
+Shape k_head_norm_shape(const ModelConfig& c, Index /*part*/) {
+  return head_norm_shape(c, c.gqa->num_key_value_heads);
+}
+
+Presence with_head_norms(const ModelConfig& c) {
+  return required_if(c.gqa->qk_norm != QkNorm::none);
+}
+
 Shape inv_freq_shape(const ModelConfig& c, Index /*part*/) {
   return {c.gqa->head_dim / 2};
 }
@@ -129,7 +146,12 @@ Shape hidden_by_intermediate(const ModelConfig& c, Index /*part*/) {
 }
 
 Shape mla_q_b_shape(const ModelConfig& c, Index /*part*/) {
-  return {mla_q_rows(c), c.latent->q_lora_rank.value_or(c.hidden_size)};
+  const Index inputs = c.latent->normed_heads ? c.latent->normed_heads->head_dim : c.hidden_size;
+  return {mla_q_rows(c), c.latent->q_lora_rank.value_or(inputs)};
+}
+
+Index latent_inputs(const ModelConfig& c) {
+  return c.latent->normed_heads ? c.latent->normed_heads->inputs() : c.hidden_size;
 }
 
 Shape mla_q_bias_shape(const ModelConfig& c, Index /*part*/) {
@@ -211,6 +233,13 @@ std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&)) 
     rules.push_back({Role::v_bias, "model.layers.{i}.self_attn.v_proj.bias", qkv_bias, kv_bias_shape});
   }
   return with_body(std::move(rules));
+}
+
+std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules) {
+  return append(
+      std::move(rules),
+      {{Role::q_head_norm, "model.layers.{i}.self_attn.q_norm.weight", with_head_norms, q_head_norm_shape},
+       {Role::k_head_norm, "model.layers.{i}.self_attn.k_norm.weight", with_head_norms, k_head_norm_shape}});
 }
 
 std::vector<TensorRule> with_experts(std::vector<TensorRule> rules) {

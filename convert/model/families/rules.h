@@ -43,12 +43,16 @@ Index branch_count(const ModelConfig& c);
 const BranchGeometry& branch_of(const ModelConfig& c, Index part);
 Shape branch_norm_shape(const ModelConfig& c, Index part);
 Shape branch_up_shape(const ModelConfig& c, Index part);
+// What latents and rotary keys read: the layer's input, or normed heads (NormedHeads, attention.h).
+Index latent_inputs(const ModelConfig& c);
 
 std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more);
 // What surrounds attention, by Llama's names.
 std::vector<TensorRule> with_body(std::vector<TensorRule> attention);
 // A grouped-query model by Llama's names; qkv_bias nullptr: none.
 std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&));
+// The same with the norms on queries and keys that the config's qk_norm asks for.
+std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules);
 // Experts as DeepSeek names them, one tensor for each.
 std::vector<TensorRule> with_experts(std::vector<TensorRule> rules);
 

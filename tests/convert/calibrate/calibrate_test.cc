@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "convert/compute/backend.h"
+#include "convert/compute/cpu/attention.h"
 #include "convert/compute/cpu/products.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/reference.h"
@@ -85,9 +86,48 @@ TEST(Calibrate, MomentsAreThoseOfTheModelsOwnInputs) {
   }
 }
 
+// What latents read in the place of the input where keys are normalised.
+TEST(Calibrate, MomentsOfNormalisedHeadsAreTheirs) {
+  const TempFolder folder;
+  tiny_model({.model_type = "qwen3", .layers = 2}).write(folder / "model");
+  const Model model = Model::open(folder / "model");
+  const Sequences sequences = random_sequences(2, 150, 60, 50);
+  calibrate(model, sequences, folder / "moments.h5", ignore);
+  const CalibrationFile file = CalibrationFile::open(folder / "moments.h5");
+  EXPECT_EQ(file.header().num_key_value_heads, 2);
+  EXPECT_EQ(file.header().head_dim, 8);
+  Stream stream(model, sequences);
+  for (Index i = 0; i < 2; ++i) {
+    const Layer layer = model.layer(i);
+    const auto& attention = std::get<GqaAttention>(layer.attention);
+    const LayerMoments found = file.layer(i);
+    ASSERT_TRUE(found.normed_heads.has_value());
+    const MatrixF x = normed(layer.input_norm, stream.hidden());
+    const GqaProjections heads = project_unrotated(attention, x);
+    const MatrixD q = heads.q.cast<double>();
+    MatrixD f(x.rows(), 32);
+    f << heads.k.cast<double>(), heads.v.cast<double>();
+    const auto tokens = static_cast<double>(x.rows());
+    EXPECT_LE(relative_error(found.normed_heads->feature_moment, f.transpose() * f / tokens), kFloatNoise);
+    EXPECT_LE(relative_error(found.normed_heads->feature_mean, f.colwise().mean().transpose()), 1e-4);
+    EXPECT_LE(relative_error(found.normed_heads->query_mean, q.colwise().mean().transpose()), 1e-4);
+    for (Index h = 0; h < 6; ++h) {
+      const MatrixD head = q.middleCols(h * 8, 8);
+      EXPECT_LE(relative_error(MatrixD(found.normed_heads->query_moment.middleRows(h * 8, 8)),
+                               head.transpose() * head / tokens),
+                kFloatNoise);
+    }
+    MatrixD normed_both(x.rows(), 64);
+    normed_both << q, f.leftCols(16);
+    EXPECT_LE(relative_error(found.normed_heads->cross, normed_both.transpose() * x.cast<double>() / tokens),
+              kFloatNoise);
+    run_layer(layer, stream);
+  }
+}
+
 TEST(Calibrate, BytesDoNotDependOnTheThreads) {
   const TempFolder folder;
-  tiny_model({.kv_bias = true, .dtype = DType::bf16}).write(folder / "model");
+  tiny_model({.model_type = "qwen3", .dtype = DType::bf16}).write(folder / "model");
   const Model model = Model::open(folder / "model");
   const Sequences sequences = random_sequences(3, 90, 100, 50);
   const auto run = [&](int threads) {
@@ -103,7 +143,7 @@ TEST(Calibrate, BytesDoNotDependOnTheThreads) {
 
 TEST(Calibrate, GoesOnAfterAnInterruption) {
   const TempFolder folder;
-  tiny_model({.layers = 4}).write(folder / "model");
+  tiny_model({.model_type = "qwen3", .layers = 4}).write(folder / "model");
   const Model model = Model::open(folder / "model");
   const Sequences sequences = random_sequences(3, 5, 20, 50);
   calibrate(model, sequences, folder / "whole.h5", ignore);

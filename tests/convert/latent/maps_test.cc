@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "convert/compute/cpu/attention.h"
 #include "convert/compute/cpu/products.h"
 #include "tests/support/samples.h"
 
@@ -56,6 +57,59 @@ TEST(Maps, ActLikeTheLayersLinears) {
                   attention.o.weight.middleCols(h * sample.head_dim, sample.head_dim).cast<double>());
     }
   }
+}
+
+// With norms on the heads, what is linear starts behind the norms.
+TEST(Maps, OfNormalisedHeadsSelectThem) {
+  Random random(4);
+  const GqaSample sample = gqa_samples().front();
+  GqaAttention attention = testing_support::random_gqa(random, sample);
+  attention.q_norm = {random.row(sample.head_dim), 1e-6F};
+  attention.k_norm = {random.row(sample.head_dim), 1e-6F};
+  const LayerMaps maps = maps_of(attention);
+  const MatrixF x = testing_support::sample_inputs(random, 12, sample.hidden);
+  const MatrixD f = with_ones(key_features(attention, x));
+  const GqaProjections heads = project_unrotated(attention, x);
+  EXPECT_TRUE(maps.k * f == heads.k.cast<double>().transpose());
+  EXPECT_TRUE(maps.v * f == heads.v.cast<double>().transpose());
+  EXPECT_EQ(maps.query_inputs(), sample.head_dim);
+  EXPECT_FALSE(maps.has_q_bias());
+  for (Index h = 0; h < sample.heads; ++h) {
+    const MatrixF query = heads.q.middleCols(h * sample.head_dim, sample.head_dim);
+    EXPECT_TRUE(maps.query_of(h) * with_ones(query) == query.cast<double>().transpose());
+  }
+  ASSERT_TRUE(maps.normed_heads.has_value());
+  EXPECT_TRUE(maps.normed_heads->k.weight == attention.k.weight);
+}
+
+// Nothing that the inputs tell of the normalised heads is left in what the stand-in misses.
+TEST(LinearStandIn, IsTheNearestLinearMap) {
+  Random random(5);
+  const GqaSample sample = gqa_samples().front();
+  GqaAttention attention = testing_support::random_gqa(random, sample);
+  attention.q_norm = {random.row(sample.head_dim), 1e-6F};
+  attention.k_norm = {random.row(sample.head_dim), 1e-6F};
+  const MatrixF x = testing_support::sample_inputs(random, 400, sample.hidden);
+  const GqaProjections heads = project_unrotated(attention, x);
+  const MatrixD columns = with_ones(x);
+  MatrixD wanted(heads.q.cols() + heads.k.cols(), x.rows());
+  wanted << heads.q.cast<double>().transpose(), heads.k.cast<double>().transpose();
+  Moments moments;
+  moments.second = columns * columns.transpose() / 400;
+  moments.normed_cross = wanted * columns.transpose() / 400;
+  moments.normed_square = wanted.cwiseAbs2().rowwise().mean();
+  const GqaAttention found = linear_stand_in(attention, moments);
+  EXPECT_FALSE(found.normed());
+  MatrixD map(wanted.rows(), columns.rows());
+  map << map_of(found.q), map_of(found.k);
+  const MatrixD missed = wanted - map * columns;
+  EXPECT_LE((missed * columns.transpose() / 400).norm(), 1e-4 * moments.normed_cross.norm());
+  const Index keys = heads.k.cols();
+  MatrixD varying = wanted.bottomRows(keys);
+  varying.colwise() -= VectorD(varying.rowwise().mean());
+  const double error = missed.bottomRows(keys).squaredNorm() / varying.squaredNorm();
+  EXPECT_GT(error, 0.01);
+  EXPECT_NEAR(stand_in_error(moments, keys), error, 1e-3 * error);
 }
 
 TEST(Moments, OfACalibratedLayerCoverTheConstant) {

@@ -167,6 +167,48 @@ TEST(FitQueries, EndsWhereTheErrorIsStationary) {
   }
 }
 
+// The same queries told of inputs of every head's own, which are those that all share in another order.
+TEST(FitQueries, OfEveryHeadsOwnInputsAreTheSame) {
+  const FitSample fit = fit_sample(12, {.count = 3, .length = 25, .stride = 3, .drift = 0.3, .bias = true});
+  const AbsorbedAttention start = truncated(fit);
+  const Index width = fit.sample.sampled_inputs.cols();
+  // Column j of head h is column (j + h) of all; the constant stays the last.
+  const auto order = [&](Index h) {
+    MatrixD out = MatrixD::Zero(width, width);
+    for (Index j = 0; j + 1 < width; ++j) {
+      out((j + h) % (width - 1), j) = 1;
+    }
+    out(width - 1, width - 1) = 1;
+    return out;
+  };
+  AttentionSample by_head = fit.sample;
+  AbsorbedAttention turned = start;
+  by_head.query_inputs.resize(fit.sample.sampled_inputs.rows(), 4 * width);
+  by_head.query_moment.resize(0, 0);
+  for (Index h = 0; h < 4; ++h) {
+    const MatrixD turn = order(h);
+    by_head.query_inputs.middleCols(h * width, width) = fit.sample.sampled_inputs * turn.cast<float>();
+    by_head.head_moments.emplace_back(turn.transpose() * fit.sample.query_moment * turn);
+    turned.query[static_cast<std::size_t>(h)] *= turn;
+  }
+  FitOptions options;
+  options.steps = 3;
+  AbsorbedAttention expected = start;
+  const ScoreError error = fit_queries(fit.sample, options, expected);
+  const ScoreError found = fit_queries(by_head, options, turned);
+  EXPECT_NEAR(found.before / error.before, 1, 1e-4);
+  EXPECT_NEAR(found.after / error.after, 1, 1e-3);
+  for (Index h = 0; h < 4; ++h) {
+    const auto at = static_cast<std::size_t>(h);
+    EXPECT_LE(testing_support::relative_error(turned.query[at] * order(h).transpose(), expected.query[at]),
+              1e-3);
+  }
+  // And so are the keys that are fitted to them.
+  fit_keys(fit.sample, options, expected);
+  fit_keys(by_head, options, turned);
+  EXPECT_LE(testing_support::relative_error(turned.key, expected.key), 1e-3);
+}
+
 TEST(FitQueries, RefuseNaN) {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   const FitSample fit = fit_sample(26, {.count = 2, .length = 20});

@@ -70,7 +70,7 @@ TEST(TwinStreams, LosslessAttentionKeepsThemTogether) {
     EXPECT_TRUE(streams.converted().hidden() == alone.hidden());
     for (Index i = 0; i < model.config().num_hidden_layers; ++i) {
       const Layer layer = model.layer(i);
-      streams.sample_attention(layer, 4, false, false);
+      streams.sample_attention(layer, {.stride = 4, .affine = false, .query_affine = false});
       LatentAttention converted = lossless(layer);
       const MatrixF before = converted.o.weight;
       streams.finish_attention(layer, converted, refit, 0.1);
@@ -97,7 +97,8 @@ TEST(TwinStreams, FirstTargetIsTheSourcesAttention) {
   const Stream start(model, sequences);
   for (const Index stride : {1, 3, 1000}) {
     TwinStreams streams(model, sequences);
-    const AttentionSample sample = streams.sample_attention(layer, stride, true, true);
+    const AttentionSample sample =
+        streams.sample_attention(layer, {.stride = stride, .affine = true, .query_affine = true});
     EXPECT_EQ(sample.stride, std::min<Index>(stride, 40));
     for (Index s = 0; s < 3; ++s) {
       const MatrixF output = output_of(layer.attention, normed(layer.input_norm, start.sequence(s)));
@@ -121,7 +122,7 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
   for (const bool affine : {false, true}) {
     TwinStreams streams(model, sequences);
     const Layer first = model.layer(0);
-    streams.sample_attention(first, 1, affine, affine);
+    streams.sample_attention(first, {.stride = 1, .affine = affine, .query_affine = affine});
     LatentAttention other = damaged(first, 2, true);
     streams.finish_attention(first, other, false, 0);
     streams.finish_layer(first);
@@ -131,7 +132,8 @@ TEST(TwinStreams, SampleKnowsBothStreams) {
 
     const Layer layer = model.layer(1);
     const auto& gqa = std::get<GqaAttention>(layer.attention);
-    const AttentionSample sample = streams.sample_attention(layer, 4, affine, affine);
+    const AttentionSample sample =
+        streams.sample_attention(layer, {.stride = 4, .affine = affine, .query_affine = affine});
     EXPECT_EQ(sample.count, 5);
     EXPECT_EQ(sample.length, 17);
     EXPECT_EQ(sample.stride, 4);
@@ -193,7 +195,7 @@ struct Finished {
 Finished finished(const Model& model, const Sequences& sequences, bool bias, bool refit, double ridge) {
   TwinStreams streams(model, sequences);
   const Layer layer = model.layer(0);
-  streams.sample_attention(layer, 8, bias, bias);
+  streams.sample_attention(layer, {.stride = 8, .affine = bias, .query_affine = bias});
   Finished out{damaged(layer, 3, bias), streams.source().hidden(), streams.converted().hidden(), {}, {}};
   const RotaryTable table(out.attention.rotary, sequences.length);
   out.mixed.resize(out.before.rows(), out.attention.o.weight.cols());
@@ -223,7 +225,9 @@ TEST(TwinStreams, MemoryCountsWhatASampleHoldsPerQuery) {
     return static_cast<std::uint64_t>(sample.count * sample.per_sequence() * numbers) * sizeof(float);
   };
   const auto sampled = [&](Index stride) {
-    return bytes(TwinStreams(model, sequences).sample_attention(model.layer(0), stride, true, false));
+    return bytes(
+        TwinStreams(model, sequences)
+            .sample_attention(model.layer(0), {.stride = stride, .affine = true, .query_affine = false}));
   };
   const std::uint64_t weights =
       (80 - 20) * 20 / 2 * sizeof(float) * static_cast<std::uint64_t>(model.config().num_attention_heads);
@@ -307,7 +311,7 @@ TEST(TwinStreams, AreTheSameForAnyThreadCount) {
     std::pair<MatrixF, AttentionSample> out;
     for (Index i = 0; i < 2; ++i) {
       const Layer layer = model.layer(i);
-      out.second = streams.sample_attention(layer, 5, true, true);
+      out.second = streams.sample_attention(layer, {.stride = 5, .affine = true, .query_affine = true});
       LatentAttention attention = damaged(layer, 7, true);
       streams.finish_attention(layer, attention, true, 0.1);
       streams.finish_layer(layer);

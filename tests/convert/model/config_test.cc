@@ -287,7 +287,7 @@ TEST(Config, Refusals) {
   };
   const std::vector<Case> cases = {
       {R"({"model_type": "gpt2"})",
-       {"model_type", "llama, mistral, qwen2, seed_oss, deepseek_v2, deepseek_v3", "gpt2"}},
+       {"model_type", "llama, mistral, qwen2, qwen3, seed_oss, deepseek_v2, deepseek_v3", "gpt2"}},
       {R"({"model_type": 3})", {"model_type", "a string", "3"}},
       {R"({"model_type": null})", {"model_type", "a string", "null"}},
       {R"({"rms_norm_eps": null})", {"rms_norm_eps", "a number", "null"}},

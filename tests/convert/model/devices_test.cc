@@ -188,6 +188,37 @@ TEST(PartOf, DevicesAddUpToTheLayer) {
   }
 }
 
+// Queries of every head's own, keys and values of all.
+TEST(PartOf, NormalisedHeadsGoWithTheirQueries) {
+  Random random(3);
+  const LatentSample sample{.name = "", .branches = 2, .heads = 8, .bias = true};
+  for (const bool wide : {false, true}) {
+    SCOPED_TRACE(wide);
+    LatentAttention whole = random_latent(random, sample, 20);  // 20 numbers of normed heads
+    const Index d = 5;
+    NormedHeads heads;
+    heads.head_dim = d;
+    heads.q = random.linear(8 * d, 24, true);
+    heads.k = random.linear(2 * d, 24, true);
+    heads.v = random.linear(2 * d, 24, false);
+    heads.q_norm = {random.row(wide ? 8 * d : d), 1e-6F};
+    heads.k_norm = {random.row(wide ? 2 * d : d), 1e-6F};
+    whole.normed_heads = heads;
+    whole.q = random.linear(whole.q.out(), d, true);
+    whole.o = random.linear(24, whole.o.weight.cols(), true);
+    const MatrixF x = sample_inputs(random, 30, 24);
+    const MatrixF expected = output_of(whole, x);
+    for (const Index tp : {1, 2, 4, 8}) {
+      MatrixD sum = MatrixD::Zero(x.rows(), 24);
+      const std::vector<DeviceShare> shares = device_shares(geometry_of(sample), tp);
+      for (std::size_t i = 0; i < shares.size(); ++i) {
+        sum += output_of(part_of(whole, shares[i], i == 0), x).cast<double>();
+      }
+      EXPECT_LE(relative_error(sum, expected.cast<double>()), kFloatNoise) << tp;
+    }
+  }
+}
+
 TEST(PartOf, OneDeviceAddsTheBias) {
   Random random(2);
   const LatentSample sample{.name = "", .branches = 2, .heads = 8, .bias = true};

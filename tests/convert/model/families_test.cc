@@ -44,15 +44,15 @@ TEST(Families, AreFoundByName) {
   EXPECT_EQ(find_family("gla")->model_type, "llama");
   EXPECT_EQ(find_family(""), nullptr);
   EXPECT_EQ(known_families(),
-            "llama, mistral, qwen2, seed_oss, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key "
+            "llama, mistral, qwen2, qwen3, seed_oss, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key "
             "mlra_model), llama "
             "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
-  for (const Role role :
-       {Role::q_weight, Role::q_bias, Role::k_bias, Role::v_weight, Role::o_weight, Role::o_bias,
-        Role::q_a_norm, Role::kv_a_bias, Role::kv_b_weight, Role::kv_b_bias}) {
+  for (const Role role : {Role::q_weight, Role::q_bias, Role::k_bias, Role::v_weight, Role::o_weight,
+                          Role::o_bias, Role::q_head_norm, Role::normed_k_weight, Role::q_a_norm,
+                          Role::kv_a_bias, Role::kv_b_weight, Role::kv_b_bias}) {
     EXPECT_TRUE(is_attention(role));
   }
   for (const Role role : {Role::embed_tokens, Role::final_norm, Role::lm_head, Role::input_norm,
@@ -69,6 +69,8 @@ TEST(Families, EveryTensorHasItsPlace) {
       tiny_model({.model_type = "mistral"}),
       tiny_model({.model_type = "qwen2", .tied = true}),
       tiny_model({.model_type = "seed_oss"}),
+      tiny_model({.model_type = "qwen3"}),
+      tiny_model({.model_type = "qwen3", .q_bias = true, .kv_bias = true, .o_bias = true}),
       tiny_latent_model(),
       tiny_latent_model({.attention_bias = true}),
       tiny_latent_model({.q_rank = 9}),

@@ -99,6 +99,48 @@ TEST(GqaAttention, MixesHeadsByTheBook) {
   }
 }
 
+// A norm on heads is that of every head's numbers, or of all of them, before they turn.
+TEST(GqaAttention, NormalisesQueriesAndKeysBeforeTheRotation) {
+  Random random(30);
+  GqaAttention attention = testing_support::random_gqa(random, gqa_samples().front());
+  const Index d = attention.head_dim;
+  const MatrixF x = sample_inputs(random, 20, attention.q.weight.cols());
+  const RotaryTable table(attention.rotary, 20);
+  const GqaProjections plain = project_unrotated(attention, x);
+  for (const bool wide : {false, true}) {
+    SCOPED_TRACE(wide);
+    attention.q_norm = {random.row(wide ? attention.heads * d : d), 1e-3F};
+    attention.k_norm = {random.row(wide ? attention.kv_heads * d : d), 1e-3F};
+    GqaProjections expected = plain;
+    for (const auto& [norm, rows] :
+         {std::pair{&attention.q_norm, &expected.q}, std::pair{&attention.k_norm, &expected.k}}) {
+      const Index size = norm->gain.size();
+      for (Index first = 0; first < rows->cols(); first += size) {
+        MatrixF run = rows->middleCols(first, size);
+        normalise(*norm, run);
+        rows->middleCols(first, size) = run;
+      }
+    }
+    const GqaProjections unrotated = project_unrotated(attention, x);
+    EXPECT_LE(relative_error(unrotated.q, expected.q), kFloatNoise);
+    EXPECT_LE(relative_error(unrotated.k, expected.k), kFloatNoise);
+    EXPECT_TRUE(unrotated.v == plain.v);
+    GqaProjections turned = unrotated;
+    rotate(attention, table, turned);
+    const GqaProjections found = project(attention, x, table);
+    EXPECT_TRUE(found.q == turned.q && found.k == turned.k);
+    EXPECT_TRUE(attention_forward(attention, x, table) == attention_forward(attention, found));
+    // Longer keys are the same keys.
+    GqaAttention longer = attention;
+    longer.k.weight *= 64;
+    longer.k.bias *= 64;
+    longer.k_norm.eps = 0;
+    attention.k_norm.eps = 0;
+    EXPECT_LE(relative_error(attention_forward(longer, x, table), attention_forward(attention, x, table)),
+              kFloatNoise);
+  }
+}
+
 TEST(GqaAttention, LaterPositionsChangeNothingBefore) {
   Random random(4);
   const GqaAttention attention = testing_support::random_gqa(random, {});

@@ -1,0 +1,36 @@
+// Qwen3: every head's queries and keys are normalised before they are rotated.
+#include "convert/model/families/family.h"
+#include "convert/model/families/parse.h"
+#include "convert/model/families/rules.h"
+
+namespace relatent {
+namespace {
+
+using rules::Shape;
+
+Presence with_bias(const ModelConfig& c) {
+  return rules::required_if(c.gqa->attention_bias);
+}
+
+void parse_qwen3(const ConfigReader& in, ModelConfig& out) {
+  constexpr Index head_dim = 128;  // where the config says nothing
+  parse_grouped_query(in, out, head_dim);
+  out.gqa->qk_norm = QkNorm::head;
+  out.gqa->attention_bias = in.flag_or("attention_bias", false);
+}
+
+}  // namespace
+
+const Family& qwen3_family() {
+  static const Family family = {
+      .name = "qwen3",
+      .model_type = "qwen3",
+      .key = "",
+      .parse = parse_qwen3,
+      .rules = rules::append(
+          rules::with_qk_norm(rules::grouped_query(with_bias)),
+          {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, rules::hidden}})};
+  return family;
+}
+
+}  // namespace relatent
