@@ -49,6 +49,7 @@ class Sizes:
     bias: bool = False
     nope: int = 10
     tied: bool = False
+    qk_norm: str | None = None
     rope: dict[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
@@ -61,6 +62,8 @@ class Sizes:
     rotary = 8
     value = 14
     norm_rank = 20
+    kv_heads = 2
+    normed_head = 12
 
     def config(self) -> dict[str, Any]:
         return {
@@ -81,7 +84,7 @@ class Sizes:
             "intermediate_size": self.inner,
             "kv_lora_rank": sum(self.shared_ranks) + sum(b["rank"] for b in self.branches),
             "latent_branches": self.branches,
-            "latent_features": "hidden",
+            "latent_features": "hidden" if self.qk_norm is None else "normed_heads",
             "latent_form": "mlra",
             "latent_norm": self.norm,
             "latent_norm_rank": self.norm_rank if self.norm == "replicated" else None,
@@ -90,6 +93,10 @@ class Sizes:
             "max_position_embeddings": 2048,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "normed_bias": self.bias,
+            "normed_head_dim": self.normed_head,
+            "qk_norm": self.qk_norm,
             "q_lora_rank": self.q_rank,
             "qk_nope_head_dim": self.nope,
             "qk_rope_head_dim": self.rotary,
@@ -125,21 +132,31 @@ class Sizes:
                 yield name + ".bias", (rows,)
 
         queries = self.heads * (self.nope + self.rotary)
-        if self.q_rank is None:
+        inputs = self.hidden
+        if self.qk_norm is not None:
+            head, keys = self.normed_head, self.kv_heads * self.normed_head
+            inputs = 2 * keys
+            yield from linear("q_proj", self.heads * head, self.hidden)
+            yield from linear("k_proj", keys, self.hidden)
+            yield from linear("v_proj", keys, self.hidden)
+            yield "q_norm.weight", (self.heads * head if self.qk_norm == "width" else head,)
+            yield "k_norm.weight", (keys if self.qk_norm == "width" else head,)
+            yield from linear("q_b_proj", queries, head)
+        elif self.q_rank is None:
             yield from linear("q_proj", queries, self.hidden)
         else:
             yield from linear("q_a_proj", self.q_rank, self.hidden)
             yield "q_a_layernorm.weight", (self.q_rank,)
             yield "q_b_proj.weight", (queries, self.q_rank)
-        yield from linear("k_rope_proj", self.rotary, self.hidden)
+        yield from linear("k_rope_proj", self.rotary, inputs)
         if self.norm == "replicated":
             yield "kv_norm_proj.weight", (self.norm_rank, self.hidden)
         for index, rank in enumerate(self.shared_ranks):
-            yield from linear(f"kv_shared_proj.{index}", rank, self.hidden)
+            yield from linear(f"kv_shared_proj.{index}", rank, inputs)
         for index, part in enumerate(self.branches):
             shared = 0 if part["shared"] is None else self.shared_ranks[part["shared"]]
             rank = shared + part["rank"]
-            yield from linear(f"kv_a_proj.{index}", part["rank"], self.hidden)
+            yield from linear(f"kv_a_proj.{index}", part["rank"], inputs)
             if self.norm == "branch":
                 yield f"kv_a_layernorm.{index}.weight", (rank,)
             yield (
@@ -191,6 +208,8 @@ RANDOM = {
     "norm over shared and not": Sizes([*SHARING, branch(1, 2, 6)], [3, 8], norm="branch"),
     "replicated norm": Sizes(UNEVEN, norm="replicated", bias=True),
     "replicated norm over shared": Sizes(SHARING, [3, 8], norm="replicated", q_rank=22, bias=True),
+    "normed heads": Sizes(SHARING, [3, 8], bias=True, qk_norm="head"),
+    "normed width": Sizes(UNEVEN, qk_norm="width", tied=True, rope=STRETCHED),
     "rotary keys alone": Sizes(SHARING, [3, 8], norm="replicated", nope=0),
 }
 

@@ -182,8 +182,8 @@ class RelatentConfig(PreTrainedConfig):
             for key in ("num_key_value_heads", "normed_head_dim"):
                 if not getattr(self, key):
                     raise ValueError(f"latent_features 'normed_heads' needs {key}")
-            if self.q_lora_rank is not None:
-                raise ValueError("normed_heads have no q_lora_rank")
+            if self.q_lora_rank is not None or self.latent_norm == "replicated":
+                raise ValueError("normed_heads have neither q_lora_rank nor a replicated norm")
         if self.layers is not None:
             raise ValueError("layers must be absent or null: all layers have the same sizes")
 

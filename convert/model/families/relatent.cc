@@ -204,6 +204,9 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
     in.complain("latent_norm", "none, branch or replicated");
   }
   latent.norm = *norm;
+  if (latent.normed_heads && latent.norm == LatentNorm::replicated) {
+    in.complain("latent_norm", "none or branch, beside latent_features normed_heads");
+  }
   latent.norm_rank = latent.norm == LatentNorm::replicated ? in.size("latent_norm_rank") : 0;
   Index total = 0;
   const Json* shared = in.find("latent_shared_ranks");

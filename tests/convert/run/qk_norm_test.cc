@@ -198,6 +198,9 @@ TEST_F(QkNormTest, ConfigsSayWhatIsWrong) {
   refuse("num_key_value_heads", 4, "a divisor");
   refuse("normed_head_dim", 0, "positive");
   refuse("q_lora_rank", 8, "null");
+  nlohmann::ordered_json normed = altered("latent_norm", "replicated");
+  normed["latent_norm_rank"] = 8;
+  expect_error(ErrorKind::input, {"latent_norm", "normed_heads"}, [&] { parse_config(normed, "config.json"); });
 }
 
 }  // namespace

@@ -32,6 +32,12 @@ def inverse_rms(x: torch.Tensor) -> torch.Tensor:
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + LATENT_NORM_EPS)
 
 
+def normed_runs(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Normalises every run of the norm's size: [tokens, width] -> [tokens, width]"""
+    size = norm.weight.shape[0]
+    return norm(x.reshape(-1, size)).view(x.shape)
+
+
 def rows(first: int, count: int) -> Index:
     return (slice(first, first + count),)
 
@@ -51,7 +57,13 @@ class RelatentAttention(nn.Module):
 
         hidden, bias = config.hidden_size, config.attention_bias
         query_size = self.share.num_heads * (self.nope_dim + self.rope_dim)
-        if config.q_lora_rank is None:
+        # What latents and rotary keys are projections of.
+        self.inputs = hidden
+        self.normed_heads = config.latent_features == "normed_heads"
+        if self.normed_heads:
+            self._make_normed_heads(prefix)
+            self.q_b_proj = linear(config.normed_head_dim, query_size, bias, f"{prefix}.q_b_proj")
+        elif config.q_lora_rank is None:
             self.q_proj = linear(hidden, query_size, bias, f"{prefix}.q_proj")
         else:
             self.q_a_proj = linear(hidden, config.q_lora_rank, bias, f"{prefix}.q_a_proj")
@@ -61,7 +73,7 @@ class RelatentAttention(nn.Module):
         # the rows that a replicated norm is formed of.
         norm_rank = config.latent_norm_rank if config.latent_norm == "replicated" else 0
         self.key_sizes = [self.layout.size, self.rope_dim, norm_rank]
-        self.kv_a_proj = linear(hidden, sum(self.key_sizes), bias, f"{prefix}.kv_a_proj")
+        self.kv_a_proj = linear(self.inputs, sum(self.key_sizes), bias, f"{prefix}.kv_a_proj")
         if config.latent_norm == "branch":
             self.kv_a_layernorm = nn.Parameter(torch.ones(self.layout.size), requires_grad=False)
         virtual_heads = sum(part.num_heads for part in self.share.branches)
@@ -91,6 +103,23 @@ class RelatentAttention(nn.Module):
             ),
         )
         self._number_virtual_heads()
+
+    def _make_normed_heads(self, prefix: str) -> None:
+        """The source's projections: queries of this device's heads, all keys and values.
+
+        A norm over the whole width of the queries needs them all.
+        """
+        config = self.config
+        hidden, head, bias = config.hidden_size, config.normed_head_dim, config.normed_bias
+        wide = config.qk_norm == "width"
+        self.query_heads = config.num_attention_heads if wide else self.share.num_heads
+        queries, keys = self.query_heads * head, config.num_key_value_heads * head
+        self.inputs = 2 * keys
+        self.q_proj = linear(hidden, queries, bias, f"{prefix}.q_proj")
+        self.k_proj = linear(hidden, keys, bias, f"{prefix}.k_proj")
+        self.v_proj = linear(hidden, keys, bias, f"{prefix}.v_proj")
+        self.q_norm = RMSNorm(queries if wide else head, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(keys if wide else head, eps=config.rms_norm_eps)
 
     def _share_with_other_devices(self, tp_size: int) -> None:
         branches, shared_ranks = self.config.latent_branches, self.config.latent_shared_ranks
@@ -131,7 +160,16 @@ class RelatentAttention(nn.Module):
 
     def query(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, heads of the branches, n + p]"""
-        if self.config.q_lora_rank is None:
+        if self.normed_heads:
+            heads = normed_runs(self.q_norm, self.q_proj(x)[0])
+            heads = heads.unflatten(-1, (self.query_heads, -1))
+            if self.query_heads != self.share.num_heads:
+                heads = heads.narrow(1, self.share.first_head, self.share.num_heads)
+            maps = self.q_b_proj.weight.unflatten(0, (self.share.num_heads, -1))
+            query = torch.einsum("thd,hsd->ths", heads, maps).flatten(1)
+            if self.q_b_proj.bias is not None:
+                query = query + self.q_b_proj.bias
+        elif self.config.q_lora_rank is None:
             query, _ = self.q_proj(x)
         else:
             compressed, _ = self.q_a_proj(x)
@@ -145,7 +183,11 @@ class RelatentAttention(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[tokens, hidden] -> latents [tokens, latents], rotary key [tokens, 1, p]"""
-        latents, rotary_key, norm_rows = self.kv_a_proj(x)[0].split(self.key_sizes, dim=-1)
+        features = x
+        if self.normed_heads:
+            keys = normed_runs(self.k_norm, self.k_proj(x)[0])
+            features = torch.cat((keys, self.v_proj(x)[0]), dim=-1)
+        latents, rotary_key, norm_rows = self.kv_a_proj(features)[0].split(self.key_sizes, dim=-1)
         if self.config.latent_norm == "replicated":
             latents = (latents.float() * inverse_rms(norm_rows)).to(latents.dtype)
         elif self.config.latent_norm == "branch":
@@ -203,7 +245,9 @@ class RelatentAttention(nn.Module):
 
         query_dim = self.nope_dim + self.rope_dim
         mine = rows(share.first_head * query_dim, share.num_heads * query_dim)
-        if config.q_lora_rank is None:
+        if self.normed_heads:
+            out |= self._normed_head_places(mine)
+        elif config.q_lora_rank is None:
             out["q_proj.weight"] = Place(
                 (heads * query_dim, hidden), [Copy(self.q_proj.weight, (), mine)]
             )
@@ -217,7 +261,8 @@ class RelatentAttention(nn.Module):
                 (heads * query_dim, rank), [Copy(self.q_b_proj.weight, (), mine)]
             )
 
-        put_linear("k_rope_proj", (self.rope_dim, hidden), self.kv_a_proj, layout.size)
+        inputs = self.inputs
+        put_linear("k_rope_proj", (self.rope_dim, inputs), self.kv_a_proj, layout.size)
         if config.latent_norm == "replicated":
             shape = (config.latent_norm_rank, hidden)
             target = rows(layout.size + self.rope_dim, shape[0])
@@ -225,15 +270,15 @@ class RelatentAttention(nn.Module):
         for index, rank in enumerate(config.latent_shared_ranks):
             name = f"kv_shared_proj.{index}"
             if index in layout.shared:
-                put_linear(name, (rank, hidden), self.kv_a_proj, layout.shared[index].start)
+                put_linear(name, (rank, inputs), self.kv_a_proj, layout.shared[index].start)
             else:
-                forget_linear(name, (rank, hidden))
+                forget_linear(name, (rank, inputs))
         for index, branch in enumerate(config.latent_branches):
             name = f"kv_a_proj.{index}"
             if index in layout.own:
-                put_linear(name, (branch["rank"], hidden), self.kv_a_proj, layout.own[index].start)
+                put_linear(name, (branch["rank"], inputs), self.kv_a_proj, layout.own[index].start)
             else:
-                forget_linear(name, (branch["rank"], hidden))
+                forget_linear(name, (branch["rank"], inputs))
             out |= self._branch_places(index)
 
         mine = (slice(None), *rows(share.first_head * self.v_dim, share.num_heads * self.v_dim))
@@ -244,6 +289,32 @@ class RelatentAttention(nn.Module):
             # Added once, though every device adds to the sum.
             loaders = [Copy(self.o_proj.bias)] if self.tp_rank == 0 else []
             out["o_proj.bias"] = Place((hidden,), loaders)
+        return out
+
+    def _normed_head_places(self, query_rows: Index) -> dict[str, Place]:
+        """The source's projections and norms; query_rows: this device's of q_b_proj."""
+        config, share = self.config, self.share
+        head = config.normed_head_dim
+        queries = config.num_attention_heads * head
+        out: dict[str, Place] = {}
+        # All of them where the norm is over all.
+        mine = rows(share.first_head * head, share.num_heads * head)
+        mine = mine if self.query_heads == share.num_heads else ()
+        for name, module, count, part in (
+            ("q_proj", self.q_proj, queries, mine),
+            ("k_proj", self.k_proj, self.inputs // 2, ()),
+            ("v_proj", self.v_proj, self.inputs // 2, ()),
+        ):
+            shape = (count, config.hidden_size)
+            out[f"{name}.weight"] = Place(shape, [Copy(module.weight, (), part)])
+            if config.normed_bias:
+                out[f"{name}.bias"] = Place(shape[:1], [Copy(module.bias, (), part)])
+        for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
+            out[f"{name}.weight"] = Place(tuple(norm.weight.shape), [Copy(norm.weight)])
+        size = config.num_attention_heads * (self.nope_dim + self.rope_dim)
+        out["q_b_proj.weight"] = Place((size, head), [Copy(self.q_b_proj.weight, (), query_rows)])
+        if config.attention_bias:
+            out["q_b_proj.bias"] = Place((size,), [Copy(self.q_b_proj.bias, (), query_rows)])
         return out
 
     def _branch_places(self, index: int) -> dict[str, Place]:

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 LAYOUT_VERSION = 1
-LATENT_FEATURES = ("hidden",)
+LATENT_FEATURES = ("hidden", "normed_heads")
+QK_NORMS = ("head", "width")
 LATENT_NORMS = ("none", "branch", "replicated")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROPE_TYPES = ("default", "longrope")
@@ -25,6 +26,11 @@ class RelatentConfig(PreTrainedConfig):
 
     `latent_norm` is "none"; "branch", an RMSNorm on every branch's latent; or "replicated", where
     the root mean square of `latent_norm_rank` further projections divides all latents.
+
+    `latent_features` is what the latents are projections of: "hidden", the layer's normalised
+    input, or "normed_heads", `num_key_value_heads` keys of `normed_head_dim` numbers, normalised
+    each (`qk_norm` "head") or all together ("width"), and as many values. Queries then are a map of
+    the head's own normalised query. `normed_bias` says whether these projections have biases.
 
     Layers from `first_k_dense_replace` on (None: no layer) have a mixture of experts in place of
     the MLP, whose sizes and `topk_method` are those of DeepSeek's configurations.
@@ -52,6 +58,10 @@ class RelatentConfig(PreTrainedConfig):
         latent_shared_ranks: list[int] | None = None,
         latent_norm: str = "none",
         latent_norm_rank: int | None = None,
+        num_key_value_heads: int | None = None,
+        normed_head_dim: int | None = None,
+        normed_bias: bool = False,
+        qk_norm: str | None = None,
         layers: list[dict[str, Any]] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
@@ -102,6 +112,10 @@ class RelatentConfig(PreTrainedConfig):
         self.latent_branches = latent_branches
         self.latent_norm = latent_norm
         self.latent_norm_rank = latent_norm_rank
+        self.num_key_value_heads = num_key_value_heads
+        self.normed_head_dim = normed_head_dim
+        self.normed_bias = normed_bias
+        self.qk_norm = qk_norm
         self.layers = layers
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
@@ -147,8 +161,10 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
     if features not in LATENT_FEATURES:
         raise ValueError(
             f"config.json has latent_features {features!r}, and this reader knows only "
-            f"{LATENT_FEATURES[0]!r}"
+            f"{LATENT_FEATURES}"
         )
+    if features == "normed_heads":
+        _check_normed_heads(config)
     if getattr(config, "layers", None) is not None:
         raise ValueError(
             "config.json lists layers that differ in size or kind, which this reader does not know"
@@ -166,6 +182,16 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
     _check_latents(config)
     if config.has_experts(config.num_hidden_layers - 1):
         _check_experts(config)
+
+
+def _check_normed_heads(config: PreTrainedConfig) -> None:
+    if config.qk_norm not in QK_NORMS:
+        raise ValueError(f"qk_norm must be one of {QK_NORMS}, not {config.qk_norm!r}")
+    for key in ("num_key_value_heads", "normed_head_dim"):
+        if not getattr(config, key):
+            raise ValueError(f"latent_features 'normed_heads' needs {key}")
+    if config.q_lora_rank is not None or config.latent_norm == "replicated":
+        raise ValueError("normed_heads have neither q_lora_rank nor a replicated norm")
 
 
 def _check_rope(rope: dict[str, Any] | None) -> None:
