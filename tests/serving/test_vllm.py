@@ -92,6 +92,22 @@ def test_forms_of_larger_models(bench, tmp_path: Path, model: str, form: str, tp
     check(source, converted, bench.score(converted, "--tp", tp), tmp_path, tp)
 
 
+# The stand-in's heads are half as wide as the larger model's.
+NORMED = {
+    "made-qwen3": ("--rope-dim", 8, "--per-device", 40, "--key-rank", 12),
+    "qwen3-13m": ("--rope-dim", 16, "--per-device", 80, "--key-rank", 24),
+}
+
+
+@pytest.mark.parametrize("tp", (1, pytest.param(2, marks=full)))
+@pytest.mark.parametrize("model", checkpoints.present("qwen3-13m"))
+def test_normed_heads(bench, tmp_path: Path, model: str, tp: int) -> None:
+    """Norms on queries and keys: the latents read what they leave."""
+    source = checkpoints.find_model(model)
+    converted = bench.convert(source, "--to", "tpla", "--branches", 2, *NORMED[model])
+    check(source, converted, bench.score(converted, "--tp", tp), tmp_path, tp)
+
+
 @full
 @pytest.mark.parametrize(("form", "tp"), (("tpla-4", 4), ("gla-2", 4)))
 def test_four_devices(bench, tmp_path: Path, form: str, tp: int) -> None:

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 STAND_INS = {
     "llama-26m": "made-llama",
     "qwen2-13m": "made-qwen2",
+    "qwen3-13m": "made-qwen3",
     "deepseek-14m": "made-deepseek",
 }
 

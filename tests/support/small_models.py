@@ -24,6 +24,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from checkpoints import EXAMPLES
@@ -132,6 +134,26 @@ class Qwen2:
         }
 
 
+class Qwen3(Qwen2):
+    """The same heads, normalised before they turn; norms are what makes attention sharp."""
+
+    def model(self) -> PreTrainedModel:
+        model = Qwen3ForCausalLM(
+            Qwen3Config(
+                **COMMON,
+                **rope(1000000.0),
+                num_attention_heads=len(self.queries),
+                num_key_value_heads=len(self.keys),
+                head_dim=HEAD,
+                tie_word_embeddings=self.tied,
+            )
+        )
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.copy_(1.5 + 0.3 * torch.randn(HEAD))
+        return model
+
+
 def factored(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Down, a norm's weight and up, whose product is nearest to this one.
 
@@ -198,6 +220,7 @@ MODELS = {
     "made-llama": Llama(),
     "made-qwen2": Qwen2(),
     "made-qwen2-tied": Qwen2(tied=True),
+    "made-qwen3": Qwen3(),
     "made-deepseek": DeepSeek(),
     "made-deepseek-q-rank": DeepSeek(q_rank=96),
 }

@@ -62,7 +62,6 @@ class RelatentAttention(nn.Module):
         self.normed_heads = config.latent_features == "normed_heads"
         if self.normed_heads:
             self._make_normed_heads(prefix)
-            self.q_b_proj = linear(config.normed_head_dim, query_size, bias, f"{prefix}.q_b_proj")
         elif config.q_lora_rank is None:
             self.q_proj = linear(hidden, query_size, bias, f"{prefix}.q_proj")
         else:
@@ -120,6 +119,11 @@ class RelatentAttention(nn.Module):
         self.v_proj = linear(hidden, keys, bias, f"{prefix}.v_proj")
         self.q_norm = RMSNorm(queries if wide else head, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(keys if wide else head, eps=config.rms_norm_eps)
+        # Maps of every head's own query: no linear layer, whose weight vLLM may pack away.
+        size = (self.nope_dim + self.rope_dim) * self.share.num_heads
+        self.q_b_weight = nn.Parameter(torch.empty(size, head), requires_grad=False)
+        if config.attention_bias:
+            self.q_b_bias = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def _share_with_other_devices(self, tp_size: int) -> None:
         branches, shared_ranks = self.config.latent_branches, self.config.latent_shared_ranks
@@ -165,10 +169,10 @@ class RelatentAttention(nn.Module):
             heads = heads.unflatten(-1, (self.query_heads, -1))
             if self.query_heads != self.share.num_heads:
                 heads = heads.narrow(1, self.share.first_head, self.share.num_heads)
-            maps = self.q_b_proj.weight.unflatten(0, (self.share.num_heads, -1))
+            maps = self.q_b_weight.unflatten(0, (self.share.num_heads, -1))
             query = torch.einsum("thd,hsd->ths", heads, maps).flatten(1)
-            if self.q_b_proj.bias is not None:
-                query = query + self.q_b_proj.bias
+            if self.config.attention_bias:
+                query = query + self.q_b_bias
         elif self.config.q_lora_rank is None:
             query, _ = self.q_proj(x)
         else:
@@ -312,9 +316,9 @@ class RelatentAttention(nn.Module):
         for name, norm in (("q_norm", self.q_norm), ("k_norm", self.k_norm)):
             out[f"{name}.weight"] = Place(tuple(norm.weight.shape), [Copy(norm.weight)])
         size = config.num_attention_heads * (self.nope_dim + self.rope_dim)
-        out["q_b_proj.weight"] = Place((size, head), [Copy(self.q_b_proj.weight, (), query_rows)])
+        out["q_b_proj.weight"] = Place((size, head), [Copy(self.q_b_weight, (), query_rows)])
         if config.attention_bias:
-            out["q_b_proj.bias"] = Place((size,), [Copy(self.q_b_proj.bias, (), query_rows)])
+            out["q_b_proj.bias"] = Place((size,), [Copy(self.q_b_bias, (), query_rows)])
         return out
 
     def _branch_places(self, index: int) -> dict[str, Place]:
