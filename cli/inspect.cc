@@ -120,6 +120,7 @@ Json to_json(const Model& model) {
   if (c.gqa) {
     out["num_key_value_heads"] = c.gqa->num_key_value_heads;
     out["head_dim"] = c.gqa->head_dim;
+    out["qk_norm"] = qk_norm_name(c.gqa->qk_norm);
   } else {
     out["kv_lora_rank"] = c.latent->kv_lora_rank;
     out["qk_rope_head_dim"] = c.latent->qk_rope_head_dim;
@@ -157,8 +158,9 @@ void print_table(const Options& options, const Model& model) {
   std::printf("%s: %s, %td layers, hidden %td, vocabulary %td\n", options.model.c_str(),
               std::string(c.family->name).c_str(), c.num_hidden_layers, c.hidden_size, c.vocab_size);
   if (c.gqa) {
-    std::printf("attention: GQA, %td query heads on %td key/value heads of %td\n", c.num_attention_heads,
-                c.gqa->num_key_value_heads, c.gqa->head_dim);
+    std::printf("attention: GQA, %td query heads on %td key/value heads of %td%s\n", c.num_attention_heads,
+                c.gqa->num_key_value_heads, c.gqa->head_dim,
+                normalises_keys(c) ? ", queries and keys normalised" : "");
   } else {
     std::string form = c.latent->form;
     std::transform(form.begin(), form.end(), form.begin(),
