@@ -158,6 +158,8 @@ Json result_json(const ConvertPlan& plan, const ConvertReport& report,
     out["compute"] = torch_name(plan.options.relatent.compute);
   }
   out["bias_fold_error"] = report.fold_error;
+  out["carried_layers"] = plan.carried.layers();
+  out["cache_bytes_at_context"] = context_json(plan);
   out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
   out["readers"] = readers;
   out["warnings"] = plan.warnings;
@@ -187,6 +189,15 @@ void print_result(const ConvertPlan& plan, const ConvertReport& report,
       std::string(method_name(plan.options.method)).c_str(), report.rope_dim, report.kv_rank,
       report.fold ? (", fold " + std::to_string(*report.fold)).c_str() : "", plan.converted_cache_elements,
       plan.source_cache_elements, seconds, bytes_text(peak_rss_bytes()).c_str(), plan.options.output.c_str());
+  if (!plan.carried.empty()) {
+    std::fprintf(stderr, "carried as they are: layers %s\n", plan.carried.text().c_str());
+  }
+  std::fputs("cache bytes of a sequence:", stderr);
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    std::fprintf(stderr, "%s %td of %td at %s tokens", i == 0 ? "" : ",", plan.converted_context_bytes[i],
+                 plan.source_context_bytes[i], context_text(reported_contexts[i]).c_str());
+  }
+  std::fputs("\n", stderr);
   std::fprintf(stderr, "%s\n",
                report.measured ? in_words(*report.measured).c_str()
                                : "not measured: `relatent verify` says how close it is");
@@ -269,6 +280,9 @@ void add_size_options(CLI::App& command, Options& options) {
                   "lossless: same cache, same output; relatent (default): the closest; transmla: the "
                   "published conversion; weights-only (default without calibration)")
       ->check(CLI::IsMember({"lossless", "relatent", "transmla", "weights-only"}));
+  command.add_option("--layers", options.convert.layers,
+                     "Layers to convert, e.g. 0-5,8; the others stay as they are (default: those without a "
+                     "sliding window, which bounds the cache already)");
   command.add_option("--calibration", options.calibration, "File made by `relatent calibrate`");
   command.add_option("--rank", options.convert.rank, "Size of the latent, of all latents together");
   command.add_option("--rope-dim", options.convert.rope_dim,

@@ -2,6 +2,7 @@
 #include <array>
 #include <cctype>
 #include <cstdio>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -57,10 +58,14 @@ Target target_of(const Form& form, const FormExample& example, const ModelConfig
   return out;
 }
 
-// Of a result there is nothing more to make.
+// Of a result, and where every layer slides, there is nothing more to make.
 std::vector<Target> targets_of(const ModelConfig& config) {
   std::vector<Target> out;
-  if (config.latent && config.latent->branches.size() != 1) {
+  const auto grows = [&](const AttentionSpec& spec) {
+    return !spec.window || *spec.window >= config.max_position_embeddings;
+  };
+  if ((config.latent && (config.gqa || config.latent->branches.size() != 1)) ||
+      std::none_of(config.attention.begin(), config.attention.end(), grows)) {
     return out;
   }
   for (const CacheShape& shape : served_shapes) {
@@ -81,8 +86,8 @@ std::vector<Target> targets_of(const ModelConfig& config) {
   return out;
 }
 
-// Bytes on each of tp devices; nothing where so many cannot share it.
-std::optional<Index> target_bytes(const ModelConfig& config, const Target& target, Index tp) {
+// The checkpoint as such a target; nothing where there is no room for it. Sliding layers stay as they are.
+std::optional<ModelConfig> converted_config(const ModelConfig& config, const Target& target) {
   const Partition partition = *target.form->partition(target.branches);
   LatentShape shape;
   shape.heads = config.num_attention_heads;
@@ -97,10 +102,39 @@ std::optional<Index> target_bytes(const ModelConfig& config, const Target& targe
                                   {keys, keys + partition.parts * (latent - keys)}),
           shape);
   ModelConfig converted = config;
-  converted.gqa.reset();
   const LatentSizes& sizes = shape;
   static_cast<LatentSizes&>(converted.latent.emplace()) = sizes;
-  return converted.cache_bytes_per_token_on_device(tp);
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    if (!config.is_sliding(i)) {
+      converted.attention[static_cast<std::size_t>(i)].kind = AttentionKind::latent;
+    }
+  }
+  return converted;
+}
+
+// Layers by what they are.
+Json layers_json(const ModelConfig& config) {
+  Json out = {{"latent", Json::array()}, {"grouped_query", Json::array()}, {"sliding", Json::array()}};
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    out[config.is_latent(i) ? "latent" : "grouped_query"].push_back(i);
+    if (config.is_sliding(i)) {
+      out["sliding"].push_back(i);
+    }
+  }
+  return out;
+}
+
+Json by_context(const ModelConfig& config) {
+  Json out;
+  const CacheByContext bytes = config.cache_by_context();
+  for (std::size_t i = 0; i < bytes.size(); ++i) {
+    out[std::to_string(reported_contexts[i])] = bytes[i];
+  }
+  return out;
+}
+
+std::string text_of(const std::vector<Index>& layers) {
+  return LayerSet(layers).text();
 }
 
 Json or_null(const std::optional<Index>& number) {
@@ -112,7 +146,7 @@ Json to_json(const Model& model) {
   Json out;
   out["model_type"] = c.model_type;
   out["family"] = c.family->name;
-  out["attention"] = c.gqa ? "gqa" : c.latent->form;
+  out["attention"] = c.latent ? c.latent->form : "gqa";
   out["num_hidden_layers"] = c.num_hidden_layers;
   out["hidden_size"] = c.hidden_size;
   out["vocab_size"] = c.vocab_size;
@@ -121,7 +155,8 @@ Json to_json(const Model& model) {
     out["num_key_value_heads"] = c.gqa->num_key_value_heads;
     out["head_dim"] = c.gqa->head_dim;
     out["qk_norm"] = qk_norm_name(c.gqa->qk_norm);
-  } else {
+  }
+  if (c.latent) {
     out["kv_lora_rank"] = c.latent->kv_lora_rank;
     out["qk_rope_head_dim"] = c.latent->qk_rope_head_dim;
     out["qk_nope_head_dim"] = c.latent->qk_nope_head_dim;
@@ -129,28 +164,89 @@ Json to_json(const Model& model) {
     out["latents"] = c.latent->branches.size();
     out["shared_ranks"] = c.latent->shared_ranks;
   }
+  out["layers"] = layers_json(c);
   if (c.experts) {
     out["experts"] = {{"count", c.experts->count},
                       {"per_token", c.experts->per_token},
-                      {"shared", c.experts->shared},
-                      {"first_layer", c.experts->first_layer}};
+                      {"intermediate_size", c.experts->intermediate_size},
+                      {"shared_intermediate_size", c.experts->shared_size},
+                      {"shared_gate", c.experts->shared_gate},
+                      {"first_layer", c.experts->first_layer},
+                      {"layers", c.expert_layers()}};
   }
   out["rope_type"] = c.rotary.rope_type;
   out["dtype"] = torch_name(c.dtype);
   out["tensors"] = model.tensors().size();
   out["tensor_bytes"] = model.checkpoint().tensor_bytes();
   out["cache_bytes_per_token"] = c.cache_bytes_per_token();
+  out["cache_bytes_at_context"] = by_context(c);
   for (const Index tp : reported_tp) {
     out["cache_bytes_per_token_per_device"][std::to_string(tp)] =
         or_null(c.cache_bytes_per_token_on_device(tp));
   }
   for (const Target& target : targets_of(c)) {
+    const std::optional<ModelConfig> converted = converted_config(c, target);
     for (const Index tp : reported_tp) {
-      out["targets"][target.name][std::to_string(tp)] = or_null(target_bytes(c, target, tp));
+      out["targets"][target.name][std::to_string(tp)] =
+          or_null(converted ? converted->cache_bytes_per_token_on_device(tp) : std::nullopt);
     }
+    out["targets_at_context"][target.name] = converted ? by_context(*converted) : Json(nullptr);
   }
   out["readers"] = readers_of(c);
   return out;
+}
+
+std::string shared_text(const ExpertsGeometry& experts) {
+  if (experts.shared_size == 0) {
+    return "none shared";
+  }
+  return "a shared one of " + std::to_string(experts.shared_size) +
+         (experts.shared_gate ? " with a gate" : "");
+}
+
+// Which layers are what, where they are not all alike.
+void print_layers(const ModelConfig& c) {
+  std::vector<Index> latent;
+  std::map<Index, std::vector<Index>> sliding;  // by window
+  for (Index i = 0; i < c.num_hidden_layers; ++i) {
+    if (c.is_latent(i)) {
+      latent.push_back(i);
+    }
+    if (c.is_sliding(i)) {
+      sliding[*c.spec(i).window].push_back(i);
+    }
+  }
+  if (c.latent && c.gqa) {
+    std::printf("latent layers: %s of %td\n", text_of(latent).c_str(), c.num_hidden_layers);
+  }
+  for (const auto& [window, layers] : sliding) {
+    std::printf("sliding window of %td positions: layers %s of %td\n", window, text_of(layers).c_str(),
+                c.num_hidden_layers);
+  }
+}
+
+// A table with a column for each of the sizes, and a line for the checkpoint and for every target; figure:
+// nothing where there is none.
+template <std::size_t columns, typename Figure>
+void print_figures(const char* title, const std::array<std::string, columns>& heads,
+                   const ModelConfig& config, const std::vector<Target>& targets, const Figure& figure) {
+  std::printf("%-32s", title);
+  for (const std::string& head : heads) {
+    std::printf(" %10s", head.c_str());
+  }
+  std::puts("");
+  const auto line = [&](const std::string& name, const std::optional<ModelConfig>& of) {
+    std::printf("  %-30s", name.c_str());
+    for (std::size_t i = 0; i < columns; ++i) {
+      const std::optional<Index> here = of ? figure(*of, i) : std::nullopt;
+      std::printf(" %10s", here ? std::to_string(*here).c_str() : "-");
+    }
+    std::puts("");
+  };
+  line("as it is", config);
+  for (const Target& target : targets) {
+    line(target.name, converted_config(config, target));
+  }
 }
 
 void print_table(const Options& options, const Model& model) {
@@ -161,7 +257,8 @@ void print_table(const Options& options, const Model& model) {
     std::printf("attention: GQA, %td query heads on %td key/value heads of %td%s\n", c.num_attention_heads,
                 c.gqa->num_key_value_heads, c.gqa->head_dim,
                 normalises_keys(c) ? ", queries and keys normalised" : "");
-  } else {
+  }
+  if (c.latent) {
     std::string form = c.latent->form;
     std::transform(form.begin(), form.end(), form.begin(),
                    [](unsigned char letter) { return std::toupper(letter); });
@@ -171,29 +268,32 @@ void print_table(const Options& options, const Model& model) {
         form.c_str(), c.num_attention_heads, latents, latents == 1 ? "" : "s", c.latent->kv_lora_rank,
         c.latent->qk_rope_head_dim, c.latent->qk_nope_head_dim, c.latent->v_head_dim);
   }
+  print_layers(c);
   if (c.experts) {
-    std::printf("experts: %td of %td for each token and %td shared, from layer %td on\n",
-                c.experts->per_token, c.experts->count, c.experts->shared, c.experts->first_layer);
+    std::printf("experts: %td of %td for each token, each of %td, %s, in %td of %td layers\n",
+                c.experts->per_token, c.experts->count, c.experts->intermediate_size,
+                shared_text(*c.experts).c_str(), c.expert_layers(), c.num_hidden_layers);
   }
   std::printf("rope: %s; %zu tensors, %s as %s\n\n", c.rotary.rope_type.c_str(), model.tensors().size(),
               bytes_text(model.checkpoint().tensor_bytes()).c_str(),
               std::string(torch_name(c.dtype)).c_str());
-  std::printf("cache bytes per token and device %10s %10s %10s %10s\n", "TP 1", "TP 2", "TP 4", "TP 8");
-  const auto line = [](const char* name, const auto& bytes) {
-    std::printf("  %-30s", name);
-    for (const Index tp : reported_tp) {
-      const std::optional<Index> here = bytes(tp);
-      std::printf(" %10s", here ? std::to_string(*here).c_str() : "-");
-    }
-    std::puts("");
-  };
-  line("as it is", [&](Index tp) { return c.cache_bytes_per_token_on_device(tp); });
   const std::vector<Target> targets = targets_of(c);
-  for (const Target& target : targets) {
-    line(target.name.c_str(), [&](Index tp) { return target_bytes(c, target, tp); });
-  }
+  std::array<std::string, reported_tp.size()> devices;
+  std::transform(reported_tp.begin(), reported_tp.end(), devices.begin(),
+                 [](Index tp) { return "TP " + std::to_string(tp); });
+  print_figures("cache bytes per token and device", devices, c, targets,
+                [](const ModelConfig& of, std::size_t i) {
+                  return of.cache_bytes_per_token_on_device(reported_tp[i]);
+                });
+  std::array<std::string, reported_contexts.size()> contexts;
+  std::transform(reported_contexts.begin(), reported_contexts.end(), contexts.begin(), context_text);
+  print_figures("cache bytes of so many tokens", contexts, c, targets,
+                [](const ModelConfig& of, std::size_t i) {
+                  return std::optional(of.cache_bytes(reported_contexts[i]));
+                });
   if (!targets.empty()) {
-    std::puts("(percentages: of this cache, on each device when there is one for each latent)");
+    std::printf("(percentages: of %s cache, on each device when there is one for each latent)\n",
+                c.has_sliding_layers() ? "a converted layer's" : "this");
   }
   for (const std::string& reader : readers_of(c)) {
     std::printf("%s\n", reader.c_str());

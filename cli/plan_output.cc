@@ -158,6 +158,9 @@ void print_sizes(const ConvertPlan& plan) {
     std::printf("  to be tried: %s\n", words.tried.c_str());
     std::printf("  planned here: %s\n", words.planned.c_str());
   }
+  if (!plan.carried.empty()) {
+    std::printf("layers that are carried as they are: %s\n", plan.carried.text().c_str());
+  }
   std::printf("cache per token and layer: %td elements, source %td (%.1f %%)\n",
               plan.converted_cache_elements, plan.source_cache_elements,
               100.0 * static_cast<double>(plan.converted_cache_elements) /
@@ -165,6 +168,10 @@ void print_sizes(const ConvertPlan& plan) {
   std::printf("cache per token: %llu bytes, source %llu\n",
               static_cast<unsigned long long>(plan.converted_cache_bytes),
               static_cast<unsigned long long>(plan.source_cache_bytes));
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    std::printf("cache of %s tokens: %td bytes, source %td\n", context_text(reported_contexts[i]).c_str(),
+                plan.converted_context_bytes[i], plan.source_context_bytes[i]);
+  }
 }
 
 }  // namespace
@@ -172,6 +179,15 @@ void print_sizes(const ConvertPlan& plan) {
 std::string sizes_text(const CacheSizes& sizes) {
   return "rotary " + std::to_string(sizes.rope_dim) + " + latents " + std::to_string(sizes.rank) +
          (sizes.key_rank > 0 ? " (" + std::to_string(sizes.key_rank) + " of them shared)" : "");
+}
+
+nlohmann::ordered_json context_json(const ConvertPlan& plan) {
+  Json out;
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    out[std::to_string(reported_contexts[i])] = {{"source", plan.source_context_bytes[i]},
+                                                 {"converted", plan.converted_context_bytes[i]}};
+  }
+  return out;
 }
 
 void print_plan(const ConvertPlan& plan) {
@@ -208,6 +224,8 @@ nlohmann::ordered_json plan_json(const ConvertPlan& plan) {
                                                {"converted", plan.converted_cache_elements}};
   out["cache_bytes_per_token"] = {{"source", plan.source_cache_bytes},
                                   {"converted", plan.converted_cache_bytes}};
+  out["cache_bytes_at_context"] = context_json(plan);
+  out["carried_layers"] = plan.carried.layers();
   out["open_sizes"] = plan.open ? open_json(plan) : Json(nullptr);
   out["tensors"] = Json::array();
   for (const PlannedTensor& tensor : plan.tensors) {

@@ -16,6 +16,10 @@ constexpr std::chrono::seconds terminal_interval{1};
 
 }  // namespace
 
+std::string context_text(Index tokens) {
+  return std::to_string(tokens / 1024) + "K";
+}
+
 Progress::Progress(std::string what, bool quiet, std::string unit, WorkAmount amount)
     : what_(std::move(what)),
       unit_(std::move(unit)),

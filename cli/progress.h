@@ -14,6 +14,9 @@
 
 namespace relatent {
 
+// "32K", of a multiple of 1024.
+std::string context_text(Index tokens);
+
 // What a whole piece of work goes through, for rates, as far as it is known.
 struct WorkAmount {
   std::optional<double> tokens{};

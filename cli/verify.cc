@@ -45,6 +45,11 @@ void print_table(const Options& options, const Verification& v, FILE* out) {
   row("relative logit error", "", number_text("%.3e", v.logits.rel_logit_error), out);
   row("cache bytes per token", std::to_string(v.source_cache_bytes), std::to_string(v.converted_cache_bytes),
       out);
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    const std::string what = "  of " + context_text(reported_contexts[i]) + " tokens";
+    row(what.c_str(), std::to_string(v.source_context_bytes[i]), std::to_string(v.converted_context_bytes[i]),
+        out);
+  }
   for (std::size_t i = 1; i < reported_tp.size(); ++i) {
     const std::string what = "  per device at TP " + std::to_string(reported_tp[i]);
     const auto text = [](const std::optional<Index>& bytes) {

@@ -55,6 +55,7 @@ void TensorSource::require_finite(const std::string& name) const {
     fail_input({path_of(name), name, "holds NaN or infinity", "finite numbers", "others",
                 "get the checkpoint anew: no model computes with these"});
   }
+  release(name);
 }
 
 std::uint64_t TensorSource::tensor_bytes() const {

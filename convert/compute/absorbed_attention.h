@@ -53,6 +53,7 @@ struct NormCompletion {
 struct AbsorbedAttention {
   Index nope_dim = 0;               // content coordinates per head that the written form has room for
   double scale = 0;                 // softmax scale of the written form; already in `query`
+  float softcap = 0;                // of scores, as attention.h has it; the fits compare them without it
   Rotary rotary;                    // p/2 frequencies
   MatrixD key;                      // [p + r, D + 1]
   std::vector<LatentGroup> groups;  // of heads in order

@@ -28,6 +28,7 @@ struct AttentionSample : SampleSize {
   // source has one key for all, rotary key and latent together.
   Index head_dim = 0;
   Index group_size = 1;
+  float softcap = 0;  // of its scores, as attention.h has it
   // x̃ of one sequence on the converted stream, [length, D + 1]; it ends in 1, or in 0 where the converted
   // layer has no biases. Where the latents read normed heads (NormedHeads, model/attention.h), f in the place
   // of x.
@@ -43,7 +44,8 @@ struct AttentionSample : SampleSize {
   std::vector<MatrixD> head_moments;
   MatrixF source_query;  // [count * per_sequence, H d], rotated, times the softmax scale
   MatrixF source_key;    // [count * length, K d], rotated
-  MatrixF target;        // [count * per_sequence, D], what the attention should add to the converted stream
+  // [count * per_sequence, D], what o_proj should put out so that the converted stream becomes the source's.
+  MatrixF target;
   // The source's weights per sequence and block of queries. Empty: formed anew each time.
   std::vector<std::vector<MatrixF>> weights;
   VectorD value_spread;  // per head E_m Σ_n P_mn |O_h (v_n - Σ_n P_mn v_n)|² of the source; [H]

@@ -33,17 +33,18 @@ class Backend {
   // Whether it can form products in bfloat16 and sum them in float32.
   virtual bool has_bf16() const = 0;
 
-  // A layer as this backend multiplies with it; compute: f32, or bf16 where has_bf16(), for projections (not
-  // those of experts) that then have no weight that could be read. Throw as Model::layer does.
+  // A layer as this backend multiplies with it; compute: f32, or bf16 where has_bf16(), for projections
+  // that then have no weight that could be read. Throw as Model::layer does.
   virtual Layer load_layer(const Model& model, Index layer_idx, DType compute) const = 0;
   virtual MlpHalf load_mlp(const Model& model, Index layer_idx, DType compute) const = 0;
 
-  // The forward pass. h += o(heads(norm h)).
+  // The forward pass. h += norm(o(heads(norm h))), here and below with the norms that there are.
   virtual void add_attention(const AttentionHalf& half, Stream& stream) const = 0;
-  // h += Σ o(heads(norm h)) over parts that share a layer's heads.
+  // h += norm(Σ o(heads(norm h))) over parts that share a layer's heads.
   virtual void add_attention(const RmsNorm& input_norm, std::span<const LatentAttention> parts,
-                             Stream& stream) const = 0;
-  // h += down(silu(gate(norm h)) * up(norm h)), and what the experts of norm h add, where there are some.
+                             const RmsNorm& output_norm, Stream& stream) const = 0;
+  // h += norm(down(activation(gate(norm h)) * up(norm h)), times the sigmoid of the shared gate where there
+  // is one, and what the experts of norm h add, where there are some).
   virtual void add_mlp(const MlpHalf& half, Stream& stream) const = 0;
   // Moments of a layer's input and where its attention goes. Moves the stream past the layer, but where
   // nothing follows it (`last`).
@@ -64,11 +65,14 @@ class Backend {
   virtual AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& value_map,
                                            const SampleOptions& options, Stream& source_stream,
                                            const Stream& converted_stream) const = 0;
-  // The head outputs of the converted stream, and sums for o_proj from every so many-th token.
+  // The head outputs of the converted stream, and sums for o_proj from every so many-th token; with a norm
+  // behind o_proj those of one Gauss-Newton step.
   virtual HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& attention,
-                                   const Stream& source_stream, const Stream& converted_stream) const = 0;
-  // h += o(head outputs).
-  virtual void add_outputs(const Linear& o, const MatrixF& head_outputs, Stream& stream) const = 0;
+                                   const RmsNorm& output_norm, const Stream& source_stream,
+                                   const Stream& converted_stream) const = 0;
+  // h += norm(o(head outputs)).
+  virtual void add_outputs(const Linear& o, const MatrixF& head_outputs, const RmsNorm& output_norm,
+                           Stream& stream) const = 0;
 
   // The fits of queries and of the key map; the sample must outlive them, the attention a key problem. ridge:
   // added to the diagonal. score_weight: of score errors against value errors.

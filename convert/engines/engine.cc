@@ -82,6 +82,21 @@ std::string Engine::why_not_source(const ModelConfig& source) const {
   if (source.experts) {
     return "its layout has no place for a mixture of experts";
   }
+  if (source.activation != Activation::silu) {
+    return "its layout has no place for an activation other than silu";
+  }
+  if (source.norms != NormPlacement::before) {
+    return "its layout has no place for norms behind attention and MLP";
+  }
+  if (source.norm_unit_offset) {
+    return "its layout has no place for norms that multiply by 1 + their weight";
+  }
+  if (source.embedding_multiplier != 1) {
+    return "its layout has no place for multiplied embeddings";
+  }
+  if (source.attn_logit_softcapping || source.final_logit_softcapping) {
+    return "its layout has no place for capped scores or logits";
+  }
   if (normalises_keys(source) && !traits().linear_stand_in) {
     return "its layout has no place for norms on queries and keys";
   }
@@ -103,7 +118,8 @@ std::unique_ptr<TensorSink> Engine::open_output(const OutputPlan& plan, bool reo
   return writer ? std::make_unique<FolderSink>(std::move(writer), plan, extra_files()) : nullptr;
 }
 
-std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form, const ModelConfig* source) {
+std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form, const ModelConfig* source,
+                                    bool carries) {
   for (std::unique_ptr<Engine>& engine : all_engines()) {
     if (engine->name() != name) {
       continue;
@@ -114,8 +130,9 @@ std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form
     if (traits.instead.empty()) {
       return has_form ? std::move(engine) : nullptr;
     }
-    const bool holds = source == nullptr || engine->why_not_source(*source).empty();
-    return has_form && holds ? std::move(engine) : make_engine(traits.instead, form, source);
+    const bool holds =
+        (source == nullptr || engine->why_not_source(*source).empty()) && (!carries || traits.layer_kinds);
+    return has_form && holds ? std::move(engine) : make_engine(traits.instead, form, source, carries);
   }
   return nullptr;
 }

@@ -51,6 +51,7 @@ struct EngineTraits {
   bool stores_tied_head = false;        // the head is written where it is the embedding too
   bool must_tie = false;                // the output head is the embedding
   std::optional<double> norm_eps{};     // of the layers' norms; none = the config's
+  bool layer_kinds = false;             // holds grouped-query layers beside latent ones
   bool single_file = false;             // the output is a file with its tokenizer inside, not a folder
 };
 
@@ -120,10 +121,11 @@ class Engine {
 };
 
 // The engine of that name for a form and a source (none: one that every layout holds), or the one that its
-// traits name instead; nullptr when there is no engine of that name, or none for that form. An engine without
-// another instead is returned for sources that it cannot hold too: why_not_source says why.
+// traits name instead; nullptr when there is no engine of that name, or none for that form. carries: some
+// layers stay grouped-query attention. An engine without another instead is returned for what it cannot hold
+// too: why_not_source and EngineTraits::layer_kinds say so.
 std::unique_ptr<Engine> make_engine(std::string_view name, std::string_view form,
-                                    const ModelConfig* source = nullptr);
+                                    const ModelConfig* source = nullptr, bool carries = false);
 // Those for which `has` is true of their traits, all of them without; in the order in which they are listed.
 std::vector<std::string> engine_names(bool (*has)(const EngineTraits&) = nullptr);
 // Engine::readers of every engine of the config's family.

@@ -1,7 +1,9 @@
 #include "convert/engines/relatent.h"
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "convert/engines/hf_files.h"
 #include "convert/engines/layout.h"
@@ -14,16 +16,81 @@ using Json = nlohmann::ordered_json;
 void put_experts(const ExpertsGeometry& experts, Json& out) {
   const bool grouped = experts.topk_method != TopkMethod::greedy;
   out["first_k_dense_replace"] = experts.first_layer;
+  if (!experts.dense_layers.empty()) {
+    out["mlp_only_layers"] = experts.dense_layers;
+  }
   out["moe_intermediate_size"] = experts.intermediate_size;
   out["n_group"] = grouped ? Json(experts.groups) : Json(nullptr);
   out["n_routed_experts"] = experts.count;
-  out["n_shared_experts"] = experts.shared;
+  out["n_shared_experts"] = experts.shared_gate ? 0 : experts.shared_size / experts.intermediate_size;
   out["norm_topk_prob"] = experts.normalised;
   out["num_experts_per_tok"] = experts.per_token;
   out["routed_scaling_factor"] = experts.scale;
+  if (experts.shared_gate) {
+    out["shared_expert_intermediate_size"] = experts.shared_size;
+  }
   out["scoring_func"] = experts.topk_method == TopkMethod::noaux_tc ? "sigmoid" : "softmax";
   out["topk_group"] = grouped ? Json(experts.groups_per_token) : Json(nullptr);
   out["topk_method"] = topk_method_name(experts.topk_method);
+}
+
+// `layers` and `rope_lists` of a model some of whose layers are carried.
+void put_layers(const ModelConfig& source, const CarriedLayers& carried, Json& out) {
+  std::vector<const Rotary*> lists;
+  out["layers"] = Json::array();
+  for (Index i = 0; i < source.num_hidden_layers; ++i) {
+    if (!carried.layers.has(i)) {
+      out["layers"].push_back(nullptr);
+      continue;
+    }
+    const AttentionSpec& spec = source.spec(i);
+    auto list = std::find(lists.begin(), lists.end(), &source.rotary_of(i));
+    if (list == lists.end()) {
+      list = lists.insert(list, &source.rotary_of(i));
+    }
+    out["layers"].push_back({{"attention", "grouped_query"},
+                             {"head_dim", source.gqa->head_dim},
+                             {"num_key_value_heads", source.gqa->num_key_value_heads},
+                             {"o_bias", carried.o_bias},
+                             {"qk_norm", qk_norm_name(source.gqa->qk_norm)},
+                             {"qkv_bias", carried.qkv_bias},
+                             {"rope_list", list - lists.begin()},
+                             {"scaling", spec.scale},
+                             {"sliding_window", spec.window ? Json(*spec.window) : Json(nullptr)}});
+  }
+  out["rope_lists"] = Json::array();
+  for (const Rotary* list : lists) {
+    out["rope_lists"].push_back(explicit_rope_parameters(*list, source.max_position_embeddings));
+  }
+}
+
+// What the source has beyond Llama.
+void put_body_extras(const ModelConfig& source, Json& out) {
+  if (source.activation != Activation::silu) {
+    out["hidden_activation"] = activation_name(source.activation);
+  }
+  if (source.norms != NormPlacement::before) {
+    out["norm_placement"] = norm_placement_name(source.norms);
+  }
+  if (source.norm_unit_offset) {
+    out["norm_unit_offset"] = true;
+  }
+  if (source.embedding_multiplier != 1) {
+    out["embedding_multiplier"] = source.embedding_multiplier;
+  }
+  if (source.attn_logit_softcapping) {
+    out["attn_logit_softcapping"] = *source.attn_logit_softcapping;
+  }
+  if (source.final_logit_softcapping) {
+    out["final_logit_softcapping"] = *source.final_logit_softcapping;
+  }
+}
+
+// What engines/vllm refuses is what it has no code for.
+bool plug_in_holds(const ModelConfig& config) {
+  return !config.gqa && config.activation == Activation::silu && config.norms == NormPlacement::before &&
+         !config.norm_unit_offset && config.embedding_multiplier == 1 && !config.attn_logit_softcapping &&
+         !config.final_logit_softcapping;
 }
 
 // Rows of zeros behind those of a projection.
@@ -47,7 +114,8 @@ class RelatentEngine final : public Engine {
   std::string_view family() const override { return "relatent"; }
 
   EngineTraits traits() const override {
-    return {.forms = {}, .pads_latent = true, .any_cache_shape = true, .normed_heads = true};
+    return {
+        .forms = {}, .pads_latent = true, .any_cache_shape = true, .normed_heads = true, .layer_kinds = true};
   }
 
   std::string why_not_source(const ModelConfig& /*source*/) const override { return ""; }
@@ -106,6 +174,10 @@ class RelatentEngine final : public Engine {
     if (source.experts) {
       put_experts(*source.experts, out);
     }
+    if (!shape.carried.layers.empty()) {
+      put_layers(source, shape.carried, out);
+    }
+    put_body_extras(source, out);
     return out;
   }
 
@@ -113,8 +185,10 @@ class RelatentEngine final : public Engine {
     return {{"configuration_relatent.py", hf_configuration()}, {"modeling_relatent.py", hf_modeling()}};
   }
 
-  std::vector<std::string> readers(const ModelConfig& /*config*/) const override {
-    return {"read by vLLM with the relatent-vllm plug-in: vllm serve FOLDER",
+  std::vector<std::string> readers(const ModelConfig& config) const override {
+    return {plug_in_holds(config)
+                ? "read by vLLM with the relatent-vllm plug-in: vllm serve FOLDER"
+                : "not read by vLLM yet: the relatent-vllm plug-in refuses what this model has",
             "read by transformers with the code beside the weights: trust_remote_code=True"};
   }
 

@@ -6,9 +6,22 @@
 // config.json says layout_version 1 and latent_features. "hidden": latents read the layer's normalised input
 // x. "normed_heads", for a source with norms on queries and keys: they read f(x) = [norm(k_proj x); v_proj
 // x], and the query of head h its own d numbers of norm(q_proj x); the keys num_key_value_heads,
-// normed_head_dim (d), normed_bias and qk_norm ("head" or "width") say the rest. A later version may have
-// `layers`, one object for each layer that differs from the others in kind, sizes or frequencies. Readers
-// refuse what they do not know.
+// normed_head_dim (d), normed_bias and qk_norm ("head" or "width") say the rest. Readers refuse what they do
+// not know.
+//
+// `layers`, where it is there, is a list with null for every layer of that latent attention (without it all
+// of them are) and an object for every layer that was carried as it was:
+//   {"attention": "grouped_query", "num_key_value_heads", "head_dim", "qkv_bias", "o_bias": sizes and biases,
+//    "qk_norm": "none", "head" or "width", "scaling": of q·k before the softmax, "sliding_window": positions
+//    that a query sees, its own included, or null, "rope_list": index into `rope_lists`, the rope parameters
+//    of such layers}
+// with the tensors q_proj, k_proj, v_proj and o_proj, q_norm and k_norm, as Llama and Qwen3 have them.
+//
+// What the model has beyond Llama, each with Llama's behaviour for a default: hidden_activation (silu or
+// gelu_pytorch_tanh), norm_placement (before attention and MLP, behind, or both; those behind are
+// attention_output_layernorm and mlp_output_layernorm), norm_unit_offset (norms but those on latents multiply
+// by 1 + their weight), embedding_multiplier (of the embeddings, in the weights' dtype),
+// attn_logit_softcapping and final_logit_softcapping (x becomes cap tanh(x / cap)).
 //
 // Under model.layers.{i}.self_attn., with D = hidden_size, n = qk_nope_head_dim, p = qk_rope_head_dim, w =
 // v_head_dim, r_b = (shared rank) + (own rank) of latent b, h_b its heads; biases where attention_bias:

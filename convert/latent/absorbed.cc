@@ -115,6 +115,7 @@ AbsorbedAttention absorb(const LayerMaps& maps, const RotaryKey& key, const std:
   AbsorbedAttention out;
   out.nope_dim = key.nope_dim();
   out.scale = maps.scale;
+  out.softcap = maps.softcap;
   out.rotary = key.rotary;
   out.key.resize(p + r, maps.k.cols());
   out.key.topRows(p) = key.read * maps.k;
@@ -187,6 +188,7 @@ LatentAttention to_latent_attention(const AbsorbedAttention& a, MomentRef input_
   out.rope_dim = p;
   out.v_dim = w;
   out.scale = static_cast<float>(a.scale);
+  out.softcap = a.softcap;
   out.rotary = a.rotary;
   out.rotary_key = linear_of(a.key.topRows(p));
   out.norm_rows = a.norm_rows;

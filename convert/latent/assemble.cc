@@ -27,6 +27,7 @@ LatentAttention assemble(const LayerMaps& maps, const Moments& moments, const Ro
   out.rope_dim = p;
   out.v_dim = d;
   out.scale = static_cast<float>(maps.scale);
+  out.softcap = maps.softcap;
   out.rotary = key.rotary;
 
   // Row by row of heads, so that no other copy of the whole query is ever made.

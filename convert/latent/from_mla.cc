@@ -92,6 +92,7 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
   AbsorbedAttention out;
   out.nope_dim = n;
   out.scale = scale;
+  out.softcap = source.softcap;
   out.rotary = source.rotary;
   out.o = source.o.weight.cast<double>();
   out.o_bias = source.o.bias.size() > 0 ? VectorD(source.o.bias.transpose().cast<double>())

@@ -115,6 +115,7 @@ LayerMaps maps_of(GqaAttention attention) {
     out.o_bias = attention.o.bias.transpose().cast<double>();
   }
   out.scale = static_cast<double>(attention.scale);
+  out.softcap = attention.softcap;
   out.rotary = attention.rotary;
   return out;
 }

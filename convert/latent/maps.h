@@ -28,6 +28,7 @@ struct LayerMaps {
   MatrixD v;       // [K d, D + 1]
   VectorD o_bias;  // [D], zero where the source has none
   double scale = 0;
+  float softcap = 0;  // of scores, as attention.h has it
   Rotary rotary;
   std::optional<NormedHeads> normed_heads{};  // instead of q
 

@@ -17,7 +17,7 @@ class Lossless final : public ConversionMethod {
     if (config.latent) {
       return config.rotary;
     }
-    return lossless_rotary(config.rotary, config.gqa->num_key_value_heads);
+    return lossless_rotary(converted_rotary(inputs_), config.gqa->num_key_value_heads);
   }
 
   LatentAttention convert(Index layer_idx, Moments moments) const override {

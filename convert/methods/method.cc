@@ -4,7 +4,7 @@
 
 namespace relatent {
 
-LatentAttention ConversionMethod::next() {
+std::optional<LatentAttention> ConversionMethod::next() {
   throw std::logic_error("ConversionMethod: the layers are independent");
 }
 

@@ -19,7 +19,8 @@ class ConversionMethod {
   ConversionMethod& operator=(const ConversionMethod&) = delete;
   virtual ~ConversionMethod() = default;
 
-  // The list of rotary frequencies that all converted layers share.
+  // The list of rotary frequencies that all converted layers share. Layers that are carried are no business
+  // of a method, but of next().
   virtual Rotary rotary() const = 0;
 
   // No layer depends on another.
@@ -27,8 +28,8 @@ class ConversionMethod {
   // Converts any layer when they are independent, on any thread. moments: what is known of its input. A
   // NumericalError names the layer, here and below.
   virtual LatentAttention convert(Index layer_idx, Moments moments) const = 0;
-  // Otherwise: converts the next layer, from the first to the last.
-  virtual LatentAttention next();
+  // Otherwise: converts the next layer, from the first to the last; nothing where it is carried.
+  virtual std::optional<LatentAttention> next();
 
   // Between two layers: keeps what the next one needs of those before it, so that another run of the same
   // plan can go on there. Throws Error (machine).

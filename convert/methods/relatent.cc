@@ -37,20 +37,26 @@ void keep_query(const Attention& attention, LatentAttention& converted) {
 
 RelatentConversion::RelatentConversion(const Model& source, std::function<Moments(Index)> moments,
                                        const Sequences& sequences, const RelatentOptions& options)
-    : source_(source), moments_(std::move(moments)), options_(options) {
+    : source_(source),
+      moments_(std::move(moments)),
+      options_(options),
+      converted_(options.carried.others(source.config().num_hidden_layers)) {
   if (options_.pad_rank) {
     options_.norm_coordinates = std::max<Index>(0, *options_.pad_rank - options_.rank);
   }
   // MLA keeps its own rotary key.
   if (source.config().gqa) {
-    const Index count = source.config().num_hidden_layers;
+    const std::vector<Index>& layers = converted_.layers();
+    const auto count = static_cast<Index>(layers.size());
+    const auto layer_of = [&](Index i) { return layers[static_cast<std::size_t>(i)]; };
     concentrations_.resize(static_cast<std::size_t>(count));
     std::vector<double> fold_errors(concentrations_.size());
     run_layer_pipeline(0, count, layers_at_once(closed_form_bytes(source.config())),
-                       {.moments = moments_,
+                       {.moments = [&](Index i) { return moments_(layer_of(i)); },
                         .body =
-                            [&](Index layer_idx, Moments input) {
-                              const auto at = static_cast<std::size_t>(layer_idx);
+                            [&](Index i, Moments input) {
+                              const auto at = static_cast<std::size_t>(i);
+                              const Index layer_idx = layer_of(i);
                               const PreparedLayer prepared =
                                   prepare(source.scores(layer_idx), layer_idx, std::move(input));
                               concentrations_[at] = naming_layer(layer_idx, [&] {
@@ -122,7 +128,8 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
 }
 
 RotaryKey RelatentConversion::key_of(const PreparedLayer& prepared) const {
-  return rotary_key(*prepared.maps, concentrations_[static_cast<std::size_t>(prepared.layer_idx)],
+  return rotary_key(*prepared.maps,
+                    concentrations_[static_cast<std::size_t>(converted_.before(prepared.layer_idx))],
                     dropped(*prepared.maps, prepared.moments), components_);
 }
 
@@ -232,8 +239,7 @@ void RelatentConversion::finish(const AttentionHalf& layer, LatentAttention& con
 }
 
 Rotary RelatentConversion::rotary() const {
-  const ModelConfig& config = source_.config();
-  return config.gqa ? kept_rotary(config.rotary, components_) : config.rotary;
+  return source_.config().gqa ? kept_rotary(source_rotary(), components_) : source_rotary();
 }
 
 LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) const {
@@ -251,11 +257,15 @@ LatentAttention RelatentConversion::convert_alone(Index layer_idx, Moments momen
   return options_.order == LatentOrder::shared ? closed(attention, prepared) : sliced(attention, prepared);
 }
 
-LatentAttention RelatentConversion::next() {
+std::optional<LatentAttention> RelatentConversion::next() {
   if (next_ >= source_.config().num_hidden_layers) {
     throw std::logic_error("RelatentConversion: every layer has been converted");
   }
   const Index layer_idx = next_++;
+  if (!converted_.has(layer_idx)) {
+    carry(layer_idx);
+    return std::nullopt;
+  }
   if (independent()) {
     return convert(layer_idx, moments_(layer_idx));
   }
@@ -277,12 +287,23 @@ LatentAttention RelatentConversion::convert_next(Index layer_idx) {
     streams_->follow_source(layer);
   }
   finish(layer, out);
-  if (next_ < source_.config().num_hidden_layers) {
-    // The MLP is read once nothing of the attention is held any more but what is written.
-    layer.attention = {};
+  // The MLP is read once nothing of the attention is held any more but what is written.
+  layer.attention = {};
+  finish_layer(layer_idx);
+  return out;
+}
+
+void RelatentConversion::finish_layer(Index layer_idx) {
+  if (layer_idx < converted_.layers().back()) {
     streams_->finish_layer(backend().load_mlp(source_, layer_idx, options_.compute));
   }
-  return out;
+}
+
+void RelatentConversion::carry(Index layer_idx) {
+  if (streams_ && layer_idx < converted_.layers().back()) {
+    streams_->carry_attention(source_.attention_half(layer_idx));
+    finish_layer(layer_idx);
+  }
 }
 
 void RelatentConversion::save(const std::filesystem::path& path) const {

@@ -22,8 +22,8 @@ namespace relatent {
 class RelatentConversion final : public ConversionMethod {
  public:
   // moments gives what is known of a layer's input, for any layer and more than once. sequences are the
-  // tokens to fit on; empty for none. Reads every layer's attention once to allocate the rotary components,
-  // which all layers share because an engine keeps one list of frequencies.
+  // tokens to fit on; empty for none. Reads the attention of every layer that is converted once to allocate
+  // the rotary components, which they share because an engine keeps one list of frequencies.
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
@@ -31,7 +31,7 @@ class RelatentConversion final : public ConversionMethod {
   // Without tokens no layer depends on another. Branches are numbered as latent/partition.h says.
   bool independent() const override { return !streams_; }
   LatentAttention convert(Index layer_idx, Moments moments) const override;
-  LatentAttention next() override;
+  std::optional<LatentAttention> next() override;
   void save(const std::filesystem::path& path) const override;
   Index resume(const std::filesystem::path& path, Index layers) override;
   double fold_error() const override { return fold_error_; }
@@ -57,6 +57,11 @@ class RelatentConversion final : public ConversionMethod {
     }
   };
   LatentAttention convert_next(Index layer_idx);
+  // Moves both streams past a layer that is carried.
+  void carry(Index layer_idx);
+  // Where layers follow that are converted, moves both streams past the layer's MLP.
+  void finish_layer(Index layer_idx);
+  const Rotary& source_rotary() const { return source_.config().rotary_of(converted_.layers().front()); }
   LatentAttention convert_alone(Index layer_idx, Moments moments) const;
   PreparedLayer prepare(const LatentAttention& attention, Index layer_idx, Moments moments) const;
   PreparedLayer prepare(GqaAttention attention, Index layer_idx, Moments moments) const;
@@ -83,7 +88,8 @@ class RelatentConversion final : public ConversionMethod {
   const Model& source_;
   std::function<Moments(Index)> moments_;
   RelatentOptions options_;
-  std::vector<Concentration> concentrations_;  // of every layer of a grouped-query source
+  LayerSet converted_;
+  std::vector<Concentration> concentrations_;  // of every converted layer of a grouped-query source
   std::vector<Index> components_;              // rotary components kept per frequency
   Index list_stride_ = 1;
   std::unique_ptr<TwinStreams> streams_;

@@ -43,7 +43,9 @@ SizeTrial SizeSearch::trial(const CacheSizes& sizes, const Sequences& fit, const
   for (Index i = 0; i < source_.config().num_hidden_layers; ++i) {
     Layer layer = backend().load_layer(source_, i, DType::f32);
     run_layer(layer, source_stream);
-    layer.attention = conversion.next();
+    if (std::optional<LatentAttention> converted = conversion.next()) {
+      layer.attention = std::move(*converted);
+    }
     run_layer(layer, converted_stream);
   }
   const LogitComparison logits =

@@ -19,8 +19,7 @@ class Transmla final : public ConversionMethod {
         options_{plan.shape.qk_rope_head_dim, fold, plan.options.balance, plan.options.balance_columns} {}
 
   Rotary rotary() const override {
-    const ModelConfig& config = inputs_.source.config();
-    return transmla_rotary(config.rotary, options_, config.gqa->head_dim);
+    return transmla_rotary(converted_rotary(inputs_), options_, inputs_.source.config().gqa->head_dim);
   }
 
   LatentAttention convert(Index layer_idx, Moments moments) const override {
@@ -61,6 +60,10 @@ Index choose_fold(const ConvertPlan& plan, const ConvertInputs& inputs) {
     Stream stream(source, sequences);
     for (Index i = 0; i < source.config().num_hidden_layers; ++i) {
       Layer converted = backend().load_layer(source, i, DType::f32);
+      if (inputs.carried.has(i)) {
+        run_layer(converted, stream);
+        continue;
+      }
       const LayerMaps maps = maps_of(std::get<GqaAttention>(converted.attention));
       const Moments moments = input_moments(inputs, i);
       const RotaryKey key = transmla_rotary_key(maps, moments, {plan.shape.qk_rope_head_dim, fold, 0}).key;

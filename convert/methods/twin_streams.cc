@@ -35,17 +35,24 @@ void TwinStreams::follow_source(const AttentionHalf& source) {
   backend().add_attention(source, source_);
 }
 
+void TwinStreams::carry_attention(const AttentionHalf& source) {
+  backend().add_attention(source, source_);
+  backend().add_attention(source, converted_);
+}
+
 void TwinStreams::finish_attention(const AttentionHalf& source, LatentAttention& converted, bool refit,
                                    double ridge) {
   const Stage stage("refit");
   if (!refit) {
-    backend().add_attention(source.input_norm, {&converted, 1}, converted_);
+    backend().add_attention(source.input_norm, {&converted, 1}, source.attention_output_norm, converted_);
     return;
   }
   // What follows needs the head outputs again once o_proj is known.
-  const HeadOutputs heads = backend().head_outputs(source.input_norm, converted, source_, converted_);
+  const RmsNorm& output_norm = source.attention_output_norm;
+  const HeadOutputs heads =
+      backend().head_outputs(source.input_norm, converted, output_norm, source_, converted_);
   refit_output(heads.sums, ridge, converted.o);
-  backend().add_outputs(converted.o, heads.values, converted_);
+  backend().add_outputs(converted.o, heads.values, output_norm, converted_);
 }
 
 void TwinStreams::finish_layer(const MlpHalf& source) {

@@ -25,6 +25,9 @@ class TwinStreams {
   // Moves the source's stream past its attention, for layers that need no sample.
   void follow_source(const AttentionHalf& source);
 
+  // Moves both streams past the source's attention.
+  void carry_attention(const AttentionHalf& source);
+
   // Moves the converted stream past its attention. With `refit`, o_proj is first changed so that the stream
   // comes as near to the source's as ridge regression over all tokens brings it.
   void finish_attention(const AttentionHalf& source, LatentAttention& converted, bool refit, double ridge);

@@ -43,6 +43,7 @@ struct GqaAttention {
   Index head_dim = 0;
   std::optional<Index> window;  // positions a query sees, its own included; none = all
   float scale = 0;              // of q·k before the softmax
+  float softcap = 0;            // scaled scores s become softcap tanh(s / softcap); 0 = they do not
   Linear q;                     // [heads * head_dim, hidden]
   Linear k;                     // [kv_heads * head_dim, hidden]
   Linear v;                     // [kv_heads * head_dim, hidden]
@@ -96,6 +97,7 @@ struct LatentAttention {
   Index rope_dim = 0;  // p
   Index v_dim = 0;     // w
   float scale = 0;
+  float softcap = 0;  // as above
   // Optional low-rank query: q acts on norm(q_down x) when q_down has rows, else on x.
   Linear q_down;
   RmsNorm q_norm;

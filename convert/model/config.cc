@@ -58,28 +58,73 @@ std::string_view topk_method_name(TopkMethod method) {
   return name_in(topk_methods, method);
 }
 
+Index ModelConfig::expert_layers() const {
+  return experts ? num_hidden_layers - experts->first_layer - static_cast<Index>(experts->dense_layers.size())
+                 : 0;
+}
+
+std::string_view activation_name(Activation activation) {
+  return name_in(activations, activation);
+}
+
 bool normalises_keys(const ModelConfig& config) {
   return config.gqa && config.gqa->qk_norm != QkNorm::none;
 }
 
-Index ModelConfig::cache_elements() const {
-  return gqa ? 2 * gqa->num_key_value_heads * gqa->head_dim : latent->kv_lora_rank + latent->qk_rope_head_dim;
+std::string_view norm_placement_name(NormPlacement placement) {
+  return name_in(norm_placements, placement);
 }
 
-std::optional<Index> ModelConfig::cache_bytes_per_token_on_device(Index tp) const {
-  const Index unit = num_hidden_layers * static_cast<Index>(size_of(dtype));
-  if (gqa) {
-    const Index heads_here = std::max<Index>(1, (gqa->num_key_value_heads + tp - 1) / tp);
-    return 2 * heads_here * gqa->head_dim * unit;
+bool ModelConfig::has_sliding_layers() const {
+  for (Index i = 0; i < num_hidden_layers; ++i) {
+    if (is_sliding(i)) {
+      return true;
+    }
   }
-  if (!why_not_shared(*latent, tp).empty()) {
-    return std::nullopt;
+  return false;
+}
+
+Index ModelConfig::cache_elements() const {
+  return latent ? latent->cache_elements() : gqa->cache_elements();
+}
+
+Index ModelConfig::cache_elements(Index layer_idx) const {
+  return is_latent(layer_idx) ? latent->cache_elements() : gqa->cache_elements();
+}
+
+Index ModelConfig::cache_bytes(Index context) const {
+  Index elements = 0;
+  for (Index i = 0; i < num_hidden_layers; ++i) {
+    elements += cache_elements(i) * std::min(context, spec(i).window.value_or(context));
   }
-  Index most = 0;
-  for (const DeviceShare& share : device_shares(*latent, tp)) {
-    most = std::max(most, share.cache_elements(*latent));
+  return elements * static_cast<Index>(size_of(dtype));
+}
+
+CacheByContext ModelConfig::cache_by_context() const {
+  CacheByContext out{};
+  std::transform(reported_contexts.begin(), reported_contexts.end(), out.begin(),
+                 [this](Index context) { return cache_bytes(context); });
+  return out;
+}
+
+std::optional<Index> ModelConfig::cache_bytes_on_device(Index tp, Index context) const {
+  // Of one token in a layer of either kind.
+  const Index grouped_query = gqa ? gqa->cache_elements(tp) : 0;
+  Index latents = 0;
+  if (latent) {
+    if (!why_not_shared(*latent, tp).empty()) {
+      return std::nullopt;
+    }
+    for (const DeviceShare& share : device_shares(*latent, tp)) {
+      latents = std::max(latents, share.cache_elements(*latent));
+    }
   }
-  return most * unit;
+  Index elements = 0;
+  for (Index i = 0; i < num_hidden_layers; ++i) {
+    elements +=
+        (is_latent(i) ? latents : grouped_query) * std::min(context, spec(i).window.value_or(context));
+  }
+  return elements * static_cast<Index>(size_of(dtype));
 }
 
 ModelConfig parse_config(const nlohmann::ordered_json& config, const std::filesystem::path& config_path) {

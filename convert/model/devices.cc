@@ -111,6 +111,7 @@ LatentAttention part_of(const LatentAttention& a, const DeviceShare& share, bool
   out.rope_dim = a.rope_dim;
   out.v_dim = a.v_dim;
   out.scale = a.scale;
+  out.softcap = a.softcap;
   out.rotary = a.rotary;
   out.q_down = a.q_down;
   out.q_norm = a.q_norm;

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "convert/model/layer_set.h"
 #include "linalg/matrix.h"
 
 namespace relatent {
@@ -74,6 +75,13 @@ struct LatentSizes {
   Index cache_elements() const { return kv_lora_rank + qk_rope_head_dim; }
 };
 
+// Layers that a conversion leaves as they are, grouped-query attention beside latents.
+struct CarriedLayers {
+  LayerSet layers;
+  bool qkv_bias = false;  // they have biases on queries, keys and values
+  bool o_bias = false;    // and on o_proj
+};
+
 // What can be said of a converted layer before any weight is read. kv_lora_rank is without what an engine
 // adds.
 struct LatentShape : LatentSizes {
@@ -82,6 +90,7 @@ struct LatentShape : LatentSizes {
   Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases, each branch
   // Coordinates of the latent that hold nothing, so that a kernel finds the size it wants; MLA only.
   Index dead_coordinates = 0;
+  CarriedLayers carried;
 };
 
 }  // namespace relatent

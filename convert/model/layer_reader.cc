@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <span>
+#include <utility>
 
 #include "formats/error.h"
 #include "formats/safetensors.h"
@@ -29,28 +30,32 @@ Linear LayerReader::linear(Role weight, Role bias, std::optional<Index> part) co
   return {matrix(weight, part), vector_or_empty(bias, part)};
 }
 
-Linear LayerReader::packed(Role weight, Role bias) const {
-  const std::string& name = name_of(weight, {});
+Linear LayerReader::packed(Role weight, Role bias, std::optional<Index> part) const {
+  const std::string& name = name_of(weight, part);
   const TensorInfo& info = source_.info(name);
   if (info.dtype != DType::bf16) {
-    Linear out = linear(weight, bias);
+    Linear out = linear(weight, bias, part);
     out.pack();
     return out;
   }
   const Stage stage("read weights");
   const std::span<const std::byte> bytes = source_.bytes(name);
   if (!all_finite_bf16(bytes)) {
-    fail(weight, {}, "holds a value that is not finite", "finite weights", "NaN or infinity", "");
+    fail(weight, part, "holds a value that is not finite", "finite weights", "NaN or infinity", "");
   }
   Linear out{{},
-             vector_or_empty(bias),
+             vector_or_empty(bias, part),
              std::make_shared<const PackedWeight>(bytes, info.shape.at(0), info.shape.at(1))};
   source_.release(name);
   return out;
 }
 
 RmsNorm LayerReader::norm(Role role) const {
-  return {vector_or_empty(role), static_cast<float>(config_.rms_norm_eps)};
+  RowVectorF gain = vector_or_empty(role);
+  if (config_.norm_unit_offset) {
+    gain.array() += 1;
+  }
+  return {std::move(gain), static_cast<float>(config_.rms_norm_eps)};
 }
 
 RmsNorm LayerReader::latent_norm(Role role, std::optional<Index> part) const {

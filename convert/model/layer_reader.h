@@ -16,14 +16,16 @@ class LayerReader {
       : source_(source), names_(names), config_(config), layer_idx_(layer_idx) {}
 
   const ModelConfig& config() const { return config_; }
-  const AttentionSpec& spec() const { return config_.attention[static_cast<std::size_t>(*layer_idx_)]; }
+  const AttentionSpec& spec() const { return config_.spec(*layer_idx_); }
+  const Rotary& rotary() const { return config_.rotary_of(*layer_idx_); }
 
   bool has(Role role, std::optional<Index> part = {}) const { return names_.has(role, layer_idx_, part); }
   MatrixF matrix(Role role, std::optional<Index> part = {}) const;
   RowVectorF vector_or_empty(Role role, std::optional<Index> part = {}) const;
   Linear linear(Role weight, Role bias, std::optional<Index> part = {}) const;
   // For products in bfloat16 (linalg/packed.h); what is stored so is packed as it is.
-  Linear packed(Role weight, Role bias) const;
+  Linear packed(Role weight, Role bias, std::optional<Index> part = {}) const;
+  // With the 1 that a config may add to its weight; without a gain where there is no such norm.
   RmsNorm norm(Role role) const;
   // A norm on latents, with their eps.
   RmsNorm latent_norm(Role role, std::optional<Index> part = {}) const;

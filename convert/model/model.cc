@@ -27,10 +27,19 @@ std::array<Projection, 4> projections_of(GqaAttention& attention) {
            {&attention.v, Role::v_weight, Role::v_bias}}};
 }
 
-std::array<Projection, 3> projections_of(Mlp& mlp) {
-  return {{{&mlp.gate, Role::gate_weight, Role::gate_bias},
-           {&mlp.up, Role::up_weight, Role::up_bias},
-           {&mlp.down, Role::down_weight, Role::down_bias}}};
+// Of the MLP that every token passes; none where a layer has only experts that tokens are sent to.
+std::vector<Projection> projections_of(Mlp& mlp, const ModelConfig& config, Index layer_idx) {
+  if (!config.has_experts(layer_idx)) {
+    return {{&mlp.gate, Role::gate_weight, Role::gate_bias},
+            {&mlp.up, Role::up_weight, Role::up_bias},
+            {&mlp.down, Role::down_weight, Role::down_bias}};
+  }
+  if (config.experts->shared_size == 0) {
+    return {};
+  }
+  return {{&mlp.gate, Role::shared_gate_weight, Role::gate_bias},
+          {&mlp.up, Role::shared_up_weight, Role::up_bias},
+          {&mlp.down, Role::shared_down_weight, Role::down_bias}};
 }
 
 }  // namespace
@@ -62,14 +71,15 @@ const Checkpoint& Model::folder(const std::string& purpose) const {
 }
 
 GqaAttention Model::gqa_geometry(Index layer_idx) const {
-  const AttentionSpec& spec = config_.attention[static_cast<std::size_t>(layer_idx)];
+  const AttentionSpec& spec = config_.spec(layer_idx);
   GqaAttention out;
   out.heads = config_.num_attention_heads;
   out.kv_heads = config_.gqa->num_key_value_heads;
   out.head_dim = config_.gqa->head_dim;
   out.window = spec.window;
   out.scale = spec.scale;
-  out.rotary = config_.rotary;
+  out.softcap = static_cast<float>(config_.attn_logit_softcapping.value_or(0));
+  out.rotary = config_.rotary_of(layer_idx);
   if (config_.gqa->qk_norm != QkNorm::none) {
     out.q_norm = reader(layer_idx).norm(Role::q_head_norm);
     out.k_norm = reader(layer_idx).norm(Role::k_head_norm);
@@ -87,7 +97,7 @@ GqaAttention Model::scores(Index layer_idx) const {
 
 Attention Model::attention(Index layer_idx) const {
   const LayerReader in = reader(layer_idx);
-  if (config_.family->read_latent != nullptr) {
+  if (config_.is_latent(layer_idx)) {
     return config_.family->read_latent(in);
   }
   GqaAttention out = gqa_geometry(layer_idx);
@@ -99,25 +109,24 @@ Attention Model::attention(Index layer_idx) const {
 
 Mlp Model::mlp(Index layer_idx) const {
   const LayerReader in = reader(layer_idx);
-  if (config_.has_experts(layer_idx)) {
-    return {{in.matrix(Role::shared_gate_weight), {}},
-            {in.matrix(Role::shared_up_weight), {}},
-            {in.matrix(Role::shared_down_weight), {}}};
-  }
   Mlp out;
-  for (const Projection& projection : projections_of(out)) {
+  out.activation = config_.activation;
+  for (const Projection& projection : projections_of(out, config_, layer_idx)) {
     *projection.into = in.linear(projection.weight, projection.bias);
   }
   return out;
 }
 
-Experts Model::experts(Index layer_idx) const {
+Experts Model::experts(Index layer_idx, bool packed) const {
   const LayerReader in = reader(layer_idx);
+  const auto projection = [in, packed](Role weight, Role bias, Index expert) {
+    return packed ? in.packed(weight, bias, expert) : in.linear(weight, bias, expert);
+  };
   return {*config_.experts, in.matrix(Role::router_weight), in.vector_or_empty(Role::router_bias),
-          [in](Index expert) -> Mlp {
-            return {{in.matrix(Role::expert_gate_weight, expert), {}},
-                    {in.matrix(Role::expert_up_weight, expert), {}},
-                    {in.matrix(Role::expert_down_weight, expert), {}}};
+          in.vector_or_empty(Role::shared_expert_gate), [projection, in](Index expert) -> Mlp {
+            return {projection(Role::expert_gate_weight, Role::gate_bias, expert),
+                    projection(Role::expert_up_weight, Role::up_bias, expert),
+                    projection(Role::expert_down_weight, Role::down_bias, expert), in.config().activation};
           }};
 }
 
@@ -130,23 +139,22 @@ void Model::pack_projections(const Projections& projections, Index layer_idx, Wo
 }
 
 MlpHalf Model::mlp_half(Index layer_idx) const {
-  MlpHalf out{reader(layer_idx).norm(Role::post_attention_norm), mlp(layer_idx), std::nullopt};
+  const LayerReader in = reader(layer_idx);
+  MlpHalf out{in.norm(Role::post_attention_norm), mlp(layer_idx), std::nullopt,
+              in.norm(Role::mlp_output_norm)};
   if (config_.has_experts(layer_idx)) {
-    out.experts = experts(layer_idx);
+    out.experts = experts(layer_idx, false);
   }
   return out;
 }
 
 void Model::pack_mlp(Index layer_idx, MlpHalf& out, Work& work) const {
   out.post_attention_norm = reader(layer_idx).norm(Role::post_attention_norm);
-  if (!config_.has_experts(layer_idx)) {
-    pack_projections(projections_of(out.mlp), layer_idx, work);
-    return;
-  }
-  out.mlp = mlp(layer_idx);
-  out.experts = experts(layer_idx);
-  for (Linear* linear : {&out.mlp.gate, &out.mlp.up, &out.mlp.down}) {
-    work.emplace_back([linear] { linear->pack(); });
+  out.mlp_output_norm = reader(layer_idx).norm(Role::mlp_output_norm);
+  out.mlp.activation = config_.activation;
+  pack_projections(projections_of(out.mlp, config_, layer_idx), layer_idx, work);
+  if (config_.has_experts(layer_idx)) {
+    out.experts = experts(layer_idx, true);
   }
 }
 
@@ -161,10 +169,11 @@ MlpHalf Model::packed_mlp_half(Index layer_idx) const {
 Layer Model::packed_layer(Index layer_idx) const {
   Layer out;
   out.input_norm = input_norm(layer_idx);
+  out.attention_output_norm = attention_output_norm(layer_idx);
   // Largest first, so that threads end together.
   Work work;
   pack_mlp(layer_idx, out, work);
-  if (config_.family->read_latent == nullptr) {
+  if (!config_.is_latent(layer_idx)) {
     pack_projections(projections_of(out.attention.emplace<GqaAttention>(gqa_geometry(layer_idx))), layer_idx,
                      work);
   } else {
@@ -196,6 +205,9 @@ MatrixF Model::embed(const std::vector<std::int32_t>& ids) const {
   for (std::size_t i = 0; i < ids.size(); ++i) {
     decode_floats(info.dtype, bytes.subspan(static_cast<std::size_t>(ids[i]) * row_bytes, row_bytes),
                   {out.row(static_cast<Index>(i)).data(), static_cast<std::size_t>(config_.hidden_size)});
+  }
+  if (config_.embedding_multiplier != 1) {
+    out *= static_cast<float>(config_.embedding_multiplier);
   }
   return out;
 }

@@ -17,15 +17,18 @@
 
 namespace relatent {
 
-// The two halves of a layer, each with the norm of its input.
+// The two halves of a layer, each with the norms of its input and of what it adds to the stream, where there
+// are such norms.
 struct AttentionHalf {
   RmsNorm input_norm;
   Attention attention;
+  RmsNorm attention_output_norm{};
 };
 struct MlpHalf {
   RmsNorm post_attention_norm;
-  Mlp mlp;                         // of a layer with experts, the shared ones
+  Mlp mlp;                         // of a layer with experts, the shared ones; empty where there are none
   std::optional<Experts> experts;  // read from the model, which must outlive the layer
+  RmsNorm mlp_output_norm{};
 };
 struct Layer : AttentionHalf, MlpHalf {};
 
@@ -53,19 +56,23 @@ class Model {
   // Weights widened to float32, the checkpoint's pages let go again. Experts are read when they are used.
   Layer layer(Index layer_idx) const { return {attention_half(layer_idx), mlp_half(layer_idx)}; }
   AttentionHalf attention_half(Index layer_idx) const {
-    return {input_norm(layer_idx), attention(layer_idx)};
+    return {input_norm(layer_idx), attention(layer_idx), attention_output_norm(layer_idx)};
   }
   MlpHalf mlp_half(Index layer_idx) const;
-  // The same for products in bfloat16: projections, an expert's apart, are packed (linalg/packed.h) and have
-  // no weight that could be read. Needs has_bf16_products().
+  // The same for products in bfloat16: projections are packed (linalg/packed.h) and have no weight that could
+  // be read. Needs has_bf16_products().
   Layer packed_layer(Index layer_idx) const;
   MlpHalf packed_mlp_half(Index layer_idx) const;
   Attention attention(Index layer_idx) const;
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
   RmsNorm input_norm(Index layer_idx) const { return reader(layer_idx).norm(Role::input_norm); }
+  // Of what attention adds to the stream.
+  RmsNorm attention_output_norm(Index layer_idx) const {
+    return reader(layer_idx).norm(Role::attention_output_norm);
+  }
   RmsNorm final_norm() const { return reader({}).norm(Role::final_norm); }
-  // Rows of the embedding for these ids: [ids, hidden].
+  // Rows of the embedding for these ids, multiplied as the config says: [ids, hidden].
   MatrixF embed(const std::vector<std::int32_t>& ids) const;
   // Rows [first, first + count) of the output head: [count, hidden].
   MatrixF head_rows(Index first, Index count) const;
@@ -75,7 +82,7 @@ class Model {
   LayerReader reader(std::optional<Index> layer_idx) const { return {*source_, names_, config_, layer_idx}; }
   GqaAttention gqa_geometry(Index layer_idx) const;
   Mlp mlp(Index layer_idx) const;
-  Experts experts(Index layer_idx) const;
+  Experts experts(Index layer_idx, bool packed) const;
   // Work that is left to do on `out`, for parallel_for; it refers to `out`.
   using Work = std::vector<std::function<void()>>;
   template <typename Projections>

@@ -67,6 +67,14 @@ void place_prediction_layers(const ModelConfig& config, std::set<std::string>& u
   }
 }
 
+// Whether a rule holds in a layer; for a tensor outside the layers any layer_idx will do.
+bool holds_in(const TensorRule& rule, const ModelConfig& config, Index layer_idx) {
+  const bool mlp =
+      rule.layers == InLayers::all || config.has_experts(layer_idx) == (rule.layers == InLayers::experts);
+  return mlp && (rule.attention == WithAttention::any ||
+                 config.is_latent(layer_idx) == (rule.attention == WithAttention::latent));
+}
+
 // Adds the tensors of rules [first, last), which come part by part.
 void add_expected(const std::vector<TensorRule>& rules, std::size_t first, std::size_t last,
                   const ModelConfig& config, std::vector<ExpectedTensor>& out) {
@@ -75,8 +83,7 @@ void add_expected(const std::vector<TensorRule>& rules, std::size_t first, std::
   const Index layers = in_layer ? config.num_hidden_layers : 1;
   for (Index layer = 0; layer < layers; ++layer) {
     const std::optional<Index> layer_idx = in_layer ? std::optional(layer) : std::nullopt;
-    if (leading.layers != InLayers::all &&
-        config.has_experts(layer) != (leading.layers == InLayers::experts)) {
+    if (!holds_in(leading, config, layer)) {
       continue;
     }
     const Index parts = leading.parts != nullptr ? leading.parts(config) : 1;
@@ -105,9 +112,7 @@ Index expected_count(const ModelConfig& config) {
     const Index parts = rule.parts != nullptr ? rule.parts(config) : 1;
     const Index layers = rule.name.find("{i}") != std::string_view::npos ? config.num_hidden_layers : 1;
     for (Index layer = 0; layer < layers; ++layer) {
-      const bool here =
-          rule.layers == InLayers::all || config.has_experts(layer) == (rule.layers == InLayers::experts);
-      out += here ? parts : 0;
+      out += holds_in(rule, config, layer) ? parts : 0;
     }
   }
   return out;

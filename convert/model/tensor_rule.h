@@ -18,7 +18,9 @@ enum class Role {
   final_norm,
   lm_head,
   input_norm,
-  post_attention_norm,
+  post_attention_norm,    // of what the MLP reads
+  attention_output_norm,  // of what attention adds to the stream
+  mlp_output_norm,
   q_weight,
   q_bias,
   k_weight,
@@ -66,8 +68,9 @@ enum class Role {
   shared_gate_weight,
   shared_up_weight,
   shared_down_weight,
-  prediction,  // any tensor of a layer behind the last, which predicts further tokens; never read
-  inv_freq,    // a buffer that old checkpoints store; the config says the same
+  shared_expert_gate,  // by whose sigmoid the shared experts are multiplied
+  prediction,          // any tensor of a layer behind the last, which predicts further tokens; never read
+  inv_freq,            // a buffer that old checkpoints store; the config says the same
 };
 
 // Attention tensors are what a conversion replaces; the others are copied as they are.
@@ -79,7 +82,8 @@ std::optional<Role> source_role(Role role);
 // absent: this config has no such tensor, and one of that name is refused.
 enum class Presence { required, optional, absent };
 
-enum class InLayers { all, dense, experts };  // by what kind of MLP the layer has
+enum class InLayers { all, dense, experts };              // by what kind of MLP the layer has
+enum class WithAttention { any, latent, grouped_query };  // by what kind of attention
 
 struct TensorRule {
   Role role;
@@ -94,6 +98,7 @@ struct TensorRule {
   InLayers layers = InLayers::all;
   // Behind the rule before it part by part, rather than for all parts at once.
   bool beside_previous = false;
+  WithAttention attention = WithAttention::any;
 };
 
 }  // namespace relatent

@@ -9,8 +9,7 @@ bool is_mlp_bias(Role role) {
   return role == Role::gate_bias || role == Role::up_bias || role == Role::down_bias;
 }
 
-void check_plain_rotary(const Model& source) {
-  const Rotary& rotary = source.config().rotary;
+void check_plain_rotary(const Model& source, const Rotary& rotary) {
   if (rotary.rope_type != "default") {
     fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
                 "rope_type default", rotary.rope_type, ""});
@@ -22,6 +21,10 @@ void check_plain_rotary(const Model& source) {
 void check_source(const Model& source) {
   const ModelConfig& config = source.config();
   const std::filesystem::path path = source.checkpoint().config_path();
+  if (config.latent && config.gqa) {
+    fail_input({path, "", "layers", "a grouped-query or MLA model", "layers of both kinds",
+                "a model that is converted in part is a result, not a source"});
+  }
   if (config.latent && config.latent->branches.size() != 1) {
     fail_input({path, "", "latent_form", "a grouped-query or MLA model", config.latent->form,
                 "a model whose latents are partitioned already is a result, not a source"});
@@ -29,15 +32,6 @@ void check_source(const Model& source) {
   if (config.latent && config.latent->attention_bias) {
     fail_input({path, "", "attention_bias", "false", "true",
                 "the norm of a latent with biases cannot be kept when the latent is divided"});
-  }
-  for (const AttentionSpec& layer : config.attention) {
-    if (layer.window && *layer.window < config.max_position_embeddings) {
-      fail_input(
-          {path, "", "sliding_window", "none, or at least max_position_embeddings",
-           std::to_string(*layer.window),
-           "latent engines attend to every position: set max_position_embeddings to the window, within which "
-           "the two are the same"});
-    }
   }
   for (const PlacedTensor& tensor : source.tensors()) {
     if (is_mlp_bias(tensor.role)) {
@@ -70,7 +64,7 @@ void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
                 "true, since --engine " + options.engine + " has no output head of its own", "false", ""});
   }
   if (!traits.any_frequencies && !traits.normed_latent) {
-    check_plain_rotary(source);
+    check_plain_rotary(source, converted_rotary(inputs));
   }
   if (!traits.normed_latent) {
     if (options.norm_coordinates || options.pad_rank) {
@@ -89,9 +83,10 @@ void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
     fail_usage("--engine " + options.engine +
                " normalises the latent and has no biases: only --method relatent fits a checkpoint to that");
   }
-  check_plain_rotary(source);
-  if (source.has(Role::o_bias, 0)) {
-    fail_input({source.checkpoint().path(), source.name_of(Role::o_bias, 0),
+  check_plain_rotary(source, converted_rotary(inputs));
+  const Index first = converted_layers(inputs).layers().front();
+  if (source.has(Role::o_bias, first)) {
+    fail_input({source.checkpoint().path(), source.name_of(Role::o_bias, first),
                 "has no place in a layout without biases", "an o_proj without a bias", "one", ""});
   }
   if (options.pad_rank && !inputs.partition.whole()) {

@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 
+#include "convert/plan/layer_choice.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -44,8 +45,9 @@ void check_sizes(const CalibrationFile& calibration, const Model& source) {
 }  // namespace
 
 ConvertInputs open_inputs(const ConvertOptions& options) {
-  ConvertInputs out{Model::open(options.source), nullptr, {}, find_form(options.form), {}};
-  out.engine = make_engine(options.engine, options.form, &out.source.config());
+  ConvertInputs out{Model::open(options.source), nullptr, {}, find_form(options.form), {}, {}};
+  out.carried = carried_layers(options.layers, out.source);
+  out.engine = make_engine(options.engine, options.form, &out.source.config(), !out.carried.empty());
   static_cast<void>(out.source.folder("converted"));
   if (out.form == nullptr) {
     fail_usage("--to " + options.form + " is not one of: " + join_words(form_names(), "or"));
@@ -58,6 +60,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
   }
   if (const std::string why = out.engine->why_not_source(out.source.config()); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why + ", which --engine relatent has");
+  }
+  if (!out.carried.empty() && !out.engine->traits().layer_kinds) {
+    fail_usage("--engine " + options.engine + " has no place for layers that stay grouped-query attention (" +
+               out.carried.text() + "), which --engine relatent has");
   }
   if (!out.engine->traits().single_file) {
     // Refuses links out of the checkpoint before anything is done.
@@ -84,6 +90,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
     check_sizes(*out.calibration, out.source);
   }
   return out;
+}
+
+const Rotary& converted_rotary(const ConvertInputs& inputs) {
+  return inputs.source.config().rotary_of(converted_layers(inputs).layers().front());
 }
 
 void check_calibration(const ConvertInputs& inputs) {

@@ -19,11 +19,20 @@ struct ConvertInputs {
   std::optional<CalibrationFile> calibration;
   const Form* form = nullptr;  // that is asked for
   Partition partition;         // of its latents
+  LayerSet carried;            // layers that are not converted
 };
 
-// Throws Error: usage when engine, form, branches, the source's heads, method and calibration do not go
-// together, input when the source or the calibration is not readable, when the calibration has other layers,
-// hidden size or heads than the source, or when a side file is a link to elsewhere.
+// The layers of the source that are converted, in order.
+inline LayerSet converted_layers(const ConvertInputs& inputs) {
+  return inputs.carried.others(inputs.source.config().num_hidden_layers);
+}
+
+// The source's list of rotary frequencies, which they share.
+const Rotary& converted_rotary(const ConvertInputs& inputs);
+
+// Throws Error: usage when engine, form, branches, layers, the source's heads, method and calibration do not
+// go together, input when the source or the calibration is not readable, when the calibration has other
+// layers, hidden size or heads than the source, or when a side file is a link to elsewhere.
 ConvertInputs open_inputs(const ConvertOptions& options);
 
 // Throws Error (input) when the calibration was made from another checkpoint of the same sizes.

@@ -53,6 +53,7 @@ struct RelatentOptions {
   // applies.
   LatentOrder order = LatentOrder::shared;
   FitOptions fit;
+  LayerSet carried;  // layers that are not converted
   // bf16: the fits' large products and the streams' MLPs are formed in bfloat16. Needs Backend::has_bf16.
   DType compute = DType::f32;
 
@@ -66,6 +67,9 @@ struct ConvertOptions {
   std::string form = "mla";       // mla, gla, tpla or mlra
   std::optional<Index> branches;  // latents of a partitioned form
   std::optional<Index> key_rank;  // shared key, split value: coordinates that the parts of a group share
+  // Layers to convert, as LayerSet::parse reads them; the others stay grouped-query attention. Empty = those
+  // that see every position.
+  std::string layers;
   std::optional<std::filesystem::path> calibration;
   // Size of all distinct latent coordinates together, and of the rotary key. A budget is (rank + rope_dim) /
   // (2 K d), rounded down to whole numbers.

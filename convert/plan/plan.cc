@@ -99,6 +99,21 @@ std::string other_eps(const ConvertOptions& options, const Model& source, const 
   return eps.str();
 }
 
+// Tensors of the output that are the source's, by what they are.
+using KeptTensors = std::map<std::tuple<Role, std::optional<Index>, std::optional<Index>>, ExpectedTensor>;
+
+// A bias that only some of the layers have which stay as they are.
+void refuse_missing(const ConvertInputs& inputs, const KeptTensors& kept) {
+  for (const auto& [place, tensor] : kept) {
+    if (is_attention(tensor.role) && tensor.presence == Presence::required &&
+        !inputs.source.has(tensor.role, tensor.layer_idx, tensor.part)) {
+      fail_input({inputs.source.checkpoint().path(), tensor.name, "is missing",
+                  "a tensor that every layer has which stays as it is", "one that only some have",
+                  "choose other layers with --layers"});
+    }
+  }
+}
+
 // What it costs that the engine has no norms on queries and keys.
 std::string linear_stand_in_note(const ConvertOptions& options, const ConvertInputs& inputs) {
   const ModelConfig& config = inputs.source.config();
@@ -109,7 +124,8 @@ std::string linear_stand_in_note(const ConvertOptions& options, const ConvertInp
   double sum = 0;
   double most = 0;
   Index worst = 0;
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+  const LayerSet converted = converted_layers(inputs);
+  for (const Index i : converted.layers()) {
     const double error = stand_in_error(input_moments(inputs, i), keys);
     sum += error;
     if (error > most) {
@@ -121,16 +137,20 @@ std::string linear_stand_in_note(const ConvertOptions& options, const ConvertInp
   text.precision(2);
   text << "this checkpoint normalises its queries and keys, and --engine " << options.engine
        << " has no place for that: linear maps stand in for them, which miss "
-       << sum / static_cast<double>(config.num_hidden_layers) << " of how the keys vary (" << most
+       << sum / static_cast<double>(converted.layers().size()) << " of how the keys vary (" << most
        << " in layer " << worst << ") before the fits win some of it back; --engine relatent keeps the norms";
   return text.str();
 }
 
-// What is written, layer by layer, the converted attention in the place of the old one, and what is left out.
+// What is written, layer by layer, the attention of converted layers in the place of the old one, and what is
+// left out.
 // Returns the most values that the attention of one layer has.
 std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& converted, ConvertPlan& plan) {
   const Model& source = inputs.source;
   const ModelConfig& config = source.config();
+  const auto is_converted = [&](const PlacedTensor& tensor) {
+    return is_attention(tensor.role) && !plan.carried.has(*tensor.layer_idx);
+  };
   std::vector<PlacedTensor> ordered = source.tensors();
   leave_out_prediction(ordered, config, plan);
   const auto rank_of = [&](const PlacedTensor& t) {
@@ -138,19 +158,20 @@ std::uint64_t plan_tensors(const ConvertInputs& inputs, const ModelConfig& conve
   };
   std::stable_sort(ordered.begin(), ordered.end(),
                    [&](const PlacedTensor& a, const PlacedTensor& b) { return rank_of(a) < rank_of(b); });
-  std::map<std::tuple<Role, std::optional<Index>, std::optional<Index>>, ExpectedTensor> kept;
+  KeptTensors kept;
   std::vector<std::vector<ExpectedTensor>> attention(static_cast<std::size_t>(config.num_hidden_layers));
   for (ExpectedTensor& tensor : expected_tensors(converted)) {
-    if (is_attention(tensor.role)) {
+    if (is_converted(tensor)) {
       attention[static_cast<std::size_t>(*tensor.layer_idx)].push_back(std::move(tensor));
     } else {
       kept.emplace(std::tuple(tensor.role, tensor.layer_idx, tensor.part), std::move(tensor));
     }
   }
+  refuse_missing(inputs, kept);
   std::uint64_t most = 0;
   std::optional<Index> attention_done;  // the layer whose attention is planned
   for (const PlacedTensor& tensor : ordered) {
-    if (is_attention(tensor.role)) {
+    if (is_converted(tensor)) {
       if (!attention_done || *attention_done < tensor.layer_idx) {
         attention_done = tensor.layer_idx;
         std::uint64_t values = 0;
@@ -265,6 +286,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
+  out.carried = inputs.carried;
   out.normed_heads = shape.normed_heads.has_value();
   if (config.gqa && !traits.normed_query) {
     out.q_rank = query_rank(options, inputs);
@@ -282,6 +304,7 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   ConvertPlan plan;
   plan.options = options;
   plan.shape = choose_shape(options, inputs);
+  plan.carried = inputs.carried;
   for (std::string warning :
        {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
         unserved_shape(options, engine.traits()), linear_stand_in_note(options, inputs)}) {
@@ -296,9 +319,9 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
       engine.written_config(source.checkpoint().config(), config, plan.shape, plan.dtype);
   plan.converted_cache_elements = converted.cache_elements();
   plan.source_cache_bytes = static_cast<std::uint64_t>(config.cache_bytes_per_token());
-  plan.converted_cache_bytes =
-      static_cast<std::uint64_t>(plan.converted_cache_elements * config.num_hidden_layers) *
-      size_of(plan.dtype);
+  plan.converted_cache_bytes = static_cast<std::uint64_t>(converted.cache_bytes_per_token());
+  plan.source_context_bytes = config.cache_by_context();
+  plan.converted_context_bytes = converted.cache_by_context();
 
   plan_cost(inputs, plan_tensors(inputs, converted, plan), plan);
   return plan;

@@ -51,10 +51,13 @@ struct ConvertPlan {
   std::vector<std::string> left_out;   // source tensors that have no place in the output, with the reason
   std::vector<std::filesystem::path> side_files;  // copied as they are
   DType dtype = DType::f32;                       // of converted tensors and of the config
-  Index source_cache_elements = 0;                // per token and layer
+  LayerSet carried;                               // layers that are not converted
+  Index source_cache_elements = 0;                // per token and converted layer
   Index converted_cache_elements = 0;
-  std::uint64_t source_cache_bytes = 0;  // per token, all layers together
+  std::uint64_t source_cache_bytes = 0;  // per token, all layers together, as long as no window is full
   std::uint64_t converted_cache_bytes = 0;
+  CacheByContext source_context_bytes{};  // of one sequence
+  CacheByContext converted_context_bytes{};
   std::uint64_t output_bytes = 0;  // of tensors and side files
   std::uint64_t resume_bytes = 0;  // of disk beside it, while the conversion runs
   std::uint64_t layer_bytes = 0;   // of one layer in flight

@@ -49,6 +49,7 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   const auto add = [&out](const char* name, const auto& value) { out.emplace_back(name, words(value)); };
   add("--method", method_name(options.method));
   add("--to", std::string_view(options.form));
+  add("--layers", std::string_view(options.layers));
   add("--branches", options.branches);
   add("--key-rank", options.key_rank);
   add("--rank", options.rank);

@@ -224,9 +224,9 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
 
 // For an engine whose list of rotary frequencies has one base: the source's frequencies that it holds. Fills
 // in the rotary size and the stride of the list.
-void fit_to_base(double wanted, const ModelConfig& config, ConvertOptions& options) {
-  const double base = geometric_base(config.rotary);
-  const Index d = config.gqa->head_dim;
+void fit_to_base(double wanted, const ConvertInputs& inputs, ConvertOptions& options) {
+  const double base = geometric_base(converted_rotary(inputs));
+  const Index d = inputs.source.config().gqa->head_dim;
   // Every s-th frequency of the source, p / 2 of them: base^(s p / d) is the list's base.
   const double product = static_cast<double>(d) * std::log(wanted) / std::log(base);
   const auto whole = static_cast<Index>(std::llround(product));
@@ -364,6 +364,11 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   }
 }
 
+bool any_has(const Model& source, const LayerSet& layers, Role role) {
+  return std::any_of(layers.layers().begin(), layers.layers().end(),
+                     [&](Index layer_idx) { return source.has(role, layer_idx); });
+}
+
 }  // namespace
 
 Index budget_elements(double budget, const ModelConfig& config) {
@@ -379,7 +384,7 @@ ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInp
   const EngineTraits traits = engine.traits();
   ConvertOptions out = options;
   if (traits.fixed_base) {
-    fit_to_base(*traits.fixed_base, config, out);
+    fit_to_base(*traits.fixed_base, inputs, out);
   }
   if (!out.rank && !out.kv_budget && !out.per_device && config.gqa) {
     out.rank = engine.default_rank(config);
@@ -416,10 +421,10 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
   const ModelConfig& config = source.config();
   LatentShape shape;
   shape.heads = config.num_attention_heads;
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    shape.has_q_bias = shape.has_q_bias || source.has(Role::q_bias, i);
-  }
-  bool biased = shape.has_q_bias || source.has(Role::k_bias, 0) || source.has(Role::v_bias, 0);
+  const LayerSet converted = converted_layers(inputs);
+  const Index first = converted.layers().front();
+  shape.has_q_bias = any_has(source, converted, Role::q_bias);
+  bool biased = shape.has_q_bias || source.has(Role::k_bias, first) || source.has(Role::v_bias, first);
   if (normalises_keys(config) && inputs.engine->traits().normed_heads) {
     shape.normed_heads = {config.gqa->num_key_value_heads, config.gqa->head_dim, config.gqa->qk_norm, biased};
     if (options.q_rank) {
@@ -430,7 +435,11 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
     shape.has_q_bias = false;
   }
   shape.form = options.form;
-  shape.attention_bias = options.method != Method::lossless || biased || source.has(Role::o_bias, 0);
+  shape.attention_bias = options.method != Method::lossless || biased || source.has(Role::o_bias, first);
+  const bool carries_bias = any_has(source, inputs.carried, Role::q_bias) ||
+                            any_has(source, inputs.carried, Role::k_bias) ||
+                            any_has(source, inputs.carried, Role::v_bias);
+  shape.carried = {inputs.carried, carries_bias, any_has(source, inputs.carried, Role::o_bias)};
   choose_sizes(options, inputs, shape);
   if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);

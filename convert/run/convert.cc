@@ -28,7 +28,8 @@ constexpr const char* fold_entry = "fold";
 constexpr const char* fold_error_entry = "fold error";
 constexpr const char* measured_entry = "measured";
 
-using WriteLayer = std::function<void(Index, const LatentAttention&)>;
+// Nothing is written for a layer that is carried.
+using WriteLayer = std::function<void(Index, const std::optional<LatentAttention>&)>;
 
 // What engines write once for all layers must be what each of them has.
 void check_rotary(const Rotary& all, const LatentAttention& layer) {
@@ -39,7 +40,7 @@ void check_rotary(const Rotary& all, const LatentAttention& layer) {
 
 // Runs work for a layer, whose number a failure of the numerics then names.
 template <typename Work>
-LatentAttention for_layer(Index layer_idx, const Work& work) {
+auto for_layer(Index layer_idx, const Work& work) {
   try {
     return work();
   } catch (const NumericalError& error) {
@@ -53,23 +54,30 @@ void convert_independently(const ConversionMethod& method, const ConvertPlan& pl
                            ConvertedOutput& output) {
   const Index layers = inputs.source.config().num_hidden_layers;
   std::vector<std::optional<LatentAttention>> converted(static_cast<std::size_t>(layers));
-  run_layer_pipeline(first, layers, layers_at_once(plan.layer_bytes),
-                     {.moments = [&](Index layer_idx) { return input_moments(inputs, layer_idx); },
-                      .body =
-                          [&](Index layer_idx, Moments moments) {
-                            converted[static_cast<std::size_t>(layer_idx)] = for_layer(
-                                layer_idx, [&] { return method.convert(layer_idx, std::move(moments)); });
-                          },
-                      .finish =
-                          [&](Index layer_idx) {
-                            auto& layer = converted[static_cast<std::size_t>(layer_idx)];
-                            write(layer_idx, *layer);
-                            layer.reset();
-                            if (layer_idx + 1 < layers) {
-                              output.save(layer_idx + 1, {});
-                            }
-                          },
-                      .beside = [&] { output.copy_tensors(); }});
+  run_layer_pipeline(
+      first, layers, layers_at_once(plan.layer_bytes),
+      {.moments =
+           [&](Index layer_idx) {
+             return inputs.carried.has(layer_idx) ? Moments{} : input_moments(inputs, layer_idx);
+           },
+       .body =
+           [&](Index layer_idx, Moments moments) {
+             if (inputs.carried.has(layer_idx)) {
+               return;
+             }
+             converted[static_cast<std::size_t>(layer_idx)] =
+                 for_layer(layer_idx, [&] { return method.convert(layer_idx, std::move(moments)); });
+           },
+       .finish =
+           [&](Index layer_idx) {
+             auto& layer = converted[static_cast<std::size_t>(layer_idx)];
+             write(layer_idx, layer);
+             layer.reset();
+             if (layer_idx + 1 < layers) {
+               output.save(layer_idx + 1, {});
+             }
+           },
+       .beside = [&] { output.copy_tensors(); }});
 }
 
 // Every layer depends on those before it.
@@ -103,9 +111,11 @@ std::map<std::string, std::string> write_output(const ConvertPlan& plan, const C
     first = 0;
   }
   output.keep_layers(first);
-  const WriteLayer write = [&](Index layer_idx, const LatentAttention& attention) {
-    check_rotary(rotary, attention);
-    output.write_layer(layer_idx, attention);
+  const WriteLayer write = [&](Index layer_idx, const std::optional<LatentAttention>& attention) {
+    if (attention) {
+      check_rotary(rotary, *attention);
+      output.write_layer(layer_idx, *attention);
+    }
     progress(layer_idx + 1, layers);
   };
   if (method->independent()) {

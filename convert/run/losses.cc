@@ -14,8 +14,9 @@ std::vector<std::string> loss_reasons(const ConvertPlan& plan, const ConvertInpu
     out.emplace_back("--method relatent loses less");
   }
   if (traits.normed_latent) {
-    const bool biased =
-        plan.shape.has_q_bias || inputs.source.has(Role::k_bias, 0) || inputs.source.has(Role::v_bias, 0);
+    const Index first = converted_layers(inputs).layers().front();
+    const bool biased = plan.shape.has_q_bias || inputs.source.has(Role::k_bias, first) ||
+                        inputs.source.has(Role::v_bias, first);
     out.push_back(
         "--engine " + options.engine + " has " +
         (biased ? "no place for the biases of this checkpoint and " : "") +

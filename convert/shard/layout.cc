@@ -21,6 +21,8 @@ const std::vector<ShardLayout>& layouts() {
            {Role::lm_head, HeldBy::vocabulary, Split::rows},
            {Role::input_norm, HeldBy::every, Split::whole},
            {Role::post_attention_norm, HeldBy::every, Split::whole},
+           {Role::attention_output_norm, HeldBy::every, Split::whole},
+           {Role::mlp_output_norm, HeldBy::every, Split::whole},
            {Role::q_weight, HeldBy::heads, Split::rows},
            {Role::q_bias, HeldBy::heads, Split::rows},
            {Role::k_weight, HeldBy::kv_heads, Split::rows},
@@ -63,9 +65,10 @@ const std::vector<ShardLayout>& layouts() {
            {Role::expert_gate_weight, HeldBy::expert_intermediate, Split::rows},
            {Role::expert_up_weight, HeldBy::expert_intermediate, Split::rows},
            {Role::expert_down_weight, HeldBy::expert_intermediate, Split::columns},
-           {Role::shared_gate_weight, HeldBy::expert_intermediate, Split::rows},
-           {Role::shared_up_weight, HeldBy::expert_intermediate, Split::rows},
-           {Role::shared_down_weight, HeldBy::expert_intermediate, Split::columns},
+           {Role::shared_gate_weight, HeldBy::shared_intermediate, Split::rows},
+           {Role::shared_up_weight, HeldBy::shared_intermediate, Split::rows},
+           {Role::shared_down_weight, HeldBy::shared_intermediate, Split::columns},
+           {Role::shared_expert_gate, HeldBy::every, Split::whole},
            {Role::prediction, HeldBy::first, Split::whole},
            {Role::inv_freq, HeldBy::every, Split::whole},
        }},
@@ -84,9 +87,9 @@ struct Units {
 struct Rank {
   Index index = 0;
   Index tp = 1;
-  Units heads;
+  Units heads;  // of grouped-query layers
   Units kv_heads;
-  DeviceShare share;  // of latent attention
+  DeviceShare share;  // of latent layers
 };
 
 Units equal_part(Index rank, Index tp, Index all) {
@@ -110,8 +113,6 @@ std::vector<Rank> ranks_of(const ModelConfig& config, Index tp) {
       const Index kv_heads = config.gqa->num_key_value_heads;
       rank.heads = equal_part(k, tp, heads);
       rank.kv_heads = tp <= kv_heads ? equal_part(k, tp, kv_heads) : Units{k / (tp / kv_heads), 1, kv_heads};
-    } else {
-      rank.heads = {rank.share.first_head, rank.share.head_count, heads};
     }
     out.push_back(std::move(rank));
   }
@@ -135,7 +136,8 @@ std::optional<Units> latent_units(const ModelConfig& config, const Rank& rank, s
 }
 
 std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const Rank& rank,
-                              std::optional<Index> part) {
+                              const PlacedTensor& place) {
+  const std::optional<Index> part = place.part;
   switch (held_by) {
     case HeldBy::every:
       return Units{};
@@ -149,8 +151,12 @@ std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const R
       return equal_part(rank.index, rank.tp, config.intermediate_size);
     case HeldBy::expert_intermediate:
       return equal_part(rank.index, rank.tp, config.experts->intermediate_size);
+    case HeldBy::shared_intermediate:
+      return equal_part(rank.index, rank.tp, config.experts->shared_size);
     case HeldBy::heads:
-      return rank.heads;
+      return config.is_latent(*place.layer_idx)
+                 ? Units{rank.share.first_head, rank.share.head_count, config.num_attention_heads}
+                 : rank.heads;
     case HeldBy::kv_heads:
       return rank.kv_heads;
     case HeldBy::latent:
@@ -216,14 +222,21 @@ std::string why_not_sharded(const ModelConfig& config, Index tp) {
       return std::to_string(tp) + " ranks are not a multiple of num_key_value_heads " +
              std::to_string(kv_heads);
     }
-  } else if (std::string reason = why_not_shared(*config.latent, tp); !reason.empty()) {
-    return reason;
+  }
+  if (config.latent) {
+    if (std::string reason = why_not_shared(*config.latent, tp); !reason.empty()) {
+      return reason;
+    }
   }
   if (config.experts && config.experts->intermediate_size % tp != 0) {
-    return does_not_divide("moe_intermediate_size", config.experts->intermediate_size, tp);
+    return does_not_divide("the experts' intermediate size", config.experts->intermediate_size, tp);
+  }
+  if (config.experts && config.experts->shared_size % tp != 0) {
+    return does_not_divide("the shared experts' intermediate size", config.experts->shared_size, tp);
   }
   // Where every layer has experts, nothing has this size.
-  return config.intermediate_size % tp == 0 || config.has_experts(0)
+  const bool dense = !config.experts || config.expert_layers() != config.num_hidden_layers;
+  return config.intermediate_size % tp == 0 || !dense
              ? ""
              : does_not_divide("intermediate_size", config.intermediate_size, tp);
 }
@@ -252,7 +265,7 @@ std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout
       ShardedTensor tensor{{info.name, info.dtype, info.shape}, rule->split, {}};
       const std::int64_t size = info.shape[tensor.axis()];
       for (const Rank& rank : ranks) {
-        const std::optional<Units> units = units_of(rule->held_by, config, rank, place.part);
+        const std::optional<Units> units = units_of(rule->held_by, config, rank, place);
         const std::int64_t each = units ? size / units->all : 0;
         tensor.ranks.push_back(units ? std::optional(RankPart{units->first * each, units->count * each})
                                      : std::nullopt);

@@ -17,7 +17,8 @@ enum class HeldBy {
   first,                // rank 0, the whole tensor: what is added once to the ranks' sum, or never read
   vocabulary,           // a range of tokens, as even as can be
   intermediate,         // an equal range of intermediate_size
-  expert_intermediate,  // an equal range of the intermediate size of every expert, and of the shared experts'
+  expert_intermediate,  // an equal range of the intermediate size of every expert
+  shared_intermediate,  // an equal range of the shared experts' intermediate size
   heads,                // the query heads of the rank
   kv_heads,             // the key/value heads that the rank's query heads read
   latent,               // ranks that have the latent, the whole tensor
@@ -41,8 +42,8 @@ const ShardLayout* find_shard_layout(std::string_view name);  // nullptr when un
 std::string known_shard_layouts();                            // "plain"
 
 // Why tp ranks cannot share the model, as a clause; empty when they can. Latents as why_not_shared
-// (devices.h) has it. Query heads, intermediate_size and moe_intermediate_size must divide by tp; tp must
-// divide the key/value heads, or be a multiple of them, which are repeated then.
+// (devices.h) has it. Query heads and the intermediate sizes of MLPs, experts and shared experts must divide
+// by tp; tp must divide the key/value heads, or be a multiple of them, which are repeated then.
 std::string why_not_sharded(const ModelConfig& config, Index tp);
 
 // Every tensor of the model in the order of its files and data. Throws Error: usage with why_not_sharded's

@@ -85,9 +85,17 @@ Look look_at(DType dtype, std::span<const std::byte> bytes, const std::optional<
   return out;
 }
 
+// What of the source the tensor is; none for what convert computed. The attention of grouped-query layers is
+// the source's.
+std::optional<Role> origin_role(const PlacedTensor& tensor, const Model& converted) {
+  const bool carried = is_attention(tensor.role) && !converted.config().is_latent(*tensor.layer_idx);
+  return carried ? tensor.role : source_role(tensor.role);
+}
+
 // The source's tensor that this one is, whatever it is called.
-std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& source) {
-  const std::optional<Role> role = source_role(tensor.role);
+std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& source,
+                                     const Model& converted) {
+  const std::optional<Role> role = origin_role(tensor, converted);
   if (!role) {
     return std::nullopt;
   }
@@ -102,7 +110,7 @@ std::optional<std::string> origin_of(const PlacedTensor& tensor, const Model& so
 void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& converted,
                   const std::optional<ConversionReport>& report, Structure& out) {
   const TensorSource& files = converted.checkpoint();
-  const std::optional<std::string> origin_name = origin_of(tensor, source);
+  const std::optional<std::string> origin_name = origin_of(tensor, source, converted);
   std::optional<Origin> origin;
   if (origin_name) {
     const TensorSource& from = source.checkpoint();
@@ -128,7 +136,7 @@ void check_tensor(const PlacedTensor& tensor, const Model& source, const Model& 
     complain(out.findings,
              "is stored as " + std::string(safetensors_name(dtype)) + ", and convert wrote " + report->dtype);
   }
-  if (!source_role(tensor.role)) {
+  if (!origin_role(tensor, converted)) {
     ++out.converted;
     if (report && !known) {
       complain(out.findings, "was not written by convert");

@@ -67,6 +67,8 @@ std::vector<Verification> verify(const Model& source, const Model& converted,
     v.nats = v.logits.converted_nll - v.logits.source_nll;
     v.source_cache_bytes = a.cache_bytes_per_token();
     v.converted_cache_bytes = b.cache_bytes_per_token();
+    v.source_context_bytes = a.cache_by_context();
+    v.converted_context_bytes = b.cache_by_context();
     for (std::size_t i = 0; i < reported_tp.size(); ++i) {
       v.source_per_device[i] = a.cache_bytes_per_token_on_device(reported_tp[i]);
       v.converted_per_device[i] = b.cache_bytes_per_token_on_device(reported_tp[i]);
@@ -91,21 +93,29 @@ DeviceVerification verify_devices(const Model& converted, const Sequences& seque
   DeviceVerification out;
   out.tp = tp;
   for (const DeviceShare& share : shares) {
-    out.cache_bytes_per_token.push_back(share.cache_elements(*config.latent) * config.num_hidden_layers *
-                                        static_cast<Index>(size_of(config.dtype)));
+    Index elements = 0;
+    for (Index i = 0; i < config.num_hidden_layers; ++i) {
+      elements += config.is_latent(i) ? share.cache_elements(*config.latent) : config.gqa->cache_elements(tp);
+    }
+    out.cache_bytes_per_token.push_back(elements * static_cast<Index>(size_of(config.dtype)));
   }
   Stream whole(converted, sequences);
   Stream split = whole;
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
     const Layer layer = backend().load_layer(converted, i, DType::f32);
     run_layer(layer, whole);
-    const auto& attention = std::get<LatentAttention>(layer.attention);
+    const auto* latent = std::get_if<LatentAttention>(&layer.attention);
+    if (latent == nullptr) {
+      run_layer(layer, split);
+      progress(i + 1, config.num_hidden_layers);
+      continue;
+    }
     std::vector<LatentAttention> parts;
     parts.reserve(shares.size());
     for (const DeviceShare& share : shares) {
-      parts.push_back(part_of(attention, share, parts.empty()));
+      parts.push_back(part_of(*latent, share, parts.empty()));
     }
-    backend().add_attention(layer.input_norm, parts, split);
+    backend().add_attention(layer.input_norm, parts, layer.attention_output_norm, split);
     backend().add_mlp(layer, split);
     progress(i + 1, config.num_hidden_layers);
   }
@@ -149,6 +159,10 @@ nlohmann::ordered_json to_json(const Verification& v) {
     const std::string tp = std::to_string(reported_tp[i]);
     cache["per_device"][tp] = {{"source", or_null(v.source_per_device[i])},
                                {"converted", or_null(v.converted_per_device[i])}};
+  }
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    out["kv_bytes_at_context"][std::to_string(reported_contexts[i])] = {
+        {"source", v.source_context_bytes[i]}, {"converted", v.converted_context_bytes[i]}};
   }
   out["layers"] = to_json(v.layers);
   return out;

@@ -25,8 +25,10 @@ struct Verification {
   double source_ppl = 0;
   double converted_ppl = 0;
   double nats = 0;               // ln(converted_ppl / source_ppl)
-  Index source_cache_bytes = 0;  // per token, all layers
+  Index source_cache_bytes = 0;  // per token, all layers, as long as no window is full
   Index converted_cache_bytes = 0;
+  CacheByContext source_context_bytes{};  // of one sequence
+  CacheByContext converted_context_bytes{};
   // On the device that holds most; nothing where so many devices cannot share the attention.
   std::array<std::optional<Index>, reported_tp.size()> source_per_device{};
   std::array<std::optional<Index>, reported_tp.size()> converted_per_device{};
@@ -42,7 +44,7 @@ Verification verify(const Model& source, const Model& converted, const Sequences
                     const LayerProgress& progress);
 
 // The converted model against itself, as tp devices run it: each has its share of every latent layer's
-// weights and cache (devices.h), and their outputs are summed.
+// weights and cache (devices.h), and their outputs are summed. Grouped-query layers are run whole.
 struct DeviceVerification {
   Index tp = 0;
   LogitComparison logits;                    // whole against by devices

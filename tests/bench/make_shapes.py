@@ -104,7 +104,78 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 152064,
     },
+    "qwen1.5-moe-a2.7b": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "max_position_embeddings": 8192,
+        "max_window_layers": 21,
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 1408,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 16,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 5632,
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.39.0.dev0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
+# Families whose queries, keys and values have biases.
+BIASED = ("qwen2", "qwen2_moe")
 WEIGHT_SCALE = 0.02
 GAIN_SPREAD = 0.05  # norm gains are 1 and so much
 BLOCK = 1 << 18  # values written at once; a multiple of the four values of one draw
@@ -155,9 +226,32 @@ def config_of(shape: str, layers: int | None = None, vocab: int | None = None) -
     return dict(sorted(config.items()))
 
 
+def mlp_tensors(name: str, hidden: int, inner: int) -> list[Tensor]:
+    return [
+        Tensor(f"{name}.gate_proj.weight", (inner, hidden)),
+        Tensor(f"{name}.up_proj.weight", (inner, hidden)),
+        Tensor(f"{name}.down_proj.weight", (hidden, inner)),
+    ]
+
+
+def feed_forward(config: dict[str, Any], name: str) -> list[Tensor]:
+    """The MLP of a layer, or its experts: all shapes here have them in every layer or in none."""
+    hidden = config["hidden_size"]
+    experts = config.get("num_experts", 0)
+    if not experts:
+        return mlp_tensors(name, hidden, config["intermediate_size"])
+    out = [Tensor(f"{name}.gate.weight", (experts, hidden))]
+    for expert in range(experts):
+        out += mlp_tensors(f"{name}.experts.{expert}", hidden, config["moe_intermediate_size"])
+    if shared := config.get("shared_expert_intermediate_size", 0):
+        out += mlp_tensors(f"{name}.shared_expert", hidden, shared)
+        out.append(Tensor(f"{name}.shared_expert_gate.weight", (1, hidden)))
+    return out
+
+
 def tensors_of(config: dict[str, Any]) -> list[Tensor]:
     """All weights in the order of the published model's state, which decides on the shards."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head = config.get("head_dim", hidden // heads)
     vocab = config["vocab_size"]
@@ -166,12 +260,13 @@ def tensors_of(config: dict[str, Any]) -> list[Tensor]:
         layer = f"model.layers.{i}"
         for part, rows in (("q", heads * head), ("k", key_heads * head), ("v", key_heads * head)):
             out.append(Tensor(f"{layer}.self_attn.{part}_proj.weight", (rows, hidden)))
-            if config["model_type"] == "qwen2":
+            if config["model_type"] in BIASED:
                 out.append(Tensor(f"{layer}.self_attn.{part}_proj.bias", (rows,)))
         out.append(Tensor(f"{layer}.self_attn.o_proj.weight", (hidden, heads * head)))
-        out.append(Tensor(f"{layer}.mlp.gate_proj.weight", (inner, hidden)))
-        out.append(Tensor(f"{layer}.mlp.up_proj.weight", (inner, hidden)))
-        out.append(Tensor(f"{layer}.mlp.down_proj.weight", (hidden, inner)))
+        if config["model_type"] == "qwen3_moe":
+            out.append(Tensor(f"{layer}.self_attn.q_norm.weight", (head,)))
+            out.append(Tensor(f"{layer}.self_attn.k_norm.weight", (head,)))
+        out += feed_forward(config, f"{layer}.mlp")
         out.append(Tensor(f"{layer}.input_layernorm.weight", (hidden,)))
         out.append(Tensor(f"{layer}.post_attention_layernorm.weight", (hidden,)))
     out.append(Tensor("model.norm.weight", (hidden,)))

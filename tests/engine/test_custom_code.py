@@ -431,9 +431,10 @@ def test_gradients(tmp_path: Path) -> None:
         ({"latent_norm": "replicated"}, "latent_norm_rank"),
         ({"layout_version": 2}, "layout_version is 2, and this code reads 1"),
         ({"latent_features": "nested"}, "latent_features must be one of .*, not 'nested'"),
-        ({"layers": [{"kv_lora_rank": 21}]}, "layers must be absent or null"),
+        ({"layers": [None]}, "layers has 1 entries for 2 layers"),
+        ({"layers": [None, {"kv_lora_rank": 21}]}, "an entry of layers must be null or grouped-query"),
     ],
-    ids=["rank", "heads", "shared", "norm", "norm rank", "version", "features", "layers"],
+    ids=["rank", "heads", "shared", "norm", "norm rank", "version", "features", "layers", "layer"],
 )
 def test_bad_config(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     folder = RANDOM["uneven groups"].write(tmp_path)

@@ -313,7 +313,8 @@ def test_quantised_sources_are_refused(v3: Path, tmp_path: Path) -> None:
     [
         ({"topk_method": "noaux_td"}, "topk_method"),
         ({"topk_group": None}, "needs topk_group"),
-        ({"n_shared_experts": 0}, "needs n_shared_experts"),
+        ({"n_shared_experts": None}, "needs n_shared_experts"),
+        ({"num_experts_per_tok": 13}, "num_experts_per_tok"),
     ],
 )
 def test_bad_config(

@@ -141,7 +141,9 @@ def test_published_slices(bench, tmp_path: Path) -> None:
 
 @full
 @pytest.mark.parametrize(
-    ("case", "tp"), [(case, 1) for case in EXPERTS] + [("noaux_tc", 2)], ids=str
+    ("case", "tp"),
+    [(case, 1) for case in EXPERTS] + [("noaux_tc", 2), ("mixtral", 2), ("qwen2_moe", 2)],
+    ids=str,
 )
 def test_experts(bench, tmp_path: Path, case: str, tp: int) -> None:
     source = write_experts(tmp_path / "source", *EXPERTS[case])

@@ -45,6 +45,9 @@ inline VectorD apply(const Linear& linear, const VectorD& x) {
 }
 
 inline VectorD apply(const RmsNorm& norm, const VectorD& x) {
+  if (!norm.present()) {
+    return x;
+  }
   const double rms =
       std::sqrt(x.squaredNorm() / static_cast<double>(x.size()) + static_cast<double>(norm.eps));
   return (x / rms).cwiseProduct(norm.gain.transpose().cast<double>());
@@ -52,6 +55,11 @@ inline VectorD apply(const RmsNorm& norm, const VectorD& x) {
 
 inline VectorD position_of(const MatrixF& x, Index position) {
   return x.row(position).transpose().cast<double>();
+}
+
+inline double capped(double score, float softcap) {
+  const auto cap = static_cast<double>(softcap);
+  return softcap > 0 ? cap * std::tanh(score / cap) : score;
 }
 
 // Attention weights of one query over keys from ... position, by their scores.
@@ -113,7 +121,8 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
     out.middleCols(h * d, d) = attend_by_the_book(
         x.rows(), a.window.value_or(0),
         [&](Index m, Index n) {
-          return static_cast<double>(a.scale) * at(q, m).segment(h * d, d).dot(at(k, n).segment(g * d, d));
+          const double score = at(q, m).segment(h * d, d).dot(at(k, n).segment(g * d, d));
+          return capped(static_cast<double>(a.scale) * score, a.softcap);
         },
         [&](Index n) -> VectorD { return at(v, n).segment(g * d, d); },
         [&](Index m, Index n, double weight) {
@@ -183,8 +192,9 @@ inline MatrixD mix_by_the_book(const LatentAttention& a, const MatrixF& x) {
             const auto at_m = static_cast<std::size_t>(m);
             const auto at_n = static_cast<std::size_t>(n);
             const VectorD query = q[at_m].segment(h * (n_dim + p), n_dim + p);
-            return static_cast<double>(a.scale) *
-                   (query.head(n_dim).dot(key_up * latent[b][at_n]) + query.tail(p).dot(rotary_key[at_n]));
+            return capped(static_cast<double>(a.scale) * (query.head(n_dim).dot(key_up * latent[b][at_n]) +
+                                                          query.tail(p).dot(rotary_key[at_n])),
+                          a.softcap);
           },
           [&](Index n) -> VectorD { return value_up * latent[b][static_cast<std::size_t>(n)]; });
     }

@@ -84,6 +84,7 @@ struct GqaSample {
   bool o_bias = false;
   float attention_factor = 1;
   std::optional<Index> window = {};
+  float softcap = 0;
 };
 
 inline GqaAttention random_gqa(Random& random, const GqaSample& sample) {
@@ -92,6 +93,7 @@ inline GqaAttention random_gqa(Random& random, const GqaSample& sample) {
   out.kv_heads = sample.kv_heads;
   out.head_dim = sample.head_dim;
   out.window = sample.window;
+  out.softcap = sample.softcap;
   out.scale = 1.0F / std::sqrt(static_cast<float>(sample.head_dim));
   out.q = random.linear(sample.heads * sample.head_dim, sample.hidden, sample.q_bias);
   out.k = random.linear(sample.kv_heads * sample.head_dim, sample.hidden, sample.kv_bias);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <limits>
 #include <map>
@@ -136,13 +137,38 @@ inline TinyModel tiny_body(const TinyOptions& options, Random& random) {
 
 // Families that have biases on q, k and v whatever the options say.
 inline const std::set<std::string>& always_biased() {
-  static const std::set<std::string> types = {"qwen2", "seed_oss"};
+  static const std::set<std::string> types = {"qwen2", "qwen2_moe", "seed_oss"};
   return types;
+}
+
+// Gemma's norms behind attention and MLP too, all of them 1 less than what they multiply by, and its keys.
+inline void make_gemma(const TinyOptions& options, Random& random, TinyModel& model) {
+  const auto less_one = [&] { return random.row(options.hidden, 0.2); };
+  model.put_vector("model.norm.weight", less_one());
+  for (Index i = 0; i < options.layers; ++i) {
+    for (const char* name : {"input_layernorm.weight", "post_attention_layernorm.weight",
+                             "pre_feedforward_layernorm.weight", "post_feedforward_layernorm.weight"}) {
+      model.put_vector(layer_name(i, name), less_one());
+    }
+  }
+  model.config.erase("hidden_act");
+  model.config["hidden_activation"] = "gelu_pytorch_tanh";
+  model.config["query_pre_attn_scalar"] = 11;
+  model.config["sliding_window"] = 9;
+  if (options.model_type == "gemma2") {
+    model.config["attn_logit_softcapping"] = 3.0;
+    model.config["final_logit_softcapping"] = 5.0;
+    return;
+  }
+  model.config["sliding_window_pattern"] = 2;
+  model.config["rope_parameters"] = {
+      {"full_attention", {{"rope_type", "linear"}, {"rope_theta", 100.0}, {"factor", 3.0}}},
+      {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 50.0}}}};
 }
 
 // Families that normalise each head's queries and keys.
 inline bool normalises_heads(const std::string& model_type) {
-  return model_type == "qwen3";
+  return model_type == "qwen3" || model_type == "qwen3_moe" || model_type == "gemma3_text";
 }
 
 inline TinyModel tiny_model(const TinyOptions& options = {}) {
@@ -165,6 +191,9 @@ inline TinyModel tiny_model(const TinyOptions& options = {}) {
       }
     }
   }
+  if (options.model_type.starts_with("gemma")) {
+    make_gemma(options, random, model);
+  }
   return model;
 }
 
@@ -173,7 +202,7 @@ inline ExpertsGeometry tiny_experts(TopkMethod method = TopkMethod::noaux_tc) {
   const bool sigmoid = method == TopkMethod::noaux_tc;
   return {.first_layer = 1,
           .count = 8,
-          .shared = 2,
+          .shared_size = 20,
           .intermediate_size = 10,
           .per_token = 3,
           .topk_method = method,
@@ -181,6 +210,20 @@ inline ExpertsGeometry tiny_experts(TopkMethod method = TopkMethod::noaux_tc) {
           .groups_per_token = method == TopkMethod::greedy ? 1 : 2,
           .normalised = sigmoid,
           .scale = 1.5};
+}
+
+// An MLP of `inner` numbers, its projections by Llama's or by other names.
+inline void put_mlp(const std::string& name, Index inner, Index hidden, Random& random, TinyModel& model,
+                    const std::array<const char*, 3>& projections = {"gate_proj", "up_proj", "down_proj"}) {
+  model.put(name + projections[0], random.linear(inner, hidden, false));
+  model.put(name + projections[1], random.linear(inner, hidden, false));
+  model.put(name + projections[2], random.linear(hidden, inner, false));
+}
+
+inline void drop_mlp(Index layer, TinyModel& model) {
+  for (const char* part : {"gate", "up", "down"}) {
+    model.tensors.erase(layer_name(layer, "mlp." + std::string(part) + "_proj.weight"));
+  }
 }
 
 // Experts in the place of dense MLPs.
@@ -191,30 +234,65 @@ inline void put_experts(const ExpertsGeometry& experts, const TinyOptions& body,
   model.config["moe_layer_freq"] = 1;
   model.config["n_group"] = experts.groups;
   model.config["n_routed_experts"] = experts.count;
-  model.config["n_shared_experts"] = experts.shared;
+  model.config["n_shared_experts"] = experts.shared_size / experts.intermediate_size;
   model.config["norm_topk_prob"] = experts.normalised;
   model.config["num_experts_per_tok"] = experts.per_token;
   model.config["routed_scaling_factor"] = experts.scale;
   model.config["topk_group"] = experts.groups_per_token;
   model.config["topk_method"] = topk_method_name(experts.topk_method);
-  const auto put_mlp = [&](const std::string& name, Index inner) {
-    model.put(name + "gate_proj", random.linear(inner, body.hidden, false));
-    model.put(name + "up_proj", random.linear(inner, body.hidden, false));
-    model.put(name + "down_proj", random.linear(body.hidden, inner, false));
-  };
   for (Index i = experts.first_layer; i < body.layers; ++i) {
-    for (const char* part : {"gate", "up", "down"}) {
-      model.tensors.erase(layer_name(i, "mlp." + std::string(part) + "_proj.weight"));
-    }
+    drop_mlp(i, model);
     model.put(layer_name(i, "mlp.gate"), random.linear(experts.count, body.hidden, false));
     if (experts.topk_method == TopkMethod::noaux_tc) {
       model.put_vector(layer_name(i, "mlp.gate.e_score_correction_bias"), random.row(experts.count, 0.3));
     }
     for (Index e = 0; e < experts.count; ++e) {
-      put_mlp(layer_name(i, "mlp.experts." + std::to_string(e) + "."), experts.intermediate_size);
+      put_mlp(layer_name(i, "mlp.experts." + std::to_string(e) + "."), experts.intermediate_size, body.hidden,
+              random, model);
     }
-    put_mlp(layer_name(i, "mlp.shared_experts."), experts.shared * experts.intermediate_size);
+    put_mlp(layer_name(i, "mlp.shared_experts."), experts.shared_size, body.hidden, random, model);
   }
+}
+
+// A grouped-query model with five experts, two for each token: mixtral in every layer; qwen2_moe and
+// qwen3_moe in all but layer 1, the first of them with a shared expert.
+inline TinyModel tiny_mixture_model(const TinyOptions& options) {
+  constexpr Index count = 5;
+  TinyModel model = tiny_model(options);
+  Random random(options.seed + 1);
+  const bool mixtral = options.model_type == "mixtral";
+  const bool shared = options.model_type == "qwen2_moe";
+  const Index inner = mixtral ? options.intermediate : 10;
+  model.config["num_experts_per_tok"] = 2;
+  model.config[mixtral ? "num_local_experts" : "num_experts"] = count;
+  if (!mixtral) {
+    model.config["moe_intermediate_size"] = inner;
+    model.config["mlp_only_layers"] = {1};
+  }
+  if (shared) {
+    model.config["shared_expert_intermediate_size"] = 14;
+  }
+  for (Index i = 0; i < options.layers; ++i) {
+    if (!mixtral && i == 1) {
+      continue;
+    }
+    drop_mlp(i, model);
+    const std::string mlp = layer_name(i, mixtral ? "block_sparse_moe." : "mlp.");
+    model.put(mlp + "gate", random.linear(count, options.hidden, false));
+    for (Index e = 0; e < count; ++e) {
+      const std::string name = mlp + "experts." + std::to_string(e) + ".";
+      if (mixtral) {
+        put_mlp(name, inner, options.hidden, random, model, {"w1", "w3", "w2"});
+      } else {
+        put_mlp(name, inner, options.hidden, random, model);
+      }
+    }
+    if (shared) {
+      put_mlp(mlp + "shared_expert.", 14, options.hidden, random, model);
+      model.put(mlp + "shared_expert_gate", random.linear(1, options.hidden, false));
+    }
+  }
+  return model;
 }
 
 struct TinyLatentOptions {

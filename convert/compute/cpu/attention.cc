@@ -14,6 +14,7 @@ constexpr Index query_block = 128;
 
 struct SoftmaxShape {
   float scale = 1;
+  float softcap = 0;
   std::optional<Index> window{};
 };
 
@@ -35,8 +36,13 @@ void attend(const ConstRows& q, const ConstRows& k, const ConstRows& v, SoftmaxS
       const Index m = first + i;
       const Index lowest = shape.window ? std::max<Index>(0, m - *shape.window + 1) - from : 0;
       auto row = scratch.row(i).segment(lowest, m + 1 - from - lowest).array();
+      float scale = shape.scale;
+      if (shape.softcap > 0) {
+        row = (row * (shape.scale / shape.softcap)).tanh();
+        scale = shape.softcap;
+      }
       const float peak = row.maxCoeff();
-      row = ((row - peak) * shape.scale).exp();
+      row = ((row - peak) * scale).exp();
       row *= 1.0F / row.sum();
       scratch.row(i).head(lowest).setZero();
       scratch.row(i).tail(width - (m + 1 - from)).setZero();
@@ -98,8 +104,8 @@ MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& p
     const Index g = attention.group_of(h);
     by_age.setZero();
     attend(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d),
-           {attention.scale, attention.window}, scratch, mass != nullptr ? by_age.data() : nullptr,
-           out.middleCols(h * d, d));
+           {attention.scale, attention.softcap, attention.window}, scratch,
+           mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * d, d));
     if (mass != nullptr) {
       mass->sum.row(h) += by_age.reverse().transpose();
     }
@@ -198,7 +204,8 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& hidde
       key.leftCols(n) = expanded.middleCols(i * (n + w), n);
       by_age.setZero();
       attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w),
-             {attention.scale}, scratch, mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * w, w));
+             {attention.scale, attention.softcap}, scratch, mass != nullptr ? by_age.data() : nullptr,
+             out.middleCols(h * w, w));
       if (mass != nullptr) {
         const auto share = static_cast<double>(std::count_if(
             attention.branches.begin(), attention.branches.end(), [&](const LatentBranch& other) {

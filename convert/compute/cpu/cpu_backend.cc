@@ -27,8 +27,8 @@ class CpuBackend final : public Backend {
     relatent::add_attention(half, stream);
   }
   void add_attention(const RmsNorm& input_norm, std::span<const LatentAttention> parts,
-                     Stream& stream) const override {
-    relatent::add_attention(input_norm, parts, stream);
+                     const RmsNorm& output_norm, Stream& stream) const override {
+    relatent::add_attention(input_norm, parts, output_norm, stream);
   }
   void add_mlp(const MlpHalf& half, Stream& stream) const override { relatent::add_mlp(half, stream); }
   LayerMoments observe(const Layer& layer, Stream& stream, bool last) const override {
@@ -53,11 +53,13 @@ class CpuBackend final : public Backend {
     return relatent::sample_attention(source, value_map, options, source_stream, converted_stream);
   }
   HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& attention,
-                           const Stream& source_stream, const Stream& converted_stream) const override {
-    return relatent::head_outputs(input_norm, attention, source_stream, converted_stream);
+                           const RmsNorm& output_norm, const Stream& source_stream,
+                           const Stream& converted_stream) const override {
+    return relatent::head_outputs(input_norm, attention, output_norm, source_stream, converted_stream);
   }
-  void add_outputs(const Linear& o, const MatrixF& head_outputs, Stream& stream) const override {
-    relatent::add_outputs(o, head_outputs, stream);
+  void add_outputs(const Linear& o, const MatrixF& head_outputs, const RmsNorm& output_norm,
+                   Stream& stream) const override {
+    relatent::add_outputs(o, head_outputs, output_norm, stream);
   }
 
   std::unique_ptr<QueryProblems> query_problems(const AttentionSample& sample, double ridge) const override {

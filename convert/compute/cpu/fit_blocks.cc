@@ -173,6 +173,9 @@ void form_weights(const AttentionSample& sample, const Block& block, Heads heads
   for (Index i = 0; i < weights.rows(); ++i) {
     const Index seen = sample.position(block.sequence, block.first + (i % block.rows)) + 1;
     auto row = weights.row(i).head(seen).array();
+    if (sample.softcap > 0) {
+      row = sample.softcap * (row / sample.softcap).tanh();
+    }
     row = (row - row.maxCoeff()).exp();
     row *= 1.0F / row.sum();
     weights.row(i).tail(weights.cols() - seen).setZero();

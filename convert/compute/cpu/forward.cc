@@ -15,13 +15,11 @@
 namespace relatent {
 namespace {
 
-// Positions that go through an MLP at once.
-constexpr Index mlp_rows = 256;
-
-// What the attention of a layer adds to the rows of one sequence: o(heads(x)) for x = norm h.
-template <typename Kind>
-MatrixF attention_output(const Kind& attention, const MatrixF& x, const RotaryTable& table) {
-  return product(output_projection(attention), attention_forward(attention, x, table));
+// What the attention of a layer adds to the rows of one sequence: norm(o(heads(x))) for x = norm h.
+MatrixF attention_output(const AttentionHalf& half, const MatrixF& x, const RotaryTable& table) {
+  MatrixF out = product(output_projection(half.attention), attention_forward(half.attention, x, table));
+  normalise(half.attention_output_norm, out);
+  return out;
 }
 
 double squared(const MatrixF& m) {
@@ -94,36 +92,72 @@ void add_attention(const AttentionHalf& half, Stream& stream) {
   const RotaryTable table(rotary_of(half.attention), stream.length());
   for_sequences(stream.count(), [&](Index s) {
     auto hidden = stream.sequence(s);
-    hidden += attention_output(half.attention, normed(half.input_norm, hidden), table);
+    hidden += attention_output(half, normed(half.input_norm, hidden), table);
   });
 }
 
-void add_attention(const RmsNorm& input_norm, std::span<const LatentAttention> parts, Stream& stream) {
+void add_attention(const RmsNorm& input_norm, std::span<const LatentAttention> parts,
+                   const RmsNorm& output_norm, Stream& stream) {
   const RotaryTable table(parts.front().rotary, stream.length());
   for_sequences(stream.count(), [&](Index s) {
     auto hidden = stream.sequence(s);
     const MatrixF x = normed(input_norm, hidden);
+    MatrixF sum = MatrixF::Zero(output_norm.present() ? x.rows() : 0, x.cols());
     for (const LatentAttention& part : parts) {
-      hidden += attention_output(part, x, table);
+      const MatrixF added = product(part.o, attention_forward(part, x, table));
+      if (output_norm.present()) {
+        sum += added;
+      } else {
+        hidden += added;
+      }
+    }
+    if (output_norm.present()) {
+      normalise(output_norm, sum);
+      hidden += sum;
     }
   });
 }
 
-void add_mlp(const MlpHalf& half, Rows hidden) {
-  const Stage stage("MLP");
-  const MatrixF x = normed(half.post_attention_norm, hidden);
-  // In slices: between the two products a row is several times as wide.
-  for (Index first = 0; first < hidden.rows(); first += mlp_rows) {
-    const Index count = std::min(mlp_rows, hidden.rows() - first);
-    hidden.middleRows(first, count) += product(half.mlp.down, swiglu(half.mlp, x.middleRows(first, count)));
-  }
-  if (half.experts) {
-    hidden += mix_experts(*half.experts, x);
+void add_mlp(const MlpHalf& half, Stream& stream) {
+  const Index batch = half.experts ? sequences_at_once(stream.length()) : stream.count();
+  for (Index first = 0; first < stream.count(); first += batch) {
+    add_mlp(half, stream, first, std::min(batch, stream.count() - first));
   }
 }
 
-void add_mlp(const MlpHalf& half, Stream& stream) {
-  for_sequences(stream.count(), [&](Index s) { add_mlp(half, stream.sequence(s)); });
+void add_mlp(const MlpHalf& half, Stream& stream, Index first, Index count) {
+  const Index length = stream.length();
+  const Index width = stream.hidden().cols();
+  // What the experts read, of all sequences.
+  MatrixF inputs(half.experts ? count * length : 0, width);
+  // A norm behind the block is of what both add together.
+  const bool waits = half.experts && half.mlp_output_norm.present();
+  MatrixF sum = MatrixF::Zero(waits ? count * length : 0, width);
+  for_sequences(count, [&](Index i) {
+    auto hidden = stream.sequence(first + i);
+    const MatrixF x = normed(half.post_attention_norm, hidden);
+    if (half.mlp.down.out() > 0) {
+      MatrixF added = shared_output(half, x);
+      if (waits) {
+        sum.middleRows(i * length, length) = added;
+      } else {
+        normalise(half.mlp_output_norm, added);
+        hidden += added;
+      }
+    }
+    if (half.experts) {
+      inputs.middleRows(i * length, length) = x;
+    }
+  });
+  if (!half.experts) {
+    return;
+  }
+  MatrixF mixed = mix_experts(*half.experts, inputs);
+  if (waits) {
+    mixed += sum;
+    normalise(half.mlp_output_norm, mixed);
+  }
+  stream.hidden().middleRows(first * length, count * length) += mixed;
 }
 
 LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
@@ -166,10 +200,14 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
       sums.row(i) = x.cast<double>().colwise().sum();
       const MatrixF outputs = attend(i * length, x, here);
       if (!last) {
-        rows += product(output_projection(layer.attention), outputs);
-        add_mlp(layer, rows);
+        MatrixF added = product(output_projection(layer.attention), outputs);
+        normalise(layer.attention_output_norm, added);
+        rows += added;
       }
     });
+    if (!last) {
+      add_mlp(layer, stream, first, count);
+    }
     if (normed_heads) {
       normed_heads->add(count * length, inputs.topRows(count * length));
     }
@@ -198,16 +236,21 @@ LayerDifference run_side_by_side(const Layer& source, Stream& source_stream, con
   for_sequences(source_stream.count(), [&](Index s) {
     auto expected = source_stream.sequence(s);
     auto actual = converted_stream.sequence(s);
-    const MatrixF from_source =
-        attention_output(source.attention, normed(source.input_norm, expected), source_table);
+    LayerDifference& here = found[static_cast<std::size_t>(s)];
+    const MatrixF from_source = attention_output(source, normed(source.input_norm, expected), source_table);
     const MatrixF from_converted =
-        attention_output(converted.attention, normed(converted.input_norm, actual), converted_table);
+        attention_output(converted, normed(converted.input_norm, actual), converted_table);
     expected += from_source;
     actual += from_converted;
-    add_mlp(source, expected);
-    add_mlp(converted, actual);
-    found[static_cast<std::size_t>(s)] = {squared(from_converted - from_source), squared(from_source),
-                                          squared(actual - expected), squared(expected)};
+    here.attention = squared(from_converted - from_source);
+    here.attention_source = squared(from_source);
+  });
+  add_mlp(source, source_stream);
+  add_mlp(converted, converted_stream);
+  for_sequences(source_stream.count(), [&](Index s) {
+    LayerDifference& here = found[static_cast<std::size_t>(s)];
+    here.residual = squared(converted_stream.sequence(s) - source_stream.sequence(s));
+    here.residual_source = squared(source_stream.sequence(s));
   });
   LayerDifference sum;
   for (const LayerDifference& one : found) {

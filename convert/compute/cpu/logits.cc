@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "convert/compute/cpu/products.h"
@@ -54,6 +55,14 @@ double fold(const Eigen::Ref<const RowVectorF>& logits, Index first, float& peak
   }
   sum += static_cast<double>((logits.array() - peak).exp().sum());
   return factor;
+}
+
+// x becomes cap tanh(x / cap), where the model caps its logits.
+void cap_logits(const Model& model, MatrixF& logits) {
+  if (const std::optional<double> cap = model.config().final_logit_softcapping) {
+    const auto size = static_cast<float>(*cap);
+    logits = size * (logits.array() / size).tanh();
+  }
 }
 
 MatrixF final_states(const Model& model, const Stream& stream) {
@@ -139,6 +148,7 @@ MatrixF logits_of(const Model& model, const Stream& stream, Index sequence) {
     const Index width = std::min(vocab_slice, vocab - first);
     out.middleCols(first, width).noalias() = states * model.head_rows(first, width).transpose();
   }
+  cap_logits(model, out);
   return out;
 }
 
@@ -164,6 +174,8 @@ LogitComparison compare_logits(const Model& source, const Stream& source_stream,
       MatrixF lc(count, width);
       ls.noalias() = source_states.middleRows(row, count) * source_head.transpose();
       lc.noalias() = converted_states.middleRows(row, count) * converted_head.transpose();
+      cap_logits(source, ls);
+      cap_logits(converted, lc);
       for (Index i = 0; i < count; ++i) {
         const auto at = static_cast<std::size_t>(row + i);
         compare_slice(ls.row(i), lc.row(i), first, positions[at], totals[b]);

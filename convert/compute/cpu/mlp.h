@@ -1,15 +1,18 @@
-// SwiGLU MLPs and mixtures of them.
+// MLPs with a gate and mixtures of them.
 #pragma once
 
 #include <vector>
 
-#include "convert/model/mlp.h"
-#include "linalg/matrix.h"
+#include "convert/model/model.h"
 
 namespace relatent {
 
-// silu(gate x) * up x, what `down` reads: x [rows, hidden] -> [rows, intermediate]
-MatrixF swiglu(const Mlp& mlp, const MatrixF& x);
+// activation(gate x) * up x, what `down` reads: x [rows, hidden] -> [rows, intermediate]
+MatrixF gated(const Mlp& mlp, const MatrixF& x);
+
+// What the MLP adds that every row passes, times the shared gate where there is one: x [rows, hidden] ->
+// [rows, hidden]; without columns where there is none.
+MatrixF shared_output(const MlpHalf& half, const MatrixF& x);
 
 // An expert of one token and what its output is multiplied by.
 struct Choice {
@@ -22,6 +25,7 @@ struct Choice {
 std::vector<std::vector<Choice>> choose_experts(const Experts& experts, const MatrixF& x);
 
 // What the chosen experts add to every row, without the shared ones: x [rows, hidden] -> [rows, hidden].
+// Every expert that is chosen is read once.
 MatrixF mix_experts(const Experts& experts, const MatrixF& x);
 
 }  // namespace relatent

@@ -2,6 +2,7 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -48,7 +49,10 @@ MatrixF queries_by_head(const GqaAttention& attention, const MatrixF& x, bool af
   return out;
 }
 
-// What one sequence of the source projects to, and what its attention adds to the stream.
+// Of the mean square gain of a norm behind o_proj.
+constexpr float small_gain = 0.1F;
+
+// What one sequence of the source projects to, and what its attention puts out.
 struct SourceAttention {
   MatrixF query;
   MatrixF key;
@@ -103,8 +107,8 @@ MatrixD second_moment_of(const MatrixF& rows) {
 
 // The rows of one sequence.
 void sample_sequence(const AttentionHalf& source, const SampleOptions& options, float scale, Index s,
-                     const RotaryTable& table, const Stream& converted_stream, Stream& source_stream,
-                     AttentionSample& out, MatrixF& values) {
+                     const RotaryTable& table, const NormStep& step, const Stream& converted_stream,
+                     Stream& source_stream, AttentionSample& out, MatrixF& values) {
   const Index length = out.length;
   const Index rows = out.per_sequence();
   auto expected = source_stream.sequence(s);
@@ -113,7 +117,8 @@ void sample_sequence(const AttentionHalf& source, const SampleOptions& options, 
   const GqaAttention* normed_heads = normed_heads_of(source, options);
   const SourceAttention here =
       std::visit([&](const auto& kind) { return run_source(kind, x, table); }, source.attention);
-  expected += here.output;
+  const MatrixF before = step.present() ? MatrixF(expected) : MatrixF();
+  expected += normed(source.attention_output_norm, here.output);
   out.source_key.middleRows(s * length, length) = here.key;
   values.middleRows(s * length, length) = here.value;
   MatrixF sampled_x(rows, converted_x.cols());
@@ -122,7 +127,13 @@ void sample_sequence(const AttentionHalf& source, const SampleOptions& options, 
     const Index row = s * rows + j;
     sampled_x.row(j) = converted_x.row(at);
     out.source_query.row(row) = here.query.row(at) * scale;
-    out.target.row(row) = expected.row(at) - converted_stream.sequence(s).row(at);
+    if (step.present()) {
+      const RowVectorF y = here.output.row(at);
+      out.target.row(row) = y.array() + step.root(y) * step.factor.array() *
+                                            (before.row(at) - converted_stream.sequence(s).row(at)).array();
+    } else {
+      out.target.row(row) = expected.row(at) - converted_stream.sequence(s).row(at);
+    }
   }
   out.sampled_inputs.middleRows(s * rows, rows) = inputs_of(normed_heads, sampled_x, options.affine);
   if (const LatentAttention* mla = low_rank_query(source.attention)) {
@@ -135,6 +146,17 @@ void sample_sequence(const AttentionHalf& source, const SampleOptions& options, 
 }
 
 }  // namespace
+
+NormStep::NormStep(const RmsNorm& norm) : eps(norm.eps) {
+  if (norm.present()) {
+    const auto square = norm.gain.array().square();
+    factor = norm.gain.array() / (square + small_gain * square.mean());
+  }
+}
+
+float NormStep::root(const RowVectorF& y) const {
+  return std::sqrt(y.squaredNorm() / static_cast<float>(y.size()) + eps);
+}
 
 AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& value_map,
                                  const SampleOptions& options, Stream& source_stream,
@@ -151,6 +173,7 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
   out.compute = options.compute;
   out.group_size = shape.group_size;
   out.head_dim = shape.head_dim;
+  out.softcap = std::visit([](const auto& kind) { return kind.softcap; }, source.attention);
   const GqaAttention* normed_heads = normed_heads_of(source, options);
   out.inputs = [&converted_stream, norm = source.input_norm, normed_heads,
                 affine = options.affine](Index sequence) {
@@ -170,8 +193,10 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
   out.target.resize(queries, hidden);
   MatrixF values(out.count * length, keys * shape.value_dim);
   const RotaryTable table(rotary_of(source.attention), length);
+  const NormStep step(source.attention_output_norm);
   for_sequences(out.count, [&](Index s) {
-    sample_sequence(source, options, shape.scale, s, table, converted_stream, source_stream, out, values);
+    sample_sequence(source, options, shape.scale, s, table, step, converted_stream, source_stream, out,
+                    values);
   });
   out.input_moment = second_moment_of(out.sampled_inputs);
   if (mla != nullptr) {
@@ -194,13 +219,15 @@ AttentionSample sample_attention(const AttentionHalf& source, const MatrixF& val
 }
 
 HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& attention,
-                         const Stream& source_stream, const Stream& converted_stream) {
+                         const RmsNorm& output_norm, const Stream& source_stream,
+                         const Stream& converted_stream) {
   const RotaryTable table(attention.rotary, source_stream.length());
   const Index tokens = source_stream.hidden().rows();
   const Index length = source_stream.length();
   const Index hidden = source_stream.hidden().cols();
   const Index features = attention.o.weight.cols();
   const bool affine = attention.o.bias.size() > 0;
+  const NormStep step(output_norm);
   // Every so many-th token is enough: its errors are averaged over far more tokens than there are features.
   const Index thinning = std::clamp<Index>(tokens / (tokens_per_feature * features), 1, length);
   const Index kept = length / thinning;
@@ -226,7 +253,17 @@ HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& atten
       }
       a.conservativeResize(kept, features);
       sampled.block(i * kept, 0, kept, features) = a;
-      here -= product(attention.o, a);
+      const MatrixF output = product(attention.o, a);
+      if (!step.present()) {
+        here -= output;
+        return;
+      }
+      here -= normed(output_norm, output);
+      here.array().rowwise() *= step.factor.array();
+      // Errors of the stream weigh alike, whatever the norm divides by.
+      for (Index j = 0; j < kept; ++j) {
+        sampled.row(i * kept + j) /= step.root(output.row(j));
+      }
     });
     add_second_moment(sampled, out.sums.feature_moment);
     add_cross_moment(errors, sampled, out.sums.error_moment);
@@ -234,9 +271,11 @@ HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& atten
   return out;
 }
 
-void add_outputs(const Linear& o, const MatrixF& head_outputs, Stream& stream) {
+void add_outputs(const Linear& o, const MatrixF& head_outputs, const RmsNorm& output_norm, Stream& stream) {
   for_sequences(stream.count(), [&](Index s) {
-    stream.sequence(s) += product(o, head_outputs.middleRows(s * stream.length(), stream.length()));
+    MatrixF added = product(o, head_outputs.middleRows(s * stream.length(), stream.length()));
+    normalise(output_norm, added);
+    stream.sequence(s) += added;
   });
 }
 

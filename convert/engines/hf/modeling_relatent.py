@@ -8,6 +8,9 @@ range of heads: from its latent c, a head forms content keys and values by two m
 
 Heads that several branches serve add up their outputs. For a single new token the matrices move to
 the query and to the mixed latents, so nothing is expanded per head and cached position.
+
+Layers that a conversion left as they were are grouped-query attention, with a sliding window or
+without, and cache keys and values.
 """
 
 import math
@@ -19,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -38,10 +41,10 @@ def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
 
 
-def rope_frequencies(config: RelatentConfig) -> tuple[torch.Tensor, float]:
+def rope_frequencies(
+    rope: dict[str, Any], size: int, max_position_embeddings: int
+) -> tuple[torch.Tensor, float]:
     """Angle per position of every rotary pair, in float32, and the factor on cosines and sines."""
-    rope = config.rope_parameters
-    size = config.qk_rope_head_dim
     # Models are put together on the meta device, where numbers have no values.
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
     periods = rope["rope_theta"] ** exponents
@@ -55,7 +58,7 @@ def rope_frequencies(config: RelatentConfig) -> tuple[torch.Tensor, float]:
     factor = rope.get("attention_factor")
     if factor is None:
         original = rope["original_max_position_embeddings"]
-        longer = rope.get("factor") or config.max_position_embeddings / original
+        longer = rope.get("factor") or max_position_embeddings / original
         factor = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
     return 1.0 / (stretch * periods), factor
 
@@ -65,6 +68,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Of queries that are the first positions: [queries, keys], true where a key is seen."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
+
+
+def attention_weights(
+    scores: torch.Tensor, mask: torch.Tensor | None, cap: float | None
+) -> torch.Tensor:
+    """The softmax of scaled scores, formed in float32."""
+    scores = capped(scores, cap)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
 class RelatentRMSNorm(nn.Module):
@@ -77,17 +97,51 @@ class RelatentRMSNorm(nn.Module):
         return self.weight * (x.float() * inverse_rms(x, self.eps)).to(x.dtype)
 
 
+class RelatentUnitOffsetRMSNorm(RelatentRMSNorm):
+    """Multiplies by 1 + weight, in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.float() * inverse_rms(x, self.eps) * (1.0 + self.weight.float())
+        return out.to(x.dtype)
+
+
+def make_norm(config: RelatentConfig, size: int | None = None) -> RelatentRMSNorm:
+    """A norm of the residual stream or of what is added to it; of another size of heads."""
+    kind = RelatentUnitOffsetRMSNorm if config.norm_unit_offset else RelatentRMSNorm
+    return kind(config.hidden_size if size is None else size, config.rms_norm_eps)
+
+
 def normed_runs(norm: RelatentRMSNorm, x: torch.Tensor) -> torch.Tensor:
     """Normalises every run of the norm's size."""
     return norm(x.unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2)
 
 
+def capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+class RelatentEmbedding(nn.Embedding):
+    """Embeddings times a number, which is rounded to their type."""
+
+    multiplier = 1.0
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out = super().forward(ids)
+        if self.multiplier == 1:
+            return out
+        return out * torch.tensor(self.multiplier, dtype=out.dtype, device=out.device)
+
+
 class RelatentRotaryEmbedding(nn.Module):
     """Cosines and sines, in float32 whatever the type of the model."""
 
-    def __init__(self, config: RelatentConfig):
+    def __init__(self, rope: dict[str, Any], size: int, max_position_embeddings: int):
         super().__init__()
-        frequencies, self.factor = rope_frequencies(config)
+        frequencies, self.factor = rope_frequencies(rope, size, max_position_embeddings)
         # Not a buffer: those change type with the model.
         self.frequencies: list[float] = frequencies.tolist()
 
@@ -108,7 +162,7 @@ class RelatentMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = ACT2FN[config.activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
@@ -155,7 +209,7 @@ class RelatentRouter(nn.Linear):
 
 
 class RelatentMoE(nn.Module):
-    """Every token passes the shared experts and a few of the others."""
+    """Every token passes the shared experts, where there are some, and a few of the others."""
 
     def __init__(self, config: RelatentConfig):
         super().__init__()
@@ -164,7 +218,20 @@ class RelatentMoE(nn.Module):
         self.experts = nn.ModuleList(
             RelatentMLP(config, inner) for _ in range(config.n_routed_experts)
         )
-        self.shared_experts = RelatentMLP(config, config.n_shared_experts * inner)
+        shared = config.shared_size()
+        self.shared_experts = RelatentMLP(config, shared) if shared else None
+        self.shared_expert_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False)
+            if config.shared_expert_intermediate_size
+            else None
+        )
+
+    def shared(self, x: torch.Tensor) -> torch.Tensor:
+        """What the shared experts add: [..., hidden] -> [..., hidden]"""
+        out = self.shared_experts(x)
+        if self.shared_expert_gate is not None:
+            out = self.shared_expert_gate(x).sigmoid() * out
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         tokens = x.flatten(0, -2)
@@ -174,7 +241,8 @@ class RelatentMoE(nn.Module):
             rows, places = torch.where(chosen == index)
             added = self.experts[index](tokens[rows]) * weights[rows, places, None]
             out.index_add_(0, rows, added.to(out.dtype))
-        return self.shared_experts(x) + out.view_as(x)
+        out = out.view_as(x)
+        return out if self.shared_experts is None else self.shared(x) + out
 
 
 class RelatentAttention(nn.Module):
@@ -205,8 +273,8 @@ class RelatentAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, keys, bias=config.normed_bias)
             self.v_proj = nn.Linear(hidden, keys, bias=config.normed_bias)
             wide = config.qk_norm == "width"
-            self.q_norm = RelatentRMSNorm(queries if wide else head, eps)
-            self.k_norm = RelatentRMSNorm(keys if wide else head, eps)
+            self.q_norm = make_norm(config, queries if wide else head)
+            self.k_norm = make_norm(config, keys if wide else head)
             # The map of every head's own normalised query.
             self.q_b_proj = nn.Linear(head, query_size, bias=bias)
         elif config.q_lora_rank is None:
@@ -339,11 +407,7 @@ class RelatentAttention(nn.Module):
         scores = torch.matmul(content.flatten(1, 2), latent.transpose(1, 2))
         scores = scores + torch.matmul(rotary.flatten(1, 2), rotary_key.transpose(1, 2))
         scores = scores.unflatten(1, (heads, queries)) * self.scaling
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        elif mask is not None:
-            scores = scores + mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = attention_weights(scores, mask, self.config.attn_logit_softcapping)
         mixed = torch.matmul(weights.flatten(1, 2), latent).unflatten(1, (heads, queries))
         return torch.matmul(mixed, value_map.transpose(1, 2))
 
@@ -367,7 +431,14 @@ class RelatentAttention(nn.Module):
             latents, rotary_key = latents[:, 0], rotary_key[:, 0]
         cached = latents.split(self.split_sizes, dim=-1)
 
-        absorb = query.shape[2] == 1 or self.config._attn_implementation == "eager"
+        # What caps scores needs all of them, as eager attention does.
+        absorb = (
+            query.shape[2] == 1
+            or self.config._attn_implementation == "eager"
+            or self.config.attn_logit_softcapping is not None
+        )
+        if absorb and attention_mask is None and query.shape[2] > 1:
+            attention_mask = causal_mask(query.shape[2], latents.shape[1], query.device)
         attend = self.attend_absorbed if absorb else self.attend_expanded
         out = query.new_zeros(*query.shape[:3], self.v_dim)
         for index, branch in enumerate(self.branches):
@@ -382,17 +453,99 @@ class RelatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+class RelatentGroupedQueryAttention(nn.Module):
+    """A layer's attention as it was before the conversion."""
+
+    def __init__(self, config: RelatentConfig, layer_idx: int):
+        super().__init__()
+        layer = config.layers[layer_idx]
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = layer["num_key_value_heads"]
+        self.scaling = layer["scaling"]
+        hidden, head_dim = config.hidden_size, layer["head_dim"]
+        queries, keys = self.num_heads * head_dim, self.num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(hidden, queries, bias=layer["qkv_bias"])
+        self.k_proj = nn.Linear(hidden, keys, bias=layer["qkv_bias"])
+        self.v_proj = nn.Linear(hidden, keys, bias=layer["qkv_bias"])
+        self.o_proj = nn.Linear(queries, hidden, bias=layer["o_bias"])
+        self.q_norm, self.k_norm = None, None
+        if layer["qk_norm"] != "none":
+            wide = layer["qk_norm"] == "width"
+            self.q_norm = make_norm(config, queries if wide else head_dim)
+            self.k_norm = make_norm(config, keys if wide else head_dim)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """query [batch, heads, queries, d], key, value [batch, heads, keys, d] -> as query"""
+        length = query.shape[2]
+        if mask is None and length > 1:
+            # The queries are the first positions; what a static cache holds beyond is empty.
+            key, value = key[:, :, :length], value[:, :, :length]
+        cap = self.config.attn_logit_softcapping
+        if cap is None and self.config._attn_implementation != "eager":
+            return functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None and length > 1,
+                scale=self.scaling,
+            )
+        if mask is None and length > 1:
+            mask = causal_mask(length, length, query.device)
+        scores = torch.matmul(query, key.transpose(2, 3)) * self.scaling
+        return torch.matmul(attention_weights(scores, mask, cap), value)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        cos, sin = (table[:, None] for table in position_embeddings)
+
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None:
+            query, key = normed_runs(self.q_norm, query), normed_runs(self.k_norm, key)
+
+        def heads(numbers: torch.Tensor, count: int) -> torch.Tensor:
+            return numbers.unflatten(-1, (count, -1)).transpose(1, 2)
+
+        query = rotate(heads(query, self.num_heads), cos, sin)
+        key = rotate(heads(key, self.num_key_value_heads), cos, sin)
+        value = heads(value, self.num_key_value_heads)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        readers = self.num_heads // self.num_key_value_heads
+        key, value = (t.repeat_interleave(readers, dim=1) for t in (key, value))
+        out = self.attend(query, key, value, attention_mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
 class RelatentDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelatentConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = RelatentAttention(config, layer_idx)
+        carried = config.carried_layer(layer_idx)
+        kind = RelatentAttention if carried is None else RelatentGroupedQueryAttention
+        self.self_attn = kind(config, layer_idx)
         self.mlp = (
             RelatentMoE(config)
             if config.has_experts(layer_idx)
             else RelatentMLP(config, config.intermediate_size)
         )
-        self.input_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
+        before, behind = config.norm_placement != "behind", config.norm_placement != "before"
+        self.input_layernorm = make_norm(config) if before else nn.Identity()
+        self.post_attention_layernorm = make_norm(config) if before else nn.Identity()
+        self.attention_output_layernorm = make_norm(config) if behind else nn.Identity()
+        self.mlp_output_layernorm = make_norm(config) if behind else nn.Identity()
 
     def forward(
         self,
@@ -401,13 +554,15 @@ class RelatentDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Cache | None,
     ) -> torch.Tensor:
-        hidden_states = hidden_states + self.self_attn(
+        added = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings,
             attention_mask=attention_mask,
             cache=kwargs.get(CACHE),
         )
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.attention_output_layernorm(added)
+        added = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.mlp_output_layernorm(added)
 
 
 class RelatentPreTrainedModel(PreTrainedModel):
@@ -424,16 +579,50 @@ class RelatentPreTrainedModel(PreTrainedModel):
 class RelatentModel(RelatentPreTrainedModel):
     def __init__(self, config: RelatentConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(
+        self.embed_tokens = RelatentEmbedding(
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
+        self.embed_tokens.multiplier = config.embedding_multiplier
         self.layers = nn.ModuleList(
             RelatentDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = RelatentRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RelatentRotaryEmbedding(config)
+        self.norm = make_norm(config)
+        longest = config.max_position_embeddings
+        self.rotary_emb = RelatentRotaryEmbedding(
+            config.rope_parameters, config.qk_rope_head_dim, longest
+        )
+        # Of the layers that are not latent, which all have the same head size.
+        carried = next(filter(None, config.layers or []), None)
+        self.rotary_embs = nn.ModuleList(
+            RelatentRotaryEmbedding(rope, carried["head_dim"], longest)
+            for rope in config.rope_lists
+        )
         self.gradient_checkpointing = False
         self.post_init()
+
+    def masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of layers that see every position, and of those with a sliding window."""
+        # generate() makes them itself for caches of a fixed size.
+        if isinstance(attention_mask, dict):
+            return attention_mask.get("full_attention"), attention_mask.get("sliding_attention")
+        given = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            CACHE: cache,
+        }
+        sliding = getattr(self.config, "sliding_window", None) is not None
+        return (
+            create_causal_mask(**given),
+            create_sliding_window_causal_mask(**given) if sliding else None,
+        )
 
     @can_return_tuple
     def forward(
@@ -465,21 +654,18 @@ class RelatentModel(RelatentPreTrainedModel):
             positions = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
             position_ids = (positions + seen)[None]
 
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-        )
-        position_embeddings = self.rotary_emb(position_ids)
+        full_mask, sliding_mask = self.masks(inputs_embeds, attention_mask, position_ids, cache)
+        latent_positions = self.rotary_emb(position_ids)
+        carried_positions = [rotary(position_ids) for rotary in self.rotary_embs]
         hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
-        for layer in self.layers:
+        for layer_idx, layer in enumerate(self.layers):
+            carried = self.config.carried_layer(layer_idx)
+            sliding = carried is not None and carried["sliding_window"] is not None
             hidden_states = layer(
                 hidden_states,
-                position_embeddings,
-                attention_mask=mask,
+                latent_positions if carried is None else carried_positions[carried["rope_list"]],
+                attention_mask=sliding_mask if sliding else full_mask,
                 **{CACHE: cache},
             )
             all_hidden_states.append(hidden_states)
@@ -530,6 +716,7 @@ class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
         # 0 keeps all positions, for -0 is 0.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = capped(logits, self.config.final_logit_softcapping)
         loss = None
         if labels is not None:
             loss = self.loss_function(

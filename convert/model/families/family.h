@@ -23,7 +23,8 @@ struct Family {
   // (input) naming the key.
   void (*parse)(const ConfigReader& in, ModelConfig& out);
   std::vector<TensorRule> rules;
-  // A layer's latent attention from its tensors; nullptr: grouped-query attention, read by its roles.
+  // A layer's latent attention from its tensors; nullptr where there are no such layers. Grouped-query
+  // attention is read by its roles.
   LatentAttention (*read_latent)(const LayerReader& in) = nullptr;
 };
 
@@ -49,5 +50,10 @@ const Family& mlra_family();
 const Family& gla_family();
 const Family& gguf_deepseek2_family();
 const Family& seed_oss_family();
+const Family& mixtral_family();
+const Family& qwen2_moe_family();
+const Family& qwen3_moe_family();
+const Family& gemma2_family();
+const Family& gemma3_family();
 
 }  // namespace relatent

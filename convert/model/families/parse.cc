@@ -1,7 +1,10 @@
 #include "convert/model/families/parse.h"
 
+#include <algorithm>
 #include <cmath>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "formats/error.h"
 
@@ -27,11 +30,21 @@ TopkMethod parse_topk_method(const ConfigReader& in, const ExpertDefaults& defau
   in.complain("topk_method", allowed);
 }
 
-std::optional<Index> parse_sliding_window(const ConfigReader& in) {
-  if (!in.has("sliding_window") || !in.flag_or("use_sliding_window", true)) {
-    return std::nullopt;
+// Which layers slide where the config lists them one by one.
+std::vector<bool> sliding_of_types(const ConfigReader& in, Index layers) {
+  constexpr const char* key = "layer_types";
+  const ConfigReader::Json& types = *in.find(key);
+  if (!types.is_array() || static_cast<Index>(types.size()) != layers) {
+    in.complain(key, "a list with a type for each of the " + std::to_string(layers) + " layers");
   }
-  return in.size("sliding_window");
+  std::vector<bool> out;
+  for (const ConfigReader::Json& type : types) {
+    if (type != "sliding_attention" && type != "full_attention") {
+      in.complain(key, "sliding_attention or full_attention for every layer");
+    }
+    out.push_back(type == "sliding_attention");
+  }
+  return out;
 }
 
 // Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim
@@ -53,7 +66,8 @@ double yarn_scale(const ConfigReader& in) {
 void parse_shared_keys(const ConfigReader& in, ModelConfig& out) {
   out.intermediate_size = in.size("intermediate_size");
   out.vocab_size = in.size("vocab_size");
-  if (in.has("hidden_act") && in.text("hidden_act") != "silu") {
+  // Families of another activation name it in another key.
+  if (out.activation == Activation::silu && in.has("hidden_act") && in.text("hidden_act") != "silu") {
     in.complain("hidden_act", "\"silu\"");
   }
   for (const char* key : {"dtype", "torch_dtype"}) {
@@ -108,8 +122,38 @@ void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional
   }
   out.gqa = gqa;
   out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
-                       {1.0F / std::sqrt(static_cast<float>(gqa.head_dim)), parse_sliding_window(in)});
+                       {.scale = 1.0F / std::sqrt(static_cast<float>(gqa.head_dim))});
+  parse_windows(in, {}, out);
   out.rotary = parse_rotary(in.json(), gqa.head_dim, in.path());
+}
+
+void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out) {
+  const bool said = in.json().contains("sliding_window");
+  std::optional<Index> window = said || !defaults.window ? std::nullopt : defaults.window;
+  if (in.has("sliding_window")) {
+    window = in.size("sliding_window");
+  }
+  if (!in.flag_or("use_sliding_window", defaults.used)) {
+    window.reset();
+  }
+  std::vector<bool> sliding(out.attention.size(), true);
+  if (defaults.by_type && in.has("layer_types")) {
+    sliding = sliding_of_types(in, out.num_hidden_layers);
+    if (!window && std::find(sliding.begin(), sliding.end(), true) != sliding.end()) {
+      in.complain("sliding_window", "the window of layers that slide by layer_types");
+    }
+  } else {
+    const Index first = defaults.first_layer ? (in.has("max_window_layers") ? in.count("max_window_layers")
+                                                                            : *defaults.first_layer)
+                                             : 0;
+    for (Index i = 0; i < out.num_hidden_layers; ++i) {
+      sliding[static_cast<std::size_t>(i)] =
+          i >= first && (defaults.full_every == 0 || (i + 1) % defaults.full_every != 0);
+    }
+  }
+  for (std::size_t i = 0; i < sliding.size(); ++i) {
+    out.attention[i].window = sliding[i] ? window : std::nullopt;
+  }
 }
 
 LatentGeometry parse_latent(const ConfigReader& in, ModelConfig& out) {
@@ -130,8 +174,9 @@ LatentGeometry parse_latent(const ConfigReader& in, ModelConfig& out) {
 
 void set_latent_scale(const LatentGeometry& latent, double factor, ModelConfig& out) {
   const auto size = static_cast<double>(latent.qk_nope_head_dim + latent.qk_rope_head_dim);
-  out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
-                       {static_cast<float>(factor / std::sqrt(size)), std::nullopt});
+  out.attention.assign(
+      static_cast<std::size_t>(out.num_hidden_layers),
+      {static_cast<float>(factor / std::sqrt(size)), std::nullopt, AttentionKind::latent, std::nullopt});
 }
 
 void even_branches(Index heads, Index groups, Index parts, LatentGeometry& latent) {
@@ -153,8 +198,9 @@ std::optional<ExpertsGeometry> parse_experts(const ConfigReader& in, Index num_h
     in.complain("moe_layer_freq", "1 (experts in every layer from first_k_dense_replace on)");
   }
   out.count = in.size("n_routed_experts");
-  out.shared = in.size("n_shared_experts");
   out.intermediate_size = in.size("moe_intermediate_size");
+  out.shared_size = out.intermediate_size *
+                    (defaults.shared_optional ? in.count("n_shared_experts") : in.size("n_shared_experts"));
   out.per_token = in.size("num_experts_per_tok");
   out.scale = in.number("routed_scaling_factor");
   out.topk_method = parse_topk_method(in, defaults);
@@ -179,12 +225,71 @@ std::optional<ExpertsGeometry> parse_experts(const ConfigReader& in, Index num_h
   if (out.groups_per_token > out.groups) {
     in.complain("topk_group", "at most n_group = " + std::to_string(out.groups));
   }
-  if (out.per_token > out.groups_per_token * group_size) {
-    in.complain("num_experts_per_tok", "at most " + std::to_string(out.groups_per_token * group_size) +
-                                           ", the experts of " +
-                                           (out.groups == 1 ? "a layer" : "topk_group groups"));
-  }
+  check_experts_per_token(in, out);
   return out;
+}
+
+void check_experts_per_token(const ConfigReader& in, const ExpertsGeometry& experts) {
+  const Index most = experts.groups_per_token * (experts.count / experts.groups);
+  if (experts.per_token > most) {
+    in.complain("num_experts_per_tok", "at most " + std::to_string(most) + ", the experts of " +
+                                           (experts.groups == 1 ? "a layer" : "topk_group groups"));
+  }
+}
+
+std::vector<Index> parse_layer_list(const ConfigReader& in, const char* key, Index first, Index last) {
+  const ConfigReader::Json* found = in.find(key);
+  if (found == nullptr) {
+    return {};
+  }
+  const std::string wanted =
+      "a list of layers from " + std::to_string(first) + " to " + std::to_string(last - 1);
+  if (!found->is_array()) {
+    in.complain(key, wanted);
+  }
+  std::set<Index> out;
+  for (const ConfigReader::Json& entry : *found) {
+    if (!entry.is_number_integer() || entry.get<Index>() < first || entry.get<Index>() >= last) {
+      in.complain(key, wanted);
+    }
+    out.insert(entry.get<Index>());
+  }
+  return {out.begin(), out.end()};
+}
+
+std::optional<ExpertsGeometry> parse_qwen_experts(const ConfigReader& in, Index num_hidden_layers) {
+  ExpertsGeometry out;
+  const std::vector<Index> dense = parse_layer_list(in, "mlp_only_layers", 0, num_hidden_layers);
+  const Index step = in.size_or("decoder_sparse_step", 1);
+  const auto is_dense = [&](Index layer_idx) {
+    return (layer_idx + 1) % step != 0 || std::binary_search(dense.begin(), dense.end(), layer_idx);
+  };
+  while (out.first_layer < num_hidden_layers && is_dense(out.first_layer)) {
+    ++out.first_layer;
+  }
+  // transformers 5 writes Qwen3-MoE's number by Mixtral's name.
+  const bool by_other_name = !in.has("num_experts") && in.has("num_local_experts");
+  out.count = in.count(by_other_name ? "num_local_experts" : "num_experts");
+  if (out.count == 0 || out.first_layer == num_hidden_layers) {
+    return std::nullopt;
+  }
+  for (Index layer_idx = out.first_layer; layer_idx < num_hidden_layers; ++layer_idx) {
+    if (is_dense(layer_idx)) {
+      out.dense_layers.push_back(layer_idx);
+    }
+  }
+  out.intermediate_size = in.size("moe_intermediate_size");
+  out.per_token = in.size("num_experts_per_tok");
+  out.normalised = in.flag_or("norm_topk_prob", false);
+  check_softmax_router(in);
+  check_experts_per_token(in, out);
+  return out;
+}
+
+void check_softmax_router(const ConfigReader& in) {
+  if (in.has("scoring_func") && in.text("scoring_func") != "softmax") {
+    in.complain("scoring_func", "\"softmax\", or no such key");
+  }
 }
 
 }  // namespace relatent

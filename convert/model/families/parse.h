@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "convert/model/config.h"
 #include "convert/model/config_reader.h"
@@ -18,12 +19,26 @@ void parse_body(const ConfigReader& in, ModelConfig& out);
 // head_dim; where the config says nothing `otherwise`, or hidden_size / num_attention_heads.
 Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::optional<Index> otherwise = {});
 
-// A grouped-query model by Llama's names, its sliding window (sliding_window, use_sliding_window) included.
-// head_dim: where the config says nothing, as parse_head_dim has it.
+// A grouped-query model by Llama's names. A sliding_window is every layer's, unless use_sliding_window is
+// false. head_dim: where the config says nothing, as parse_head_dim has it.
 void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional<Index> head_dim);
 inline void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
   parse_grouped_query(in, out, std::nullopt);
 }
+
+// What a family's class in transformers takes where a config says nothing of sliding windows.
+struct WindowDefaults {
+  std::optional<Index> window{};       // without a key sliding_window; null there always says none
+  bool used = true;                    // use_sliding_window
+  bool by_type = false;                // knows layer_types, which decide where they are given
+  std::optional<Index> first_layer{};  // max_window_layers, from which on layers slide; none = no such key
+  Index full_every = 0;                // else every so many-th layer sees all positions; 0 = none does
+};
+// Of Qwen2 and Qwen3.
+inline constexpr WindowDefaults qwen_windows = {
+    .window = 4096, .used = false, .by_type = true, .first_layer = 28};
+// The windows of the layers, whose attention is there already.
+void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out);
 
 // Latent attention by DeepSeek's names, without its branches. Fills in the layers' score scale, (n + p)^-1/2
 // times YaRN's mscale squared.
@@ -39,12 +54,26 @@ void even_branches(Index heads, Index groups, Index parts, LatentGeometry& laten
 // Experts by DeepSeek's names, in every layer from first_k_dense_replace on; nothing where that covers all
 // layers.
 struct ExpertDefaults {
-  std::optional<TopkMethod> topk_method;  // where the config names none; none = it must
-  bool sigmoid_only = false;              // topk_method must, or must not, be noaux_tc
+  std::optional<TopkMethod> topk_method{};  // where the config names none; none = it must
+  bool sigmoid_only = false;                // topk_method must, or must not, be noaux_tc
   bool softmax_only = false;
-  bool normalised = false;  // norm_topk_prob where the config says nothing
+  bool normalised = false;       // norm_topk_prob where the config says nothing
+  bool shared_optional = false;  // n_shared_experts may be 0
 };
 std::optional<ExpertsGeometry> parse_experts(const ConfigReader& in, Index num_hidden_layers,
                                              const ExpertDefaults& defaults);
+
+// Experts by Qwen's names, without shared ones: softmax scores, a layer of every decoder_sparse_step, but
+// those of mlp_only_layers; nothing where that leaves none.
+std::optional<ExpertsGeometry> parse_qwen_experts(const ConfigReader& in, Index num_hidden_layers);
+
+// Complains about scoring_func where it says another function than softmax.
+void check_softmax_router(const ConfigReader& in);
+// Complains where tokens are sent to more experts than they may.
+void check_experts_per_token(const ConfigReader& in, const ExpertsGeometry& experts);
+
+// A list of layers from `first` up to, and without, `last`: ascending, each once; empty where there is no
+// such key.
+std::vector<Index> parse_layer_list(const ConfigReader& in, const char* key, Index first, Index last);
 
 }  // namespace relatent

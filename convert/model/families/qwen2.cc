@@ -1,15 +1,24 @@
-// Qwen2 and Qwen2.5: biases on queries, keys and values. `use_sliding_window` says whether the window holds.
+// Qwen2 and Qwen2.5: biases on queries, keys and values. Where `use_sliding_window` says so, the layers from
+// `max_window_layers` on have a sliding window, or those that `layer_types` names.
 #include "convert/model/families/family.h"
 #include "convert/model/families/parse.h"
 #include "convert/model/families/rules.h"
 
 namespace relatent {
+namespace {
+
+void parse_qwen2(const ConfigReader& in, ModelConfig& out) {
+  parse_grouped_query(in, out);
+  parse_windows(in, qwen_windows, out);
+}
+
+}  // namespace
 
 const Family& qwen2_family() {
   static const Family family = {.name = "qwen2",
                                 .model_type = "qwen2",
                                 .key = "",
-                                .parse = parse_grouped_query,
+                                .parse = parse_qwen2,
                                 .rules = rules::grouped_query(rules::required)};
   return family;
 }

@@ -6,15 +6,10 @@
 namespace relatent {
 namespace {
 
-using rules::Shape;
-
-Presence with_bias(const ModelConfig& c) {
-  return rules::required_if(c.gqa->attention_bias);
-}
-
 void parse_qwen3(const ConfigReader& in, ModelConfig& out) {
   constexpr Index head_dim = 128;  // where the config says nothing
   parse_grouped_query(in, out, head_dim);
+  parse_windows(in, qwen_windows, out);
   out.gqa->qk_norm = QkNorm::head;
   out.gqa->attention_bias = in.flag_or("attention_bias", false);
 }
@@ -22,14 +17,11 @@ void parse_qwen3(const ConfigReader& in, ModelConfig& out) {
 }  // namespace
 
 const Family& qwen3_family() {
-  static const Family family = {
-      .name = "qwen3",
-      .model_type = "qwen3",
-      .key = "",
-      .parse = parse_qwen3,
-      .rules = rules::append(
-          rules::with_qk_norm(rules::grouped_query(with_bias)),
-          {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, rules::hidden}})};
+  static const Family family = {.name = "qwen3",
+                                .model_type = "qwen3",
+                                .key = "",
+                                .parse = parse_qwen3,
+                                .rules = rules::grouped_query_by_config()};
   return family;
 }
 

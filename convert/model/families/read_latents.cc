@@ -39,6 +39,7 @@ LatentAttention read_query_and_output(const LayerReader& in) {
   out.rope_dim = geometry.qk_rope_head_dim;
   out.v_dim = geometry.v_head_dim;
   out.scale = in.spec().scale;
+  out.softcap = static_cast<float>(in.config().attn_logit_softcapping.value_or(0));
   if (geometry.normed_heads) {
     NormedHeads heads;
     heads.head_dim = geometry.normed_heads->head_dim;
@@ -56,7 +57,7 @@ LatentAttention read_query_and_output(const LayerReader& in) {
   out.q = in.linear(Role::q_weight, Role::q_bias);
   out.q.weight *= static_cast<float>(geometry.query_scale);
   out.o = in.linear(Role::o_weight, Role::o_bias);
-  out.rotary = in.config().rotary;
+  out.rotary = in.rotary();
   return out;
 }
 

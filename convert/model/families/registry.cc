@@ -7,11 +7,12 @@
 namespace relatent {
 namespace {
 
-const std::array<const Family*, 11>& families() {
-  static const std::array<const Family*, 11> all = {
-      &llama_family(),    &mistral_family(),     &qwen2_family(),         &qwen3_family(),
-      &seed_oss_family(), &deepseek_v2_family(), &deepseek_v3_family(),   &relatent_family(),
-      &mlra_family(),     &gla_family(),         &gguf_deepseek2_family()};
+const std::array<const Family*, 16>& families() {
+  static const std::array<const Family*, 16> all = {
+      &llama_family(),    &mistral_family(), &qwen2_family(),       &qwen3_family(),
+      &seed_oss_family(), &mixtral_family(), &qwen2_moe_family(),   &qwen3_moe_family(),
+      &gemma2_family(),   &gemma3_family(),  &deepseek_v2_family(), &deepseek_v3_family(),
+      &relatent_family(), &mlra_family(),    &gla_family(),         &gguf_deepseek2_family()};
   return all;
 }
 

@@ -116,8 +116,17 @@ Shape branch_bias_shape(const ModelConfig& c, Index part) {
   return {branch_of(c, part).rank};
 }
 
-std::vector<TensorRule> relatent_rules() {
-  return with_experts(with_body({
+// Layers that a conversion left as they were.
+Presence with_qkv_bias(const ModelConfig& c) {
+  return required_if(c.gqa && c.gqa->qkv_bias);
+}
+
+Presence with_o_bias(const ModelConfig& c) {
+  return required_if(c.gqa && c.gqa->o_bias);
+}
+
+std::vector<TensorRule> latent_rules() {
+  return {
       {Role::normed_q_weight, "model.layers.{i}.self_attn.q_proj.weight", with_normed_heads, normed_q_shape},
       {Role::normed_q_bias, "model.layers.{i}.self_attn.q_proj.bias", with_normed_bias, normed_q_bias_shape},
       {Role::q_head_norm, "model.layers.{i}.self_attn.q_norm.weight", with_normed_heads, q_head_norm_shape},
@@ -152,7 +161,19 @@ std::vector<TensorRule> relatent_rules() {
        branch_count, InLayers::all, true},
       {Role::o_weight, "model.layers.{i}.self_attn.o_proj.weight", required, mla_o_shape},
       {Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_bias, hidden},
-  }));
+  };
+}
+
+std::vector<TensorRule> relatent_rules() {
+  std::vector<TensorRule> carried =
+      append(with_qk_norm(grouped_query_attention(with_qkv_bias)),
+             {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_o_bias, hidden}});
+  std::vector<TensorRule> rules = append(with_body(in_layers(WithAttention::latent, latent_rules())),
+                                         in_layers(WithAttention::grouped_query, std::move(carried)));
+  return with_experts(with_norm_names(
+      std::move(rules), {.mlp_input = "model.layers.{i}.post_attention_layernorm.weight",
+                         .attention_output = "model.layers.{i}.attention_output_layernorm.weight",
+                         .mlp_output = "model.layers.{i}.mlp_output_layernorm.weight"}));
 }
 
 // Published slices have up to 8.
@@ -193,9 +214,6 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
     in.complain("layout_version", "1, the layout that this version reads");
   }
   parse_features(in, heads, latent);
-  if (in.find("layers") != nullptr) {
-    in.complain("layers", "nothing: all layers alike");
-  }
   latent.form = in.text("latent_form");
   latent.rope_interleave = false;
   const std::string norm_text = in.text("latent_norm");
@@ -267,13 +285,139 @@ void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent)
   }
 }
 
+// DeepSeek's keys, and what they cannot say: no shared experts, one with a gate, dense layers in between.
+std::optional<ExpertsGeometry> parse_own_experts(const ConfigReader& in, Index num_hidden_layers) {
+  std::optional<ExpertsGeometry> out = parse_experts(in, num_hidden_layers, {.shared_optional = true});
+  if (!out) {
+    return out;
+  }
+  out->dense_layers = parse_layer_list(in, "mlp_only_layers", out->first_layer + 1, num_hidden_layers);
+  if (in.has("shared_expert_intermediate_size")) {
+    if (out->shared_size > 0) {
+      in.complain("n_shared_experts", "0 beside shared_expert_intermediate_size");
+    }
+    out->shared_size = in.size("shared_expert_intermediate_size");
+    out->shared_gate = true;
+  }
+  return out;
+}
+
+// A list of rotary frequencies that layers name by its index.
+Rotary parse_rope_list(const ConfigReader& in, Index index, Index head_dim) {
+  const Json* lists = in.find("rope_lists");
+  if (lists == nullptr || !lists->is_array() || index >= static_cast<Index>(lists->size()) ||
+      !lists->at(static_cast<std::size_t>(index)).is_object()) {
+    in.complain("rope_lists", "a list of rope parameters, with one of index " + std::to_string(index) +
+                                  " that `layers` names");
+  }
+  Json alone = in.json();
+  alone.erase("rope_scaling");
+  alone["rope_parameters"] = lists->at(static_cast<std::size_t>(index));
+  return parse_rotary(alone, head_dim, in.path());
+}
+
+// A layer that the config lists by itself: grouped-query attention as the source had it.
+void parse_layer(const ConfigReader& in, const Json& entry, AttentionSpec& spec, ModelConfig& out) {
+  if (!entry.is_object()) {
+    in.complain("layers", "a list of objects and nulls");
+  }
+  const ConfigReader layer(entry, in.path(), "layers: ");
+  if (layer.text("attention") != "grouped_query") {
+    layer.complain("attention", "\"grouped_query\"");
+  }
+  spec.kind = AttentionKind::grouped_query;
+  spec.scale = static_cast<float>(layer.number("scaling"));
+  if (layer.has("sliding_window")) {
+    spec.window = layer.size("sliding_window");
+  }
+  GqaGeometry gqa;
+  gqa.num_key_value_heads = layer.size("num_key_value_heads");
+  gqa.head_dim = layer.size("head_dim");
+  gqa.qkv_bias = layer.flag_or("qkv_bias", false);
+  gqa.o_bias = layer.flag_or("o_bias", false);
+  const std::optional<QkNorm> norm = layer.has("qk_norm") ? qk_norm_of(layer.text("qk_norm")) : QkNorm::none;
+  if (!norm) {
+    layer.complain("qk_norm", "none, head or width");
+  }
+  gqa.qk_norm = *norm;
+  if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
+    layer.complain("num_key_value_heads",
+                   "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
+  }
+  if (out.gqa && *out.gqa != gqa) {
+    in.complain("layers", "grouped-query layers of the same sizes and biases");
+  }
+  out.gqa = gqa;
+  const Index list = layer.count("rope_list");
+  while (static_cast<Index>(out.other_rotaries.size()) <= list) {
+    out.other_rotaries.push_back(
+        parse_rope_list(in, static_cast<Index>(out.other_rotaries.size()), gqa.head_dim));
+  }
+  spec.rotary = list;
+}
+
+// `layers`: null for a layer as the rest of the config has it.
+void parse_layers(const ConfigReader& in, ModelConfig& out) {
+  const Json* layers = in.find("layers");
+  if (layers == nullptr) {
+    return;
+  }
+  if (!layers->is_array() || static_cast<Index>(layers->size()) != out.num_hidden_layers) {
+    in.complain("layers", "a list with an object or null for each of the " +
+                              std::to_string(out.num_hidden_layers) + " layers");
+  }
+  bool any_latent = false;
+  for (std::size_t i = 0; i < layers->size(); ++i) {
+    if (layers->at(i).is_null()) {
+      any_latent = true;
+    } else {
+      parse_layer(in, layers->at(i), out.attention[i], out);
+    }
+  }
+  if (!any_latent) {
+    in.complain("layers", "null for one layer at least, whose attention is latent");
+  }
+}
+
+// What models have beyond Llama, by the names that transformers has for it where it has one.
+void parse_body_extras(const ConfigReader& in, ModelConfig& out) {
+  const auto one_of = [&in](const char* key, const auto& table, auto& value) {
+    if (!in.has(key)) {
+      return;
+    }
+    const std::string found = in.text(key);
+    const auto* const known =
+        std::find_if(table.begin(), table.end(), [&](const auto& named) { return named.second == found; });
+    if (known == table.end()) {
+      std::string names;
+      for (const auto& named : table) {
+        names += (names.empty() ? "" : " or ") + std::string(named.second);
+      }
+      in.complain(key, names);
+    }
+    value = known->first;
+  };
+  one_of("hidden_activation", activations, out.activation);
+  one_of("norm_placement", norm_placements, out.norms);
+  out.norm_unit_offset = in.flag_or("norm_unit_offset", false);
+  out.embedding_multiplier = in.number_or("embedding_multiplier", 1);
+  if (in.has("attn_logit_softcapping")) {
+    out.attn_logit_softcapping = in.number("attn_logit_softcapping");
+  }
+  if (in.has("final_logit_softcapping")) {
+    out.final_logit_softcapping = in.number("final_logit_softcapping");
+  }
+}
+
 void parse_relatent(const ConfigReader& in, ModelConfig& out) {
   parse_body(in, out);
+  parse_body_extras(in, out);
   LatentGeometry latent = parse_latent(in, out);
   parse_branches(in, out.num_attention_heads, latent);
   out.rotary = parse_rotary(in.json(), latent.qk_rope_head_dim, in.path());
+  parse_layers(in, out);
   if (in.has("first_k_dense_replace")) {
-    out.experts = parse_experts(in, out.num_hidden_layers, {});
+    out.experts = parse_own_experts(in, out.num_hidden_layers);
   }
   out.latent = std::move(latent);
 }

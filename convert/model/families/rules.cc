@@ -45,7 +45,7 @@ Shape k_head_norm_shape(const ModelConfig& c, Index /*part*/) {
 }
 
 Presence with_head_norms(const ModelConfig& c) {
-  return required_if(c.gqa->qk_norm != QkNorm::none);
+  return required_if(normalises_keys(c));
 }
 
 Shape inv_freq_shape(const ModelConfig& c, Index /*part*/) {
@@ -58,6 +58,18 @@ Index mla_q_rows(const ModelConfig& c) {
 
 Presence with_router_bias(const ModelConfig& c) {
   return required_if(c.experts && c.experts->topk_method == TopkMethod::noaux_tc);
+}
+
+Presence with_shared_experts(const ModelConfig& c) {
+  return required_if(c.experts && c.experts->shared_size > 0);
+}
+
+Presence with_shared_gate(const ModelConfig& c) {
+  return required_if(c.experts && c.experts->shared_gate);
+}
+
+Presence with_gqa_bias(const ModelConfig& c) {
+  return required_if(c.gqa->attention_bias);
 }
 
 Index expert_count(const ModelConfig& c) {
@@ -81,11 +93,15 @@ Shape hidden_by_expert(const ModelConfig& c, Index /*part*/) {
 }
 
 Shape shared_by_hidden(const ModelConfig& c, Index /*part*/) {
-  return {c.experts->shared * c.experts->intermediate_size, c.hidden_size};
+  return {c.experts->shared_size, c.hidden_size};
 }
 
 Shape hidden_by_shared(const ModelConfig& c, Index /*part*/) {
-  return {c.hidden_size, c.experts->shared * c.experts->intermediate_size};
+  return {c.hidden_size, c.experts->shared_size};
+}
+
+Shape one_by_hidden(const ModelConfig& c, Index /*part*/) {
+  return {1, c.hidden_size};
 }
 
 }  // namespace
@@ -196,6 +212,14 @@ Shape branch_up_shape(const ModelConfig& c, Index part) {
           branch.whole_rank(c.latent->shared_ranks)};
 }
 
+Presence with_input_norms(const ModelConfig& c) {
+  return required_if(c.norms != NormPlacement::behind);
+}
+
+Presence with_output_norms(const ModelConfig& c) {
+  return required_if(c.norms != NormPlacement::before);
+}
+
 std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more) {
   rules.insert(rules.end(), more.begin(), more.end());
   return rules;
@@ -206,8 +230,9 @@ std::vector<TensorRule> with_body(std::vector<TensorRule> attention) {
       {Role::embed_tokens, "model.embed_tokens.weight", required, vocab_by_hidden},
       {Role::final_norm, "model.norm.weight", required, hidden},
       {Role::lm_head, "lm_head.weight", head_presence, vocab_by_hidden},
-      {Role::input_norm, "model.layers.{i}.input_layernorm.weight", required, hidden},
-      {Role::post_attention_norm, "model.layers.{i}.post_attention_layernorm.weight", required, hidden},
+      {Role::input_norm, "model.layers.{i}.input_layernorm.weight", with_input_norms, hidden},
+      {Role::post_attention_norm, "model.layers.{i}.post_attention_layernorm.weight", with_input_norms,
+       hidden},
       {Role::gate_weight, "model.layers.{i}.mlp.gate_proj.weight", required, intermediate_by_hidden, nullptr,
        InLayers::dense},
       {Role::up_weight, "model.layers.{i}.mlp.up_proj.weight", required, intermediate_by_hidden, nullptr,
@@ -219,7 +244,25 @@ std::vector<TensorRule> with_body(std::vector<TensorRule> attention) {
   return rules;
 }
 
-std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&)) {
+std::vector<TensorRule> with_norm_names(std::vector<TensorRule> rules, const NormNames& names) {
+  for (TensorRule& rule : rules) {
+    if (rule.role == Role::post_attention_norm) {
+      rule.name = names.mlp_input;
+    }
+  }
+  return append(std::move(rules),
+                {{Role::attention_output_norm, names.attention_output, with_output_norms, hidden},
+                 {Role::mlp_output_norm, names.mlp_output, with_output_norms, hidden}});
+}
+
+std::vector<TensorRule> in_layers(WithAttention attention, std::vector<TensorRule> rules) {
+  for (TensorRule& rule : rules) {
+    rule.attention = attention;
+  }
+  return rules;
+}
+
+std::vector<TensorRule> grouped_query_attention(Presence (*qkv_bias)(const ModelConfig&)) {
   std::vector<TensorRule> rules = {
       {Role::q_weight, "model.layers.{i}.self_attn.q_proj.weight", required, q_shape},
       {Role::k_weight, "model.layers.{i}.self_attn.k_proj.weight", required, kv_shape},
@@ -232,7 +275,11 @@ std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&)) 
     rules.push_back({Role::k_bias, "model.layers.{i}.self_attn.k_proj.bias", qkv_bias, kv_bias_shape});
     rules.push_back({Role::v_bias, "model.layers.{i}.self_attn.v_proj.bias", qkv_bias, kv_bias_shape});
   }
-  return with_body(std::move(rules));
+  return rules;
+}
+
+std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&)) {
+  return with_body(grouped_query_attention(qkv_bias));
 }
 
 std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules) {
@@ -242,7 +289,12 @@ std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules) {
        {Role::k_head_norm, "model.layers.{i}.self_attn.k_norm.weight", with_head_norms, k_head_norm_shape}});
 }
 
-std::vector<TensorRule> with_experts(std::vector<TensorRule> rules) {
+std::vector<TensorRule> grouped_query_by_config() {
+  return append(with_qk_norm(grouped_query(with_gqa_bias)),
+                {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", with_gqa_bias, hidden}});
+}
+
+std::vector<TensorRule> with_experts(std::vector<TensorRule> rules, const ExpertNames& names) {
   const auto one = [](Role role, std::string_view name, Presence (*presence)(const ModelConfig&),
                       Shape (*shape)(const ModelConfig&, Index)) {
     return TensorRule{role, name, presence, shape, nullptr, InLayers::experts};
@@ -250,20 +302,18 @@ std::vector<TensorRule> with_experts(std::vector<TensorRule> rules) {
   const auto each = [](Role role, std::string_view name, Shape (*shape)(const ModelConfig&, Index)) {
     return TensorRule{role, name, required, shape, expert_count, InLayers::experts};
   };
-  return append(
-      std::move(rules),
-      {one(Role::router_weight, "model.layers.{i}.mlp.gate.weight", required, router_shape),
-       one(Role::router_bias, "model.layers.{i}.mlp.gate.e_score_correction_bias", with_router_bias,
-           router_bias_shape),
-       each(Role::expert_gate_weight, "model.layers.{i}.mlp.experts.{b}.gate_proj.weight", expert_by_hidden),
-       each(Role::expert_up_weight, "model.layers.{i}.mlp.experts.{b}.up_proj.weight", expert_by_hidden),
-       each(Role::expert_down_weight, "model.layers.{i}.mlp.experts.{b}.down_proj.weight", hidden_by_expert),
-       one(Role::shared_gate_weight, "model.layers.{i}.mlp.shared_experts.gate_proj.weight", required,
-           shared_by_hidden),
-       one(Role::shared_up_weight, "model.layers.{i}.mlp.shared_experts.up_proj.weight", required,
-           shared_by_hidden),
-       one(Role::shared_down_weight, "model.layers.{i}.mlp.shared_experts.down_proj.weight", required,
-           hidden_by_shared)});
+  return append(std::move(rules),
+                {one(Role::router_weight, names.router, required, router_shape),
+                 one(Role::router_bias, "model.layers.{i}.mlp.gate.e_score_correction_bias", with_router_bias,
+                     router_bias_shape),
+                 each(Role::expert_gate_weight, names.gate, expert_by_hidden),
+                 each(Role::expert_up_weight, names.up, expert_by_hidden),
+                 each(Role::expert_down_weight, names.down, hidden_by_expert),
+                 one(Role::shared_gate_weight, names.shared_gate, with_shared_experts, shared_by_hidden),
+                 one(Role::shared_up_weight, names.shared_up, with_shared_experts, shared_by_hidden),
+                 one(Role::shared_down_weight, names.shared_down, with_shared_experts, hidden_by_shared),
+                 one(Role::shared_expert_gate, "model.layers.{i}.mlp.shared_expert_gate.weight",
+                     with_shared_gate, one_by_hidden)});
 }
 
 }  // namespace relatent::rules

@@ -2,6 +2,7 @@
 // belongs to, where there are several.
 #pragma once
 
+#include <string_view>
 #include <vector>
 
 #include "convert/model/config.h"
@@ -46,14 +47,42 @@ Shape branch_up_shape(const ModelConfig& c, Index part);
 // What latents and rotary keys read: the layer's input, or normed heads (NormedHeads, attention.h).
 Index latent_inputs(const ModelConfig& c);
 
+// Norms of what attention and MLP read, and of what they add.
+Presence with_input_norms(const ModelConfig& c);
+Presence with_output_norms(const ModelConfig& c);
+
+// Names of a layer's norms that are not those of with_body.
+struct NormNames {
+  std::string_view mlp_input;
+  std::string_view attention_output;
+  std::string_view mlp_output;
+};
+std::vector<TensorRule> with_norm_names(std::vector<TensorRule> rules, const NormNames& names);
+
 std::vector<TensorRule> append(std::vector<TensorRule> rules, const std::vector<TensorRule>& more);
 // What surrounds attention, by Llama's names.
 std::vector<TensorRule> with_body(std::vector<TensorRule> attention);
+// The same rules for layers with that kind of attention.
+std::vector<TensorRule> in_layers(WithAttention attention, std::vector<TensorRule> rules);
+// Grouped-query attention by Llama's names, without what surrounds it; qkv_bias nullptr: none.
+std::vector<TensorRule> grouped_query_attention(Presence (*qkv_bias)(const ModelConfig&));
 // A grouped-query model by Llama's names; qkv_bias nullptr: none.
 std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&));
 // The same with the norms on queries and keys that the config's qk_norm asks for.
 std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules);
-// Experts as DeepSeek names them, one tensor for each.
-std::vector<TensorRule> with_experts(std::vector<TensorRule> rules);
+// A grouped-query model whose config says whether it has those norms, and biases on queries, keys, values and
+// o (attention_bias).
+std::vector<TensorRule> grouped_query_by_config();
+// What the tensors of experts are called, one for each expert and projection; as DeepSeek has it.
+struct ExpertNames {
+  std::string_view router = "model.layers.{i}.mlp.gate.weight";
+  std::string_view gate = "model.layers.{i}.mlp.experts.{b}.gate_proj.weight";
+  std::string_view up = "model.layers.{i}.mlp.experts.{b}.up_proj.weight";
+  std::string_view down = "model.layers.{i}.mlp.experts.{b}.down_proj.weight";
+  std::string_view shared_gate = "model.layers.{i}.mlp.shared_experts.gate_proj.weight";
+  std::string_view shared_up = "model.layers.{i}.mlp.shared_experts.up_proj.weight";
+  std::string_view shared_down = "model.layers.{i}.mlp.shared_experts.down_proj.weight";
+};
+std::vector<TensorRule> with_experts(std::vector<TensorRule> rules, const ExpertNames& names = {});
 
 }  // namespace relatent::rules

@@ -51,16 +51,40 @@ void touch_mlp(const Mlp& mlp) {
   touch_linear(mlp.down);
 }
 
+void touch_rotary(const Rotary& rotary, Index max_position_embeddings) {
+  require(std::isfinite(rotary.attention_factor), "an attention factor that is no number");
+  for (const float frequency : rotary.inv_freq) {
+    require(std::isfinite(frequency) && frequency > 0, "a rotary frequency that is no positive number");
+  }
+  if (static_cast<Index>(rotary.inv_freq.size()) <= kMost) {
+    touch_dense(RotaryTable(rotary, 3).cos);
+    static_cast<void>(explicit_rope_parameters(rotary, max_position_embeddings));
+    try {
+      static_cast<void>(geometric_base(rotary));
+    } catch (const std::invalid_argument&) {  // a list that is not geometric
+    }
+  }
+}
+
 }  // namespace
 
 void touch_config(const ModelConfig& config) {
-  require(config.family != nullptr && config.gqa.has_value() != config.latent.has_value(),
-          "neither grouped-query nor latent attention, or both");
+  require(config.family != nullptr && (config.gqa || config.latent), "no attention");
   require(config.attention.size() == static_cast<std::size_t>(config.num_hidden_layers),
           "layers without a scale");
   require(config.cache_elements() > 0 && config.cache_bytes_per_token() > 0, "an empty cache");
-  for (const AttentionSpec& spec : config.attention) {
-    require(std::isfinite(spec.scale) && spec.scale > 0, "a scale that is no positive number");
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    const float scale = config.spec(i).scale;
+    require(std::isfinite(scale) && scale > 0, "a scale that is no positive number");
+    require(config.is_latent(i) ? config.latent.has_value() : config.gqa.has_value(),
+            "a layer of a kind without sizes");
+    require(
+        !config.spec(i).rotary || *config.spec(i).rotary < static_cast<Index>(config.other_rotaries.size()),
+        "a layer without a list of rotary frequencies");
+    require(config.spec(i).window.value_or(1) > 0, "an empty window");
+  }
+  for (const Index bytes : config.cache_by_context()) {
+    require(bytes > 0, "an empty cache of a sequence");
   }
   for (const Index tp : reported_tp) {
     const std::optional<Index> bytes = config.cache_bytes_per_token_on_device(tp);
@@ -69,17 +93,9 @@ void touch_config(const ModelConfig& config) {
       static_cast<void>(device_shares(*config.latent, tp));
     }
   }
-  require(std::isfinite(config.rotary.attention_factor), "an attention factor that is no number");
-  for (const float frequency : config.rotary.inv_freq) {
-    require(std::isfinite(frequency) && frequency > 0, "a rotary frequency that is no positive number");
-  }
-  if (static_cast<Index>(config.rotary.inv_freq.size()) <= kMost) {
-    touch_dense(RotaryTable(config.rotary, 3).cos);
-    static_cast<void>(explicit_rope_parameters(config.rotary, config.max_position_embeddings));
-    try {
-      static_cast<void>(geometric_base(config.rotary));
-    } catch (const std::invalid_argument&) {  // a list that is not geometric
-    }
+  touch_rotary(config.rotary, config.max_position_embeddings);
+  for (const Rotary& rotary : config.other_rotaries) {
+    touch_rotary(rotary, config.max_position_embeddings);
   }
   Index tensors = config.num_hidden_layers * static_cast<Index>(config.family->rules.size());
   if (config.experts) {
@@ -109,15 +125,18 @@ void touch_model(const Model& model) {
     reads([&] {
       const AttentionHalf half = model.attention_half(i);
       touch_dense(half.input_norm.gain);
+      touch_dense(half.attention_output_norm.gain);
       std::visit([](const auto& attention) { touch_attention(attention); }, half.attention);
     });
     reads([&] {
       const MlpHalf half = model.mlp_half(i);
       touch_dense(half.post_attention_norm.gain);
+      touch_dense(half.mlp_output_norm.gain);
       touch_mlp(half.mlp);
       if (half.experts) {
         touch_dense(half.experts->router);
         touch_dense(half.experts->bias);
+        touch_dense(half.experts->shared_gate);
         touch_mlp(half.experts->expert(0));
         touch_mlp(half.experts->expert(half.experts->geometry.count - 1));
       }

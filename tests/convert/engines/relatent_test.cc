@@ -52,6 +52,48 @@ void expect_equal(const Linear& found, const Linear& expected) {
   EXPECT_TRUE(found.bias == expected.bias);
 }
 
+TEST(RelatentEngine, ConfigSaysWhichLayersHaveExpertsAndWhatIsShared) {
+  const LatentSample sample = latent_samples().front();
+  Random random(2);
+  const testing_support::TinyModel body = tiny_body(body_of(sample), random);
+  ModelConfig source = parse_config(body.config, "config.json");
+  source.num_hidden_layers = 6;
+  source.experts = testing_support::tiny_experts(TopkMethod::greedy);
+  ExpertsGeometry& experts = *source.experts;
+  const auto config_of = [&] {
+    return make_relatent_engine()->config(body.config, source, shape_of(sample),
+                                          testing_support::sample_rotary(6, 1), DType::f32);
+  };
+  Json config = config_of();
+  EXPECT_EQ(config["n_shared_experts"], 2);
+  EXPECT_FALSE(config.contains("mlp_only_layers"));
+  EXPECT_FALSE(config.contains("shared_expert_intermediate_size"));
+  experts.shared_size = 0;
+  config = config_of();
+  EXPECT_EQ(config["n_shared_experts"], 0);
+  EXPECT_EQ(parse_config(config, "config.json").experts->shared_size, 0);
+  experts.shared_size = 14;
+  experts.shared_gate = true;
+  experts.dense_layers = {2, 4};
+  config = config_of();
+  EXPECT_EQ(config["n_shared_experts"], 0);
+  EXPECT_EQ(config["shared_expert_intermediate_size"], 14);
+  EXPECT_EQ(config["mlp_only_layers"], Json({2, 4}));
+  const ModelConfig found = parse_config(config, "config.json");
+  EXPECT_EQ(found.experts->shared_size, 14);
+  EXPECT_TRUE(found.experts->shared_gate);
+  EXPECT_EQ(found.experts->dense_layers, (std::vector<Index>{2, 4}));
+  EXPECT_EQ(found.expert_layers(), 3);
+  const auto refused = [&](const char* key, const Json& value, std::vector<std::string> parts) {
+    Json changed = config;
+    changed[key] = value;
+    parts.emplace_back(key);
+    expect_error(ErrorKind::input, parts, [&] { parse_config(changed, "config.json"); });
+  };
+  refused("n_shared_experts", 2, {"0 beside shared_expert_intermediate_size"});
+  refused("mlp_only_layers", {1, 2}, {"a list of layers from 2 to 5"});
+}
+
 TEST(RelatentEngine, ConfigSaysHowExpertsAreChosen) {
   const LatentSample sample = latent_samples().front();
   Random random(2);
@@ -73,7 +115,7 @@ TEST(RelatentEngine, ConfigSaysHowExpertsAreChosen) {
     ASSERT_TRUE(found);
     EXPECT_EQ(found->first_layer, source.experts->first_layer);
     EXPECT_EQ(found->count, source.experts->count);
-    EXPECT_EQ(found->shared, source.experts->shared);
+    EXPECT_EQ(found->shared_size, source.experts->shared_size);
     EXPECT_EQ(found->intermediate_size, source.experts->intermediate_size);
     EXPECT_EQ(found->per_token, source.experts->per_token);
     EXPECT_EQ(found->topk_method, method);

@@ -63,7 +63,7 @@ class Relatent : public testing::Test {
     RelatentConversion running = conversion(options, sequences);
     std::vector<LatentAttention> out;
     for (Index i = 0; i < 4; ++i) {
-      out.push_back(running.next());
+      out.push_back(running.next().value());
     }
     return out;
   }
@@ -95,7 +95,7 @@ TEST_F(Relatent, WithEverythingKeptLosesNothing) {
       model_, [&](Index i) { return moments_without_data(model_.input_norm(i), 8, 64); }, none_, all);
   std::vector<LatentAttention> layers;
   for (Index i = 0; i < 4; ++i) {
-    layers.push_back(blind.next());
+    layers.push_back(blind.next().value());
   }
   EXPECT_LE(compared(layers, others_).rel_logit_error, kFloatNoise);
 }
@@ -113,7 +113,7 @@ TEST_F(Relatent, GoesOnWhereAnotherStopped) {
     EXPECT_EQ(second.resume(folder / "nothing", 2), sequences.count > 0 ? 0 : 2);
     EXPECT_EQ(second.resume(folder / "streams", 2), 2);
     for (std::size_t i = 2; i < 4; ++i) {
-      const LatentAttention layer = second.next();
+      const LatentAttention layer = second.next().value();
       EXPECT_TRUE(layer.q.weight == whole[i].q.weight);
       EXPECT_TRUE(layer.o.weight == whole[i].o.weight);
       EXPECT_TRUE(layer.branches[0].down.weight == whole[i].branches[0].down.weight);
@@ -227,7 +227,7 @@ TEST_F(Relatent, PlainListIsGeometric) {
     for (Index i = 0; i < pairs; ++i) {
       expected.push_back(all.at(static_cast<std::size_t>(i * stride)));
     }
-    EXPECT_EQ(running.next().rotary.inv_freq, expected);
+    EXPECT_EQ(running.next()->rotary.inv_freq, expected);
     widest = std::max(widest, stride);
   }
   EXPECT_GT(widest, 1);
@@ -251,8 +251,8 @@ TEST_F(Relatent, EveryOptionOfTheClosedFormsCounts) {
   EXPECT_GT(std::abs(compared(converted(options, none_), fitted_).rel_logit_error / error - 1), 0.01);
   options = plain;
   options.plain_list = true;
-  EXPECT_NE(conversion(options, none_).next().rotary.inv_freq,
-            conversion(plain, none_).next().rotary.inv_freq);
+  EXPECT_NE(conversion(options, none_).next()->rotary.inv_freq,
+            conversion(plain, none_).next()->rotary.inv_freq);
 }
 
 TEST_F(Relatent, IsTheSameForAnyThreadCount) {

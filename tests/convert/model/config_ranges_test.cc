@@ -107,12 +107,13 @@ Key size(const std::string& key, std::int64_t most, std::vector<Json> accepted) 
 
 constexpr std::int64_t usual = 1 << 20;
 constexpr std::int64_t small = 1 << 16;
+constexpr std::int64_t heads = 1 << 14;
 constexpr std::int64_t int32_most = 2147483647;
 
 TEST(ConfigRanges, SizesOfGroupedQueryModels) {
   check({size("num_hidden_layers", 4096, {1, 126, 4096}), size("hidden_size", usual, {8, 16384, usual}),
          size("intermediate_size", usual, {1, 53248, usual}),
-         size("num_attention_heads", small, {2, 128, small}), size("num_key_value_heads", small, {1, 6}),
+         size("num_attention_heads", heads, {2, 128, heads}), size("num_key_value_heads", heads, {1, 6}),
          size("head_dim", small, {2, 256, small}), size("vocab_size", int32_most, {1, 262144, int32_most}),
          size("max_position_embeddings", int32_most, {1, 10485760, int32_most}),
          size("sliding_window", int32_most, {1, 4096, int32_most})},
@@ -167,7 +168,7 @@ TEST(ConfigRanges, NumbersOutsideTheRotation) {
 TEST(ConfigRanges, GgufFiles) {
   check(
       {size("deepseek2.block_count", 4096, {1, 4096}),
-       size("deepseek2.attention.head_count", small, {1, small}),
+       size("deepseek2.attention.head_count", heads, {1, heads}),
        size("deepseek2.vocab_size", int32_most, {1, int32_most}),
        size("deepseek2.context_length", int32_most, {1, int32_most}),
        size("deepseek2.embedding_length", usual, {1, usual}),

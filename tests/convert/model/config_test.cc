@@ -43,7 +43,10 @@ TEST(Config, ReadsGroupedQueryModels) {
     EXPECT_EQ(found.max_position_embeddings, 128);
     EXPECT_EQ(found.rms_norm_eps, 1e-5);
     EXPECT_TRUE(found.tie_word_embeddings);
-    EXPECT_EQ(found.attention.front().window, std::nullopt);
+    // transformers' Mistral has a window where the config says nothing; it is longer than any sequence here.
+    EXPECT_EQ(found.attention.front().window,
+              type == std::string("mistral") ? std::optional<Index>(4096) : std::nullopt);
+    EXPECT_FALSE(found.has_sliding_layers());
     EXPECT_EQ(found.dtype, DType::bf16);
     EXPECT_EQ(found.rotary.inv_freq.size(), 4U);
     EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(100.0, -0.25), 1e-7);
@@ -194,7 +197,7 @@ TEST(Config, ReadsExperts) {
     ASSERT_TRUE(found.experts);
     EXPECT_EQ(found.experts->first_layer, 1);
     EXPECT_EQ(found.experts->count, 8);
-    EXPECT_EQ(found.experts->shared, 2);
+    EXPECT_EQ(found.experts->shared_size, 20);
     EXPECT_EQ(found.experts->intermediate_size, 10);
     EXPECT_EQ(found.experts->per_token, 3);
     EXPECT_EQ(found.experts->topk_method, method);
@@ -220,6 +223,96 @@ TEST(Config, ReadsExperts) {
     config["n_group"] = 5;
     EXPECT_FALSE(parse(config).experts);
     EXPECT_FALSE(parse(config).has_experts(2));
+  }
+}
+
+TEST(Config, ReadsExpertsByOtherNames) {
+  Json config = testing_support::tiny_mixture_model({.model_type = "mixtral"}).config;
+  ModelConfig found = parse(config);
+  ASSERT_TRUE(found.experts);
+  EXPECT_EQ(found.experts->count, 5);
+  EXPECT_EQ(found.experts->per_token, 2);
+  EXPECT_EQ(found.experts->intermediate_size, 40);
+  EXPECT_EQ(found.experts->topk_method, TopkMethod::greedy);
+  EXPECT_TRUE(found.experts->normalised);
+  EXPECT_EQ(found.experts->shared_size, 0);
+  EXPECT_EQ(found.expert_layers(), 3);
+
+  config = testing_support::tiny_mixture_model({.model_type = "qwen2_moe", .layers = 7}).config;
+  found = parse(config);
+  ASSERT_TRUE(found.experts);
+  EXPECT_EQ(found.experts->count, 5);
+  EXPECT_EQ(found.experts->intermediate_size, 10);
+  EXPECT_EQ(found.experts->shared_size, 14);
+  EXPECT_TRUE(found.experts->shared_gate);
+  EXPECT_FALSE(found.experts->normalised);
+  EXPECT_EQ(found.expert_layers(), 6);
+  EXPECT_FALSE(found.has_experts(1));
+  config["norm_topk_prob"] = true;
+  EXPECT_TRUE(parse(config).experts->normalised);
+  // Every so many-th layer, counted from 1, and of those not the named ones.
+  config["decoder_sparse_step"] = 2;
+  config["mlp_only_layers"] = {1, 4};
+  found = parse(config);
+  EXPECT_EQ(found.expert_layers(), 2);
+  for (Index i = 0; i < 7; ++i) {
+    EXPECT_EQ(found.has_experts(i), i == 3 || i == 5) << i;
+  }
+  // Nothing is shared where the family has no shared expert, and heads are as wide as the config says.
+  Json qwen3_config = testing_support::tiny_mixture_model({.model_type = "qwen3_moe"}).config;
+  qwen3_config["num_local_experts"] = qwen3_config["num_experts"];
+  qwen3_config.erase("num_experts");
+  // A window that nobody says is used is not.
+  qwen3_config["sliding_window"] = 16;
+  EXPECT_FALSE(parse(qwen3_config).attention.front().window);
+  qwen3_config["use_sliding_window"] = true;
+  EXPECT_EQ(parse(qwen3_config).attention.back().window, 16);
+  qwen3_config["use_sliding_window"] = false;
+  const ModelConfig qwen3 = parse(qwen3_config);
+  EXPECT_EQ(qwen3.experts->count, 5);
+  EXPECT_EQ(qwen3.experts->shared_size, 0);
+  EXPECT_FALSE(qwen3.experts->shared_gate);
+  EXPECT_EQ(qwen3.gqa->qk_norm, QkNorm::head);
+  EXPECT_EQ(qwen3.gqa->head_dim, 8);
+  // Dense models say so in three ways.
+  config["mlp_only_layers"] = {1, 3, 5};
+  EXPECT_FALSE(parse(config).experts);
+  config["mlp_only_layers"] = nullptr;
+  config["decoder_sparse_step"] = 8;
+  EXPECT_FALSE(parse(config).experts);
+  config["decoder_sparse_step"] = 1;
+  config["num_experts"] = 0;
+  EXPECT_FALSE(parse(config).experts);
+}
+
+TEST(Config, RefusesMixturesThatCannotBe) {
+  const std::vector<std::tuple<const char*, std::string, std::vector<std::string>>> cases = {
+      {"mixtral", R"({"num_experts_per_tok": 6})", {"num_experts_per_tok", "at most 5", "a layer", "6"}},
+      {"mixtral", R"({"num_local_experts": null})", {"num_local_experts", "nothing"}},
+      {"mixtral", R"({"num_local_experts": 65537})", {"num_local_experts", "65536"}},
+      {"mixtral", R"({"scoring_func": "sigmoid"})", {"scoring_func", "softmax", "sigmoid"}},
+      {"mixtral", R"({"hidden_act": "relu"})", {"hidden_act", "silu", "relu"}},
+      {"qwen2_moe", R"({"num_experts_per_tok": 6})", {"num_experts_per_tok", "at most 5", "6"}},
+      {"qwen2_moe", R"({"num_experts": -1})", {"num_experts", "-1"}},
+      {"qwen2_moe", R"({"decoder_sparse_step": 0})", {"decoder_sparse_step", "0"}},
+      {"qwen2_moe", R"({"mlp_only_layers": 1})", {"mlp_only_layers", "a list of layers from 0 to 2"}},
+      {"qwen2_moe", R"({"mlp_only_layers": [3]})", {"mlp_only_layers", "a list of layers", "3"}},
+      {"qwen2_moe", R"({"mlp_only_layers": ["1"]})", {"mlp_only_layers", "a list of layers"}},
+      {"qwen2_moe", R"({"shared_expert_intermediate_size": null})", {"shared_expert_intermediate_size"}},
+      {"qwen2_moe", R"({"moe_intermediate_size": null})", {"moe_intermediate_size"}},
+      {"qwen2_moe", R"({"norm_topk_prob": 1})", {"norm_topk_prob", "true or false"}},
+      {"qwen2_moe", R"({"scoring_func": "tanh"})", {"scoring_func", "softmax", "tanh"}},
+      {"qwen2_moe", R"({"qkv_bias": false})", {"qkv_bias", "true"}},
+      {"qwen2_moe", R"({"use_sliding_window": true})", {"use_sliding_window", "false"}},
+      {"qwen2_moe", R"({"hidden_act": "relu"})", {"hidden_act", "silu", "relu"}},
+  };
+  for (const auto& [model_type, changes, wanted] : cases) {
+    SCOPED_TRACE(changes);
+    Json config = testing_support::tiny_mixture_model({.model_type = model_type}).config;
+    config.merge_patch(Json::parse(changes));
+    std::vector<std::string> parts = wanted;
+    parts.emplace_back("folder/config.json");
+    expect_error(ErrorKind::input, parts, [&] { parse(config); });
   }
 }
 
@@ -287,7 +380,11 @@ TEST(Config, Refusals) {
   };
   const std::vector<Case> cases = {
       {R"({"model_type": "gpt2"})",
-       {"model_type", "llama, mistral, qwen2, qwen3, seed_oss, deepseek_v2, deepseek_v3", "gpt2"}},
+       {"model_type",
+        "llama, mistral, qwen2, qwen3, seed_oss, mixtral, qwen2_moe, qwen3_moe, gemma2, gemma3_text, "
+        "deepseek_v2, "
+        "deepseek_v3",
+        "gpt2"}},
       {R"({"model_type": 3})", {"model_type", "a string", "3"}},
       {R"({"model_type": null})", {"model_type", "a string", "null"}},
       {R"({"rms_norm_eps": null})", {"rms_norm_eps", "a number", "null"}},

@@ -26,6 +26,7 @@ using testing_support::TempFolder;
 using testing_support::tiny_experts;
 using testing_support::tiny_gla_model;
 using testing_support::tiny_latent_model;
+using testing_support::tiny_mixture_model;
 using testing_support::tiny_mlra_model;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
@@ -44,8 +45,9 @@ TEST(Families, AreFoundByName) {
   EXPECT_EQ(find_family("gla")->model_type, "llama");
   EXPECT_EQ(find_family(""), nullptr);
   EXPECT_EQ(known_families(),
-            "llama, mistral, qwen2, qwen3, seed_oss, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key "
-            "mlra_model), llama "
+            "llama, mistral, qwen2, qwen3, seed_oss, mixtral, qwen2_moe, qwen3_moe, gemma2, gemma3_text, "
+            "deepseek_v2, deepseek_v3, "
+            "relatent, gpt2 (with the key mlra_model), llama "
             "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
 }
 
@@ -69,8 +71,13 @@ TEST(Families, EveryTensorHasItsPlace) {
       tiny_model({.model_type = "mistral"}),
       tiny_model({.model_type = "qwen2", .tied = true}),
       tiny_model({.model_type = "seed_oss"}),
+      tiny_model({.model_type = "gemma2", .tied = true}),
+      tiny_model({.model_type = "gemma3_text", .tied = true}),
       tiny_model({.model_type = "qwen3"}),
       tiny_model({.model_type = "qwen3", .q_bias = true, .kv_bias = true, .o_bias = true}),
+      tiny_mixture_model({.model_type = "mixtral"}),
+      tiny_mixture_model({.model_type = "qwen2_moe"}),
+      tiny_mixture_model({.model_type = "qwen3_moe"}),
       tiny_latent_model(),
       tiny_latent_model({.attention_bias = true}),
       tiny_latent_model({.q_rank = 9}),
@@ -358,6 +365,45 @@ TEST(Families, ExpertRefusals) {
          model.tensors.at(layer_name(1, "self_attn.o_proj.weight")).dtype = DType::f8_e4m3;
        },
        {"layers.1.self_attn.o_proj.weight_scale_inv", "FP8", "cast them to bfloat16"}},
+  });
+}
+
+TEST(Families, MixtureRefusals) {
+  const TinyModel mixtral = tiny_mixture_model({.model_type = "mixtral"});
+  const TinyModel qwen = tiny_mixture_model({.model_type = "qwen2_moe"});
+  expect_refused({
+      {"an expert by another family's name",
+       mixtral,
+       add(layer_name(1, "block_sparse_moe.experts.0.up_proj.weight"), {40, 24}),
+       {"no place in a mixtral model", "experts.0.up_proj"}},
+      {"an expert's down-projection for its gate",
+       mixtral,
+       add(layer_name(1, "block_sparse_moe.experts.2.w1.weight"), {24, 40}),
+       {"experts.2.w1", "[40, 24]", "[24, 40]"}},
+      {"a dense layer",
+       mixtral,
+       add(layer_name(1, "mlp.up_proj.weight"), {40, 24}),
+       {"no place", "layers.1.mlp.up_proj"}},
+      {"no gate of the shared expert",
+       qwen,
+       drop(layer_name(2, "mlp.shared_expert_gate.weight")),
+       {"missing", "layers.2.mlp.shared_expert_gate"}},
+      {"no shared expert",
+       qwen,
+       drop(layer_name(0, "mlp.shared_expert.up_proj.weight")),
+       {"missing", "layers.0.mlp.shared_expert.up_proj"}},
+      {"experts in a layer that has none",
+       qwen,
+       add(layer_name(1, "mlp.experts.0.up_proj.weight"), {10, 24}),
+       {"no place", "layers.1.mlp.experts.0.up_proj"}},
+      {"a layer that should have experts",
+       qwen,
+       [](TinyModel& model) { model.config["mlp_only_layers"] = nlohmann::ordered_json::array(); },
+       {"no place", "layers.1.mlp.up_proj"}},
+      {"a router of fewer experts",
+       qwen,
+       add(layer_name(0, "mlp.gate.weight"), {4, 24}),
+       {"layers.0.mlp.gate", "[5, 24]", "[4, 24]"}},
   });
 }
 

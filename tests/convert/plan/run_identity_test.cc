@@ -27,6 +27,7 @@ TEST(RunIdentityOfAConversion, NameEveryOptionThatDecidesTheResult) {
   const std::vector<std::pair<std::string, Change>> changes = {
       {"--method", [](auto& o) { o.method = Method::relatent; }},
       {"--to", [](auto& o) { o.form = "gla"; }},
+      {"--layers", [](auto& o) { o.layers = "0"; }},
       {"--branches", [](auto& o) { o.branches = 2; }},
       {"--key-rank", [](auto& o) { o.key_rank = 2; }},
       {"the calibration", [](auto& o) { o.calibration.reset(); }},

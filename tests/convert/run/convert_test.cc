@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <limits>
@@ -12,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include "convert/model/families/family.h"
+#include "convert/verify/structure.h"
 #include "examples_path.h"
 #include "linalg/packed.h"
 #include "tests/support/convert_fixture.h"
@@ -30,6 +33,7 @@ using testing_support::layer_name;
 using testing_support::random_sequences;
 using testing_support::small;
 using testing_support::ThreadCount;
+using testing_support::tiny_mixture_model;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
 using testing_support::TinyOptions;
@@ -285,6 +289,60 @@ TEST_F(Convert, ExpertsAreCarriedAndPredictionLayersLeftOut) {
     }
     EXPECT_EQ(experts, 3 + 2 * (2 + 3 * 8 + 3));
     EXPECT_LE(verified().logits.rel_logit_error, dtype ? 0.1 : 1e-5);
+  }
+}
+
+TEST_F(Convert, MixturesGoIntoTheOwnLayoutByteForByte) {
+  const std::vector<std::pair<std::string, std::vector<std::pair<std::string, std::string>>>> renamed = {
+      {"mixtral",
+       {{"block_sparse_moe.gate.weight", "mlp.gate.weight"},
+        {"block_sparse_moe.experts.4.w1.weight", "mlp.experts.4.gate_proj.weight"},
+        {"block_sparse_moe.experts.4.w2.weight", "mlp.experts.4.down_proj.weight"},
+        {"block_sparse_moe.experts.4.w3.weight", "mlp.experts.4.up_proj.weight"}}},
+      {"qwen2_moe",
+       {{"mlp.shared_expert.up_proj.weight", "mlp.shared_experts.up_proj.weight"},
+        {"mlp.shared_expert_gate.weight", "mlp.shared_expert_gate.weight"},
+        {"mlp.experts.3.up_proj.weight", "mlp.experts.3.up_proj.weight"}}},
+      {"qwen3_moe", {{"mlp.experts.3.down_proj.weight", "mlp.experts.3.down_proj.weight"}}}};
+  for (const auto& [model_type, names] : renamed) {
+    ConvertOptions options = write(tiny_mixture_model({.model_type = model_type}));
+    run(options);
+    EXPECT_LE(verified().logits.rel_logit_error, kFloatNoise);
+    const Model before = Model::open(source());
+    const Model after = Model::open(output());
+    EXPECT_EQ(after.config().family->name, "relatent");
+    std::vector<std::string> findings;
+    const Structure structure = check_structure(before, after, find_report(after, findings));
+    EXPECT_TRUE(findings.empty());
+    EXPECT_TRUE(structure.findings.empty());
+    EXPECT_EQ(structure.cast, 0);
+    EXPECT_EQ(after.config().expert_layers(), before.config().expert_layers());
+    for (const auto& [from, to] : names) {
+      EXPECT_TRUE(std::ranges::equal(before.checkpoint().bytes(layer_name(2, from)),
+                                     after.checkpoint().bytes(layer_name(2, to))))
+          << to;
+    }
+    for (const char* form : {"gla", "tpla", "mlra"}) {
+      options.form = form;
+      options.branches = 2;
+      run(options);
+      EXPECT_LE(verified().logits.rel_logit_error, 10 * kFloatNoise) << form;
+    }
+  }
+}
+
+TEST_F(Convert, MixturesAreFitted) {
+  for (const char* model_type : {"mixtral", "qwen2_moe", "qwen3_moe"}) {
+    ConvertOptions options = small(write(tiny_mixture_model({.model_type = model_type})), Method::relatent);
+    options.calibration = calibrated();
+    run(options);
+    EXPECT_EQ(Model::open(output()).config().latent->kv_lora_rank, 10);
+    const double fitted = verified().logits.rel_logit_error;
+    options.method = Method::weights_only;
+    options.calibration.reset();
+    run(options);
+    EXPECT_LT(fitted, verified().logits.rel_logit_error);
+    EXPECT_GT(fitted, 0);
   }
 }
 

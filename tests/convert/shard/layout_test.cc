@@ -20,6 +20,7 @@ using testing_support::layer_name;
 using testing_support::rich_shape;
 using testing_support::TempFolder;
 using testing_support::tiny_latent_model;
+using testing_support::tiny_mixture_model;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
 
@@ -168,6 +169,20 @@ TEST(ShardLayout, ExpertsByInnerSizeAndRoutersWhole) {
   EXPECT_EQ(parts.at("model.layers.3.enorm.weight"), (Parts{{0, 5}, nothing}));
 }
 
+TEST(ShardLayout, ASharedExpertByItsOwnSizeAndItsGateWhole) {
+  const auto parts = parts_of(tiny_mixture_model({.model_type = "qwen2_moe"}), 2);
+  const auto at = [&](const std::string& rest) { return parts.at(layer_name(2, "mlp." + rest)); };
+  EXPECT_EQ(at("gate.weight"), (Parts{{0, 5}, {0, 5}}));
+  EXPECT_EQ(at("shared_expert_gate.weight"), (Parts{{0, 1}, {0, 1}}));
+  for (const char* part : {"gate", "up", "down"}) {
+    EXPECT_EQ(at("experts.4." + std::string(part) + "_proj.weight"), (Parts{{0, 5}, {5, 5}})) << part;
+    EXPECT_EQ(at("shared_expert." + std::string(part) + "_proj.weight"), (Parts{{0, 7}, {7, 7}})) << part;
+  }
+  EXPECT_EQ(parts.at(layer_name(1, "mlp.up_proj.weight")), (Parts{{0, 20}, {20, 20}}));
+  const auto mixtral = parts_of(tiny_mixture_model({.model_type = "mixtral"}), 2);
+  EXPECT_EQ(mixtral.at(layer_name(0, "block_sparse_moe.experts.3.w2.weight")), (Parts{{0, 20}, {20, 20}}));
+}
+
 TEST(ShardLayout, TensorsInTheOrderOfTheirData) {
   const TempFolder folder;
   tiny_model().write(folder.path());
@@ -204,8 +219,10 @@ TEST(ShardLayout, SaysWhatDoesNotFit) {
 
   // Sizes of layers that there are.
   config.experts = testing_support::tiny_experts();
-  EXPECT_EQ(why_not_sharded(config, 4), "moe_intermediate_size 10 does not divide by 4");
+  EXPECT_EQ(why_not_sharded(config, 4), "the experts' intermediate size 10 does not divide by 4");
   config.experts->intermediate_size = 48;
+  EXPECT_EQ(why_not_sharded(config, 24), "the shared experts' intermediate size 20 does not divide by 24");
+  config.experts->shared_size = 48;
   EXPECT_EQ(why_not_sharded(config, 24), "intermediate_size 1408 does not divide by 24");
   config.experts->first_layer = 0;
   EXPECT_EQ(why_not_sharded(config, 24), "");

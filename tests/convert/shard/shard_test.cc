@@ -32,6 +32,7 @@ using testing_support::relative_error;
 using testing_support::rich_shape;
 using testing_support::TempFolder;
 using testing_support::tiny_latent_model;
+using testing_support::tiny_mixture_model;
 using testing_support::tiny_model;
 using testing_support::tiny_relatent_model;
 using testing_support::TinyModel;
@@ -234,6 +235,10 @@ TEST_F(Shard, MergeReturnsEveryByte) {
   expect_round_trip(2);
   write(tiny_latent_model({.body = {.dtype = DType::bf16}, .experts = testing_support::tiny_experts()}));
   expect_round_trip(2);
+  for (const char* model_type : {"mixtral", "qwen2_moe", "qwen3_moe"}) {
+    write(tiny_mixture_model({.model_type = model_type, .dtype = DType::bf16}));
+    expect_round_trip(2);
+  }
   // More ranks than tokens: some have none.
   write(tiny_model({.model_type = "qwen2", .heads = 8, .vocab = 3}));
   expect_round_trip(8);

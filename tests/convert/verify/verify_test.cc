@@ -147,6 +147,8 @@ TEST(Verify, JsonHoldsEveryField) {
   v.converted_cache_bytes = 400;
   v.source_per_device = {800, 401, 202, 103};
   v.converted_per_device = {400, 399, 398, 397};
+  v.source_context_bytes = {11, 12, 13};
+  v.converted_context_bytes = {5, 6, 7};
   v.layers = {{0.1, 0.2}, {0.3, 0.4}};
   const nlohmann::ordered_json expected = nlohmann::ordered_json::parse(R"({
     "source_ppl": 6.5, "converted_ppl": 7.5, "nats": 1.5, "mean_kl": 0.25, "max_kl": 0.5, "top1_agreement": 0.75,
@@ -155,6 +157,8 @@ TEST(Verify, JsonHoldsEveryField) {
       "source": 800, "converted": 400,
       "per_device": {"1": {"source": 800, "converted": 400}, "2": {"source": 401, "converted": 399},
                      "4": {"source": 202, "converted": 398}, "8": {"source": 103, "converted": 397}}},
+    "kv_bytes_at_context": {"4096": {"source": 11, "converted": 5}, "32768": {"source": 12, "converted": 6},
+                            "131072": {"source": 13, "converted": 7}},
     "layers": [{"attention_rel_error": 0.1, "residual_rel_error": 0.2},
                {"attention_rel_error": 0.3, "residual_rel_error": 0.4}]})");
   EXPECT_EQ(to_json(v), expected);

@@ -10,6 +10,15 @@ QK_NORMS = ("head", "width")
 LATENT_NORMS = ("none", "branch", "replicated")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROPE_TYPES = ("default", "longrope")
+# What models may have beyond Llama, and what of it this package serves.
+PLAIN = {
+    "hidden_activation": "silu",
+    "norm_placement": "before",
+    "norm_unit_offset": False,
+    "embedding_multiplier": 1,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
 
 
 class RelatentConfig(PreTrainedConfig):
@@ -32,8 +41,10 @@ class RelatentConfig(PreTrainedConfig):
     each (`qk_norm` "head") or all together ("width"), and as many values. Queries then are a map of
     the head's own normalised query. `normed_bias` says whether these projections have biases.
 
-    Layers from `first_k_dense_replace` on (None: no layer) have a mixture of experts in place of
-    the MLP, whose sizes and `topk_method` are those of DeepSeek's configurations.
+    Layers from `first_k_dense_replace` on (None: no layer), but those of `mlp_only_layers`, have a
+    mixture of experts in place of the MLP, whose sizes and `topk_method` are those of DeepSeek's
+    configurations. `n_shared_experts` may be 0; `shared_expert_intermediate_size` is that of one
+    shared expert whose output is multiplied by the sigmoid of a gate.
     """
 
     model_type = "relatent"
@@ -65,9 +76,11 @@ class RelatentConfig(PreTrainedConfig):
         layers: list[dict[str, Any]] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
+        mlp_only_layers: list[int] | None = None,
         moe_intermediate_size: int | None = None,
         n_routed_experts: int | None = None,
         n_shared_experts: int | None = None,
+        shared_expert_intermediate_size: int | None = None,
         num_experts_per_tok: int | None = None,
         n_group: int | None = None,
         topk_group: int | None = None,
@@ -112,6 +125,9 @@ class RelatentConfig(PreTrainedConfig):
         self.latent_branches = latent_branches
         self.latent_norm = latent_norm
         self.latent_norm_rank = latent_norm_rank
+        # vLLM wants a number of every config.
+        if num_key_value_heads is None and latent_features == "hidden":
+            num_key_value_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.normed_head_dim = normed_head_dim
         self.normed_bias = normed_bias
@@ -119,9 +135,11 @@ class RelatentConfig(PreTrainedConfig):
         self.layers = layers
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
+        self.mlp_only_layers = list(mlp_only_layers or [])
         self.moe_intermediate_size = moe_intermediate_size
         self.n_routed_experts = n_routed_experts
         self.n_shared_experts = n_shared_experts
+        self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.num_experts_per_tok = num_experts_per_tok
         self.n_group = n_group
         self.topk_group = topk_group
@@ -140,13 +158,22 @@ class RelatentConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         # transformers takes the size of rope from here.
         self.head_dim = qk_rope_head_dim
+        for key, plain in PLAIN.items():
+            setattr(self, key, kwargs.get(key, plain))
         # transformers builds one without arguments to compare with; that has nothing to check.
         if rope_parameters is not None:
             check_layout(self, kwargs.get("quantization_config"))
         super().__init__(**kwargs)
 
     def has_experts(self, layer_idx: int) -> bool:
-        return self.first_k_dense_replace is not None and layer_idx >= self.first_k_dense_replace
+        first = self.first_k_dense_replace
+        return first is not None and layer_idx >= first and layer_idx not in self.mlp_only_layers
+
+    def shared_size(self) -> int:
+        """Inner size of the MLP that all tokens of a mixture pass; 0 for none."""
+        if self.shared_expert_intermediate_size:
+            return self.shared_expert_intermediate_size
+        return self.n_shared_experts * self.moe_intermediate_size
 
 
 def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
@@ -169,6 +196,12 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
         raise ValueError(
             "config.json lists layers that differ in size or kind, which this reader does not know"
         )
+    for key, plain in PLAIN.items():
+        found = getattr(config, key, plain)
+        if found not in (plain, None):
+            raise ValueError(
+                f"config.json has {key} {found!r}, and this reader knows only {plain!r}"
+            )
     quantization = quantization or getattr(config, "quantization_config", None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -180,7 +213,7 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
         raise ValueError(f"hidden_act must be 'silu', not {config.hidden_act!r}")
     _check_rope(config.rope_parameters)
     _check_latents(config)
-    if config.has_experts(config.num_hidden_layers - 1):
+    if any(config.has_experts(layer) for layer in range(config.num_hidden_layers)):
         _check_experts(config)
 
 
@@ -223,10 +256,18 @@ def _check_latents(config: PreTrainedConfig) -> None:
 def _check_experts(config: PreTrainedConfig) -> None:
     if config.topk_method not in TOPK_METHODS:
         raise ValueError(f"topk_method must be one of {TOPK_METHODS}, not {config.topk_method!r}")
-    sizes = ["moe_intermediate_size", "n_routed_experts", "n_shared_experts"]
-    sizes.append("num_experts_per_tok")
+    sizes = ["moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"]
     if config.topk_method != "greedy":
         sizes += ["n_group", "topk_group"]
     for key in sizes:
         if not getattr(config, key):
             raise ValueError(f"a model with experts needs {key}")
+    if config.n_shared_experts is None:
+        raise ValueError("a model with experts needs n_shared_experts, 0 for none")
+    if config.n_shared_experts and config.shared_expert_intermediate_size:
+        raise ValueError("beside shared_expert_intermediate_size, n_shared_experts must be 0")
+    if config.num_experts_per_tok > config.n_routed_experts:
+        raise ValueError(
+            f"num_experts_per_tok must be at most n_routed_experts = {config.n_routed_experts}, "
+            f"not {config.num_experts_per_tok}"
+        )

@@ -110,15 +110,21 @@ class RelatentRouter(nn.Module):
 
 
 class RelatentMoE(nn.Module):
-    """Every token passes the shared experts and a few of the others."""
+    """Every token passes the shared experts, where there are some, and a few of the others."""
 
     def __init__(self, config: RelatentConfig, prefix: str):
         super().__init__()
         self.config = config
         inner = config.moe_intermediate_size
         self.gate = RelatentRouter(config)
-        self.shared_experts = RelatentMLP(
-            config, config.n_shared_experts * inner, f"{prefix}.shared_experts"
+        shared = config.shared_size()
+        self.shared_experts = (
+            RelatentMLP(config, shared, f"{prefix}.shared_experts") if shared else None
+        )
+        self.shared_expert_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False)
+            if config.shared_expert_intermediate_size
+            else None
         )
         self.experts = FusedMoEFactory(
             num_experts=config.n_routed_experts,
@@ -132,11 +138,21 @@ class RelatentMoE(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden]"""
-        return self.shared_experts(x) + self.experts(hidden_states=x, router_logits=self.gate(x))
+        out = self.experts(hidden_states=x, router_logits=self.gate(x))
+        if self.shared_experts is None:
+            return out
+        shared = self.shared_experts(x)
+        if self.shared_expert_gate is not None:
+            shared = self.shared_expert_gate(x).sigmoid() * shared
+        return shared + out
 
     def places(self) -> dict[str, Place]:
         out = with_prefix("gate", self.gate.places())
-        out |= with_prefix("shared_experts", self.shared_experts.places())
+        if self.shared_experts is not None:
+            out |= with_prefix("shared_experts", self.shared_experts.places())
+        if self.shared_expert_gate is not None:
+            weight = self.shared_expert_gate.weight
+            out["shared_expert_gate.weight"] = Place(weight.shape, [Copy(weight)])
         hidden, inner = self.config.hidden_size, self.config.moe_intermediate_size
         routed = self.experts.routed_experts
 

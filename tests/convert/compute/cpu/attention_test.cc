@@ -65,6 +65,8 @@ TEST(GqaAttention, MixesHeadsByTheBook) {
   std::vector<GqaSample> samples = gqa_samples();
   samples.push_back({.name = "window", .q_bias = true, .window = 7});
   samples.push_back({.name = "only itself", .window = 1});
+  samples.push_back({.name = "capped scores", .softcap = 0.7F});
+  samples.push_back({.name = "capped scores in a window", .window = 7, .softcap = 0.7F});
   samples.push_back({.name = "window beyond the sequence", .window = 1000});
   for (const GqaSample& sample : samples) {
     // 200 positions are more than are handled at once.

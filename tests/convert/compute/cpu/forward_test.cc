@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <string>
 #include <vector>
@@ -93,8 +94,8 @@ TEST(Forward, MlpLeavesOtherSequencesAlone) {
   const MatrixF before = stream.hidden();
   const Layer layer = model.layer(0);
   const MatrixF added =
-      product(layer.mlp.down, swiglu(layer.mlp, normed(layer.post_attention_norm, stream.sequence(1))));
-  add_mlp(layer, stream.sequence(1));
+      product(layer.mlp.down, gated(layer.mlp, normed(layer.post_attention_norm, stream.sequence(1))));
+  add_mlp(layer, stream, 1, 1);
   EXPECT_TRUE(stream.hidden().topRows(4) == before.topRows(4));
   EXPECT_LE(relative_error(stream.hidden().bottomRows(4), before.bottomRows(4) + added), kFloatNoise);
   EXPECT_FALSE(added.isZero(1e-3F));
@@ -112,26 +113,63 @@ TEST(Forward, ExpertsAddToTheSharedOnes) {
   Stream stream(model, random_sequences(3, 2, 4, 50));
   const MatrixF before = stream.sequence(1);
   const MatrixF x = normed(layer.post_attention_norm, before);
-  const MatrixF shared = product(layer.mlp.down, swiglu(layer.mlp, x));
+  const MatrixF shared = product(layer.mlp.down, gated(layer.mlp, x));
   const MatrixF added = mix_experts(*layer.experts, x);
   EXPECT_FALSE(added.isZero(1e-3F));
-  add_mlp(layer, stream.sequence(1));
+  add_mlp(layer, stream, 1, 1);
   EXPECT_LE(relative_error(stream.sequence(1), before + shared + added), kFloatNoise);
 }
 
-TEST(Forward, ExpertsGiveTheSameForAnyNumberOfThreads) {
+TEST(Forward, ALayerMayHaveNoSharedExperts) {
   const TempFolder folder;
-  const Model model =
-      open(testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}), folder);
-  std::vector<MatrixF> found;
-  for (const int threads : {1, 2, 5}) {
-    const ThreadCount count(threads);
-    Stream stream(model, random_sequences(9, 7, 11, 50));
-    run(model, stream);
-    found.push_back(stream.hidden());
+  const Model model = open(testing_support::tiny_mixture_model({.model_type = "mixtral"}), folder);
+  const Layer layer = model.layer(0);
+  ASSERT_TRUE(layer.experts);
+  EXPECT_EQ(layer.mlp.down.out(), 0);
+  Stream stream(model, random_sequences(3, 2, 4, 50));
+  const MatrixF before = stream.sequence(1);
+  const MatrixF added = mix_experts(*layer.experts, normed(layer.post_attention_norm, before));
+  add_mlp(layer, stream);
+  EXPECT_LE(relative_error(stream.sequence(1), before + added), kFloatNoise);
+}
+
+// More tokens than a batch has: the last of them comes with others than before.
+TEST(Forward, ExpertsAreReadOnceForABatchOfSequences) {
+  const TempFolder folder;
+  const Model model = open(testing_support::tiny_mixture_model({.model_type = "qwen2_moe"}), folder);
+  Layer layer = model.layer(2);
+  std::atomic<int> read = 0;
+  layer.experts->expert = [&read, all = layer.experts->expert](Index e) {
+    ++read;
+    return all(e);
+  };
+  const Sequences all = random_sequences(3, 1000, 10, 50);
+  Stream stream(model, all);
+  add_mlp(layer, stream);
+  EXPECT_EQ(read, 2 * 5);
+  Stream alone(model, last_sequences(all, 1));
+  add_mlp(layer, alone);
+  EXPECT_LE(relative_error(stream.sequence(999), alone.sequence(0)), kFloatNoise);
+}
+
+TEST(Forward, ExpertsGiveTheSameForAnyNumberOfThreads) {
+  for (const testing_support::TinyModel& tiny :
+       {testing_support::tiny_latent_model({.experts = testing_support::tiny_experts()}),
+        testing_support::tiny_mixture_model({.model_type = "mixtral"}),
+        testing_support::tiny_mixture_model({.model_type = "qwen2_moe"}),
+        testing_support::tiny_mixture_model({.model_type = "qwen3_moe"})}) {
+    const TempFolder folder;
+    const Model model = open(tiny, folder);
+    std::vector<MatrixF> found;
+    for (const int threads : {1, 2, 5}) {
+      const ThreadCount count(threads);
+      Stream stream(model, random_sequences(9, 70, 11, 50));
+      run(model, stream);
+      found.push_back(stream.hidden());
+    }
+    EXPECT_TRUE(found[1] == found[0]);
+    EXPECT_TRUE(found[2] == found[0]);
   }
-  EXPECT_TRUE(found[1] == found[0]);
-  EXPECT_TRUE(found[2] == found[0]);
 }
 
 }  // namespace

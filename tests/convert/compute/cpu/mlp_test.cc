@@ -6,10 +6,13 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <mutex>
 #include <numeric>
 #include <set>
+#include <utility>
 #include <vector>
 
+#include "convert/compute/cpu/products.h"
 #include "tests/support/reference.h"
 #include "tests/support/samples.h"
 #include "tests/support/tiny_model.h"
@@ -33,7 +36,7 @@ Experts random_experts(const ExpertsGeometry& geometry, Random& random) {
                        random.linear(geometry.intermediate_size, hidden, false),
                        random.linear(hidden, geometry.intermediate_size, false)});
   }
-  Experts out{geometry, random.linear(geometry.count, hidden, false).weight, {}, [weights](Index e) {
+  Experts out{geometry, random.linear(geometry.count, hidden, false).weight, {}, {}, [weights](Index e) {
                 return weights.at(static_cast<std::size_t>(e));
               }};
   if (geometry.topk_method == TopkMethod::noaux_tc) {
@@ -161,8 +164,10 @@ TEST(Mlp, ReadsOnlyExpertsThatAreChosen) {
   Random random(6);
   Experts experts = random_experts(tiny_experts(), random);
   std::vector<Index> read;
+  std::mutex reading;
   const auto all = experts.expert;
   experts.expert = [&](Index e) {
+    const std::lock_guard lock(reading);
     read.push_back(e);
     return all(e);
   };
@@ -173,7 +178,54 @@ TEST(Mlp, ReadsOnlyExpertsThatAreChosen) {
   for (const Choice& choice : chosen.front()) {
     expected.push_back(choice.expert);
   }
+  std::sort(read.begin(), read.end());
   EXPECT_EQ(read, expected);
+
+  // Once for all rows, more than go through an expert together.
+  read.clear();
+  mix_experts(experts, random.matrix(700, hidden));
+  std::sort(read.begin(), read.end());
+  EXPECT_EQ(read, (std::vector<Index>{0, 1, 2, 3, 4, 5, 6, 7}));
+}
+
+// A softmax over (log 1, log 2, log 3, log 4): 0.1, 0.2, 0.3, 0.4.
+TEST(Mlp, WeightsOfASoftmaxRouterWorkedByHand) {
+  Experts experts;
+  experts.geometry = {.count = 4, .intermediate_size = 1, .per_token = 2};
+  experts.router = MatrixF(4, 1);
+  experts.router << 0, std::log(2.0F), std::log(3.0F), std::log(4.0F);
+  const MatrixF x = MatrixF::Ones(1, 1);
+  const auto weights = [&] {
+    const std::vector<std::vector<Choice>> chosen = choose_experts(experts, x);
+    EXPECT_EQ(chosen.front()[0].expert, 2);
+    EXPECT_EQ(chosen.front()[1].expert, 3);
+    return std::pair(chosen.front()[0].weight, chosen.front()[1].weight);
+  };
+  EXPECT_NEAR(weights().first, 0.3F, 1e-6F);
+  EXPECT_NEAR(weights().second, 0.4F, 1e-6F);
+  experts.geometry.normalised = true;
+  EXPECT_NEAR(weights().first, 3.0F / 7, 1e-6F);
+  EXPECT_NEAR(weights().second, 4.0F / 7, 1e-6F);
+}
+
+TEST(Mlp, TheSharedGateWeighsEveryRow) {
+  Random random(7);
+  MlpHalf half;
+  half.mlp = {random.linear(9, hidden, false), random.linear(9, hidden, false),
+              random.linear(hidden, 9, false)};
+  const MatrixF x = random.matrix(300, hidden);
+  const MatrixF plain = shared_output(half, x);
+  EXPECT_LE(relative_error(plain, product(half.mlp.down, gated(half.mlp, x))), kFloatNoise);
+  half.experts = random_experts(tiny_experts(), random);
+  EXPECT_TRUE(shared_output(half, x) == plain);
+  half.experts->shared_gate = random.row(hidden, 1);
+  const MatrixF weighed = shared_output(half, x);
+  for (Index i = 0; i < x.rows(); ++i) {
+    const float gate = 1 / (1 + std::exp(-x.row(i).dot(half.experts->shared_gate)));
+    EXPECT_LE(relative_error(weighed.row(i), plain.row(i) * gate), kFloatNoise);
+  }
+  half.mlp = {};
+  EXPECT_EQ(shared_output(half, x).size(), 0);
 }
 
 }  // namespace
