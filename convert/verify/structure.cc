@@ -85,11 +85,16 @@ Look look_at(DType dtype, std::span<const std::byte> bytes, const std::optional<
   return out;
 }
 
-// What of the source the tensor is; none for what convert computed. The attention of grouped-query layers is
-// the source's.
+// What of the source the tensor is; none for what convert computed. The attention of grouped-query layers
+// beside latent ones is the source's; where there are no latent ones, nothing says what it was to be.
 std::optional<Role> origin_role(const PlacedTensor& tensor, const Model& converted) {
-  const bool carried = is_attention(tensor.role) && !converted.config().is_latent(*tensor.layer_idx);
-  return carried ? tensor.role : source_role(tensor.role);
+  if (!is_attention(tensor.role)) {
+    return source_role(tensor.role);
+  }
+  if (!converted.config().latent) {
+    return std::nullopt;
+  }
+  return converted.config().is_latent(*tensor.layer_idx) ? source_role(tensor.role) : tensor.role;
 }
 
 // The source's tensor that this one is, whatever it is called.

@@ -251,7 +251,7 @@ def test_half_of_the_cache(bench, made, method: str) -> None:
         pytest.skip("no place for norms on queries and keys")
     out = bench.convert(
         *(folder, method, "--dtype", "float32", *options),
-        *("--kv-budget", 0.5, "--rope-dim", 16),
+        *("--kv-budget", 0.5, "--rope-dim", 8),
     )
     found = support.verify(folder, out)
     errors = [layer["attention_rel_error"] for layer in found["layers"]]

@@ -130,11 +130,11 @@ void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional
 void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out) {
   const bool said = in.json().contains("sliding_window");
   std::optional<Index> window = said || !defaults.window ? std::nullopt : defaults.window;
-  if (in.has("sliding_window")) {
-    window = in.size("sliding_window");
-  }
+  // transformers writes 0 for Qwen2-MoE's where it is not used.
   if (!in.flag_or("use_sliding_window", defaults.used)) {
     window.reset();
+  } else if (in.has("sliding_window")) {
+    window = in.size("sliding_window");
   }
   std::vector<bool> sliding(out.attention.size(), true);
   if (defaults.by_type && in.has("layer_types")) {

@@ -50,6 +50,7 @@ TEST(LayerKinds, WindowsByFamily) {
       {"qwen2",
        R"({"sliding_window": 16, "max_window_layers": 1, "use_sliding_window": false})",
        {all, all, all}},
+      {"qwen2", R"({"sliding_window": 0, "use_sliding_window": false})", {all, all, all}},
       {"qwen2",
        R"({"sliding_window": 16, "max_window_layers": 1, "use_sliding_window": true})",
        {all, 16, 16}},
@@ -238,9 +239,10 @@ TEST(LayerKinds, CacheOfTwoKinds) {
   EXPECT_TRUE(found.is_sliding(2));
   EXPECT_FALSE(found.is_sliding(0));
   // One key/value head on each of two devices, and of the latents what each of them has.
-  const Index latents = *found.cache_bytes_on_device(2, 1) - 2 * (16 + 16);
+  constexpr Index carried = 64;  // bytes of one token in both layers
+  const Index latents = *found.cache_bytes_on_device(2, 1) - carried;
   EXPECT_EQ(latents, 2 * (4 + 5 + 4 + 4));
-  EXPECT_EQ(found.cache_bytes_on_device(2, 1000), 1000 * (2 * 16 + latents) + 2 * 16 * 16);
+  EXPECT_EQ(found.cache_bytes_on_device(2, 1000), 1000 * (carried / 2 + latents) + 16 * carried / 2);
   EXPECT_EQ(found.cache_bytes_on_device(5, 1), std::nullopt);
 }
 

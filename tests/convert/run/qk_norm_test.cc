@@ -200,7 +200,8 @@ TEST_F(QkNormTest, ConfigsSayWhatIsWrong) {
   refuse("q_lora_rank", 8, "null");
   nlohmann::ordered_json normed = altered("latent_norm", "replicated");
   normed["latent_norm_rank"] = 8;
-  expect_error(ErrorKind::input, {"latent_norm", "normed_heads"}, [&] { parse_config(normed, "config.json"); });
+  expect_error(ErrorKind::input, {"latent_norm", "normed_heads"},
+               [&] { parse_config(normed, "config.json"); });
 }
 
 }  // namespace
