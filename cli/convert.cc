@@ -159,7 +159,7 @@ Json result_json(const ConvertPlan& plan, const ConvertReport& report,
   }
   out["bias_fold_error"] = report.fold_error;
   out["carried_layers"] = plan.carried.layers();
-  out["cache_bytes_at_context"] = context_json(plan);
+  out["cache_bytes_at_context"] = context_json(plan.source_context_bytes, plan.converted_context_bytes);
   out["measured"] = report.measured ? measured_json(*report.measured) : Json(nullptr);
   out["readers"] = readers;
   out["warnings"] = plan.warnings;

@@ -61,11 +61,8 @@ Target target_of(const Form& form, const FormExample& example, const ModelConfig
 // Of a result, and where every layer slides, there is nothing more to make.
 std::vector<Target> targets_of(const ModelConfig& config) {
   std::vector<Target> out;
-  const auto grows = [&](const AttentionSpec& spec) {
-    return !spec.window || *spec.window >= config.max_position_embeddings;
-  };
   if ((config.latent && (config.gqa || config.latent->branches.size() != 1)) ||
-      std::none_of(config.attention.begin(), config.attention.end(), grows)) {
+      config.sliding_layers().others(config.num_hidden_layers).empty()) {
     return out;
   }
   for (const CacheShape& shape : served_shapes) {
@@ -104,23 +101,20 @@ std::optional<ModelConfig> converted_config(const ModelConfig& config, const Tar
   ModelConfig converted = config;
   const LatentSizes& sizes = shape;
   static_cast<LatentSizes&>(converted.latent.emplace()) = sizes;
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    if (!config.is_sliding(i)) {
-      converted.attention[static_cast<std::size_t>(i)].kind = AttentionKind::latent;
-    }
+  const LayerSet growing = config.sliding_layers().others(config.num_hidden_layers);
+  for (const Index i : growing.layers()) {
+    converted.attention[static_cast<std::size_t>(i)].kind = AttentionKind::latent;
   }
   return converted;
 }
 
 // Layers by what they are.
 Json layers_json(const ModelConfig& config) {
-  Json out = {{"latent", Json::array()}, {"grouped_query", Json::array()}, {"sliding", Json::array()}};
+  Json out = {{"latent", Json::array()}, {"grouped_query", Json::array()}};
   for (Index i = 0; i < config.num_hidden_layers; ++i) {
     out[config.is_latent(i) ? "latent" : "grouped_query"].push_back(i);
-    if (config.is_sliding(i)) {
-      out["sliding"].push_back(i);
-    }
   }
+  out["sliding"] = config.sliding_layers().layers();
   return out;
 }
 
@@ -212,9 +206,10 @@ void print_layers(const ModelConfig& c) {
     if (c.is_latent(i)) {
       latent.push_back(i);
     }
-    if (c.is_sliding(i)) {
-      sliding[*c.spec(i).window].push_back(i);
-    }
+  }
+  const LayerSet all_sliding = c.sliding_layers();
+  for (const Index i : all_sliding.layers()) {
+    sliding[*c.spec(i).window].push_back(i);
   }
   if (c.latent && c.gqa) {
     std::printf("latent layers: %s of %td\n", text_of(latent).c_str(), c.num_hidden_layers);
@@ -293,7 +288,7 @@ void print_table(const Options& options, const Model& model) {
                 });
   if (!targets.empty()) {
     std::printf("(percentages: of %s cache, on each device when there is one for each latent)\n",
-                c.has_sliding_layers() ? "a converted layer's" : "this");
+                !c.sliding_layers().empty() ? "a converted layer's" : "this");
   }
   for (const std::string& reader : readers_of(c)) {
     std::printf("%s\n", reader.c_str());

@@ -181,15 +181,6 @@ std::string sizes_text(const CacheSizes& sizes) {
          (sizes.key_rank > 0 ? " (" + std::to_string(sizes.key_rank) + " of them shared)" : "");
 }
 
-nlohmann::ordered_json context_json(const ConvertPlan& plan) {
-  Json out;
-  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
-    out[std::to_string(reported_contexts[i])] = {{"source", plan.source_context_bytes[i]},
-                                                 {"converted", plan.converted_context_bytes[i]}};
-  }
-  return out;
-}
-
 void print_plan(const ConvertPlan& plan) {
   std::size_t widest = 0;
   for (const PlannedTensor& tensor : plan.tensors) {
@@ -224,7 +215,7 @@ nlohmann::ordered_json plan_json(const ConvertPlan& plan) {
                                                {"converted", plan.converted_cache_elements}};
   out["cache_bytes_per_token"] = {{"source", plan.source_cache_bytes},
                                   {"converted", plan.converted_cache_bytes}};
-  out["cache_bytes_at_context"] = context_json(plan);
+  out["cache_bytes_at_context"] = context_json(plan.source_context_bytes, plan.converted_context_bytes);
   out["carried_layers"] = plan.carried.layers();
   out["open_sizes"] = plan.open ? open_json(plan) : Json(nullptr);
   out["tensors"] = Json::array();

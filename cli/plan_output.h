@@ -15,9 +15,6 @@ std::string sizes_text(const CacheSizes& sizes);
 void print_plan(const ConvertPlan& plan);
 
 // The same for programs.
-// Bytes of the cache of a sequence, source and converted, by its length in tokens.
-nlohmann::ordered_json context_json(const ConvertPlan& plan);
-
 nlohmann::ordered_json plan_json(const ConvertPlan& plan);
 
 }  // namespace relatent

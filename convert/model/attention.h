@@ -81,8 +81,6 @@ struct NormedHeads {
   Linear v;              // [kv_heads * d, hidden]
   Index head_dim = 0;    // d
   Index first_head = 0;  // of q, that is the layer's first
-
-  Index size() const { return k.out() + v.out(); }
 };
 
 // The canonical latent form (with normed heads, read f(x) for x in what gives k^R and c_b, and q̂_h for x in

@@ -75,13 +75,14 @@ std::string_view norm_placement_name(NormPlacement placement) {
   return name_in(norm_placements, placement);
 }
 
-bool ModelConfig::has_sliding_layers() const {
+LayerSet ModelConfig::sliding_layers() const {
+  std::vector<Index> out;
   for (Index i = 0; i < num_hidden_layers; ++i) {
     if (is_sliding(i)) {
-      return true;
+      out.push_back(i);
     }
   }
-  return false;
+  return LayerSet(std::move(out));
 }
 
 Index ModelConfig::cache_elements() const {
@@ -92,10 +93,14 @@ Index ModelConfig::cache_elements(Index layer_idx) const {
   return is_latent(layer_idx) ? latent->cache_elements() : gqa->cache_elements();
 }
 
+Index ModelConfig::cached_tokens(Index layer_idx, Index context) const {
+  return std::min(context, spec(layer_idx).window.value_or(context));
+}
+
 Index ModelConfig::cache_bytes(Index context) const {
   Index elements = 0;
   for (Index i = 0; i < num_hidden_layers; ++i) {
-    elements += cache_elements(i) * std::min(context, spec(i).window.value_or(context));
+    elements += cache_elements(i) * cached_tokens(i, context);
   }
   return elements * static_cast<Index>(size_of(dtype));
 }
@@ -104,6 +109,14 @@ CacheByContext ModelConfig::cache_by_context() const {
   CacheByContext out{};
   std::transform(reported_contexts.begin(), reported_contexts.end(), out.begin(),
                  [this](Index context) { return cache_bytes(context); });
+  return out;
+}
+
+nlohmann::ordered_json context_json(const CacheByContext& source, const CacheByContext& converted) {
+  nlohmann::ordered_json out;
+  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
+    out[std::to_string(reported_contexts[i])] = {{"source", source[i]}, {"converted", converted[i]}};
+  }
   return out;
 }
 
@@ -121,8 +134,7 @@ std::optional<Index> ModelConfig::cache_bytes_on_device(Index tp, Index context)
   }
   Index elements = 0;
   for (Index i = 0; i < num_hidden_layers; ++i) {
-    elements +=
-        (is_latent(i) ? latents : grouped_query) * std::min(context, spec(i).window.value_or(context));
+    elements += (is_latent(i) ? latents : grouped_query) * cached_tokens(i, context);
   }
   return elements * static_cast<Index>(size_of(dtype));
 }

@@ -23,6 +23,8 @@ inline constexpr std::array<Index, 4> reported_tp = {1, 2, 4, 8};
 inline constexpr std::array<Index, 3> reported_contexts = {4096, 32768, 131072};
 // Bytes of the cache at each of them.
 using CacheByContext = std::array<Index, reported_contexts.size()>;
+// Both by the length in tokens, as --json says them.
+nlohmann::ordered_json context_json(const CacheByContext& source, const CacheByContext& converted);
 
 // Grouped-query attention: num_attention_heads queries share num_key_value_heads keys and values of size
 // head_dim.
@@ -164,7 +166,7 @@ struct ModelConfig {
     const std::optional<Index> window = spec(layer_idx).window;
     return window && *window < max_position_embeddings;
   }
-  bool has_sliding_layers() const;
+  LayerSet sliding_layers() const;
 
   // Elements kept per token and layer: r + p of the latent layers, or where there are none 2 K d.
   Index cache_elements() const;
@@ -172,7 +174,9 @@ struct ModelConfig {
   // Bytes that a token leaves in the cache over all layers, at the config's dtype, as long as no window is
   // full.
   Index cache_bytes_per_token() const { return cache_bytes(1); }
-  // Bytes of the cache of one sequence of so many tokens. Layers keep no more tokens than their window.
+  // Tokens that a layer keeps of a sequence of so many: no more than its window.
+  Index cached_tokens(Index layer_idx, Index context) const;
+  // Bytes of the cache of one sequence of so many tokens.
   Index cache_bytes(Index context) const;
   CacheByContext cache_by_context() const;
   // The same on that one of tp tensor-parallel devices that holds most; nothing when tp devices cannot share

@@ -43,6 +43,10 @@ enum class QkNorm {
 // As config.json of the own layout says it.
 std::string_view qk_norm_name(QkNorm norm);
 std::optional<QkNorm> qk_norm_of(std::string_view name);
+// Numbers that such a norm of so many heads multiplies by.
+inline Index qk_norm_size(QkNorm norm, Index heads, Index head_dim) {
+  return norm == QkNorm::width ? heads * head_dim : head_dim;
+}
 
 // The heads of a source whose keys are normalised: what latents read in place of the layer's input
 // (NormedHeads, attention.h).

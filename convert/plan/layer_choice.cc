@@ -13,12 +13,7 @@ constexpr const char* option = "--layers";
 // Layers whose cache grows with the sequence.
 LayerSet growing_layers(const Model& source) {
   const ModelConfig& config = source.config();
-  std::vector<Index> out;
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    if (!config.is_sliding(i)) {
-      out.push_back(i);
-    }
-  }
+  LayerSet out = config.sliding_layers().others(config.num_hidden_layers);
   if (out.empty()) {
     fail_input({source.checkpoint().config_path(), "", "sliding_window",
                 "a layer that sees every position, whose cache a conversion could make smaller",
@@ -28,7 +23,7 @@ LayerSet growing_layers(const Model& source) {
                 "set max_position_embeddings to the window, within which the two are the same, to convert "
                 "nevertheless"});
   }
-  return LayerSet(std::move(out));
+  return out;
 }
 
 void check_layers(const LayerSet& layers, const Model& source) {
@@ -53,7 +48,7 @@ LayerSet carried_layers(const std::string& wanted, const Model& source) {
   const Index count = source.config().num_hidden_layers;
   if (source.config().latent) {
     // Of a model of both kinds check_source says that it is none to convert.
-    if (!wanted.empty() && LayerSet::parse(option, wanted, count).others(count).layers().size() > 0) {
+    if (!wanted.empty() && !LayerSet::parse(option, wanted, count).others(count).empty()) {
       fail_usage(std::string(option) + " belongs to grouped-query sources: an MLA source is converted whole");
     }
     return {};

@@ -160,10 +160,7 @@ nlohmann::ordered_json to_json(const Verification& v) {
     cache["per_device"][tp] = {{"source", or_null(v.source_per_device[i])},
                                {"converted", or_null(v.converted_per_device[i])}};
   }
-  for (std::size_t i = 0; i < reported_contexts.size(); ++i) {
-    out["kv_bytes_at_context"][std::to_string(reported_contexts[i])] = {
-        {"source", v.source_context_bytes[i]}, {"converted", v.converted_context_bytes[i]}};
-  }
+  out["kv_bytes_at_context"] = context_json(v.source_context_bytes, v.converted_context_bytes);
   out["layers"] = to_json(v.layers);
   return out;
 }

@@ -115,8 +115,8 @@ def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
-    """32 greedy tokens with the cache on; the end token is no reason to stop."""
+def generate(model: torch.nn.Module, prompt: torch.Tensor, **more: Any) -> list[int]:
+    """32 greedy tokens with the cache on; the end token is no reason to stop. More: of generate."""
     out = model.generate(
         prompt[None],
         attention_mask=torch.ones_like(prompt)[None],
@@ -125,6 +125,7 @@ def generate(model: torch.nn.Module, prompt: torch.Tensor) -> list[int]:
         use_cache=True,
         eos_token_id=-1,
         pad_token_id=0,
+        **more,
     )
     return out[0, prompt.numel() :].tolist()
 
@@ -222,6 +223,24 @@ def write_header(path: Path, header: dict[str, Any], data: bytes) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def split_and_merged(folder: Path, work: Path) -> tuple[Path, Path]:
+    """A checkpoint as shards for two devices, and what these merge to."""
+    work.mkdir()
+    shards, merged = work / "shards", work / "merged"
+    relatent("shard", folder, "-o", shards, "--tp", 2, "--quiet")
+    relatent("shard", "--merge", shards, "-o", merged, "--quiet")
+    return shards, merged
+
+
+def logit_bytes(folder: Path, out: Path, threads: int) -> bytes:
+    """What our forward pass writes of some short sequences."""
+    relatent(
+        *("--threads", threads, "logits", folder, "--tokens", VALIDATION_TOKENS),
+        *("--sequences", 3, "--length", 64, "-o", out),
+    )
+    return out.read_bytes()
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

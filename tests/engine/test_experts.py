@@ -208,20 +208,14 @@ def test_saved_again(bench, experts: Path, tmp_path: Path) -> None:
 
 
 def test_threads(experts: Path, tmp_path: Path) -> None:
-    for threads in (1, 3):
-        support.relatent(
-            *("--threads", threads, "logits", experts, "--tokens", support.VALIDATION_TOKENS),
-            *("--sequences", 3, "--length", 64, "-o", tmp_path / f"{threads}.npy"),
-        )
-    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "3.npy").read_bytes()
+    one, three = (support.logit_bytes(experts, tmp_path / f"{n}.npy", n) for n in (1, 3))
+    assert one == three
 
 
 def test_shards(bench, experts: Path, tmp_path: Path) -> None:
     converted = bench.convert(experts, "weights-only", *FORMS["tpla"])
     for index, folder in enumerate((experts, converted)):
-        shards, merged = tmp_path / f"shards{index}", tmp_path / f"merged{index}"
-        support.relatent("shard", folder, "-o", shards, "--tp", 2, "--quiet")
-        support.relatent("shard", "--merge", shards, "-o", merged, "--quiet")
+        shards, merged = support.split_and_merged(folder, tmp_path / str(index))
         assert support.folder_bytes(merged) == support.folder_bytes(folder)
         whole = expert_tensors(folder)
         parts = []

@@ -179,16 +179,8 @@ def test_static_cache(bench, made) -> None:
     folder, options, _ = made
     model = support.load(lossless(bench, folder, options), custom_code=True)
     for prompt in support.prompts():
-        found = model.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt)[None],
-            max_new_tokens=32,
-            do_sample=False,
-            cache_implementation="static",
-            eos_token_id=-1,
-            pad_token_id=0,
-        )
-        assert found[0, len(prompt) :].tolist() == support.generate(model, prompt)
+        found = support.generate(model, prompt, cache_implementation="static")
+        assert found == support.generate(model, prompt)
 
 
 def test_padded_batch(bench, made) -> None:

@@ -190,20 +190,14 @@ def test_saved_again(bench, small: Path, tmp_path: Path) -> None:
 
 
 def test_threads(small: Path, tmp_path: Path) -> None:
-    for threads in (1, 3):
-        support.relatent(
-            *("--threads", threads, "logits", small, "--tokens", support.VALIDATION_TOKENS),
-            *("--sequences", 3, "--length", 64, "-o", tmp_path / f"{threads}.npy"),
-        )
-    assert (tmp_path / "1.npy").read_bytes() == (tmp_path / "3.npy").read_bytes()
+    one, three = (support.logit_bytes(small, tmp_path / f"{n}.npy", n) for n in (1, 3))
+    assert one == three
 
 
 def test_shards(bench, small: Path, tmp_path: Path) -> None:
     converted = bench.convert(small, "weights-only", *FORMS["tpla"])
     for index, folder in enumerate((small, converted)):
-        shards, merged = tmp_path / f"shards{index}", tmp_path / f"merged{index}"
-        support.relatent("shard", folder, "-o", shards, "--tp", 2, "--quiet")
-        support.relatent("shard", "--merge", shards, "-o", merged, "--quiet")
+        _, merged = support.split_and_merged(folder, tmp_path / str(index))
         assert support.folder_bytes(merged) == support.folder_bytes(folder)
 
 

@@ -4,13 +4,16 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
+#include <initializer_list>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "convert/run/convert.h"
 #include "convert/verify/verify.h"
 #include "tests/support/conversion.h"
 #include "tests/support/temp_folder.h"
+#include "tests/support/thread_count.h"
 #include "tests/support/tiny_model.h"
 
 namespace relatent::testing_support {
@@ -41,6 +44,16 @@ class ConvertTest : public testing::Test {
   static ConvertReport run(const ConvertOptions& options) {
     std::filesystem::remove_all(options.output);
     return Conversion(options).run(ignore);
+  }
+  // The result is the same with any number of threads.
+  void expect_same_bytes(const ConvertOptions& options, std::initializer_list<int> thread_counts) const {
+    std::vector<std::map<std::string, std::string>> found;
+    for (const int threads : thread_counts) {
+      const ThreadCount count(threads);
+      run(options);
+      found.push_back(contents(output()));
+      EXPECT_TRUE(found.back() == found.front()) << threads;
+    }
   }
   Verification verified() const {
     return verify(Model::open(source()), Model::open(output()), random_sequences(2, 4, 40, 50), ignore);

@@ -113,15 +113,17 @@ MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& p
   return out;
 }
 
+MatrixF attention_output(const Linear& o, const RmsNorm& output_norm, const MatrixF& heads) {
+  MatrixF out = product(o, heads);
+  normalise(output_norm, out);
+  return out;
+}
+
 MatrixF key_features(const GqaAttention& attention, const MatrixF& x) {
   return keys_and_values(attention.k, attention.k_norm, attention.v, x);
 }
 
-MatrixF key_features(const LatentAttention& attention, const MatrixF& x) {
-  if (!attention.normed_heads) {
-    return x;
-  }
-  const NormedHeads& heads = *attention.normed_heads;
+MatrixF key_features(const NormedHeads& heads, const MatrixF& x) {
   return keys_and_values(heads.k, heads.k_norm, heads.v, x);
 }
 
@@ -160,34 +162,34 @@ MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
   return out;
 }
 
-MatrixF attention_forward(const LatentAttention& attention, const MatrixF& hidden, const RotaryTable& table,
+MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
                           DistanceMass* mass) {
   const Stage stage("attention");
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
   const Index w = attention.v_dim;
-  MatrixF q = queries_of(attention, hidden);
+  MatrixF q = queries_of(attention, x);
   rotate_in_place(table, n, n + p, attention.heads, q);
-  const MatrixF features = attention.normed_heads ? key_features(attention, hidden) : MatrixF();
-  const MatrixF& x = attention.normed_heads ? features : hidden;
-  MatrixF rotary_key = product(attention.rotary_key, x);
+  const MatrixF features = attention.normed_heads ? key_features(*attention.normed_heads, x) : MatrixF();
+  const MatrixF& inputs = attention.normed_heads ? features : x;
+  MatrixF rotary_key = product(attention.rotary_key, inputs);
   rotate_in_place(table, 0, p, 1, rotary_key);
-  const VectorF shrink = inverse_rms(attention.norm_rows, attention.norm_eps, x);
+  const VectorF shrink = inverse_rms(attention.norm_rows, attention.norm_eps, inputs);
   std::vector<MatrixF> shared;
   for (const Linear& latent : attention.shared) {
-    shared.push_back(product(latent, x));
+    shared.push_back(product(latent, inputs));
   }
 
-  MatrixF out = MatrixF::Zero(x.rows(), attention.heads * w);
+  MatrixF out = MatrixF::Zero(inputs.rows(), attention.heads * w);
   MatrixF scratch;
-  MatrixF key(x.rows(), n + p);
+  MatrixF key(inputs.rows(), n + p);
   key.rightCols(p) = rotary_key;
-  VectorD by_age(mass != nullptr ? x.rows() : 0);
+  VectorD by_age(mass != nullptr ? inputs.rows() : 0);
   for (const LatentBranch& branch : attention.branches) {
-    MatrixF latent = product(branch.down, x);
+    MatrixF latent = product(branch.down, inputs);
     if (branch.shared) {
       const MatrixF& first = shared[static_cast<std::size_t>(*branch.shared)];
-      MatrixF whole(x.rows(), first.cols() + latent.cols());
+      MatrixF whole(inputs.rows(), first.cols() + latent.cols());
       whole << first, latent;
       latent = std::move(whole);
     }
@@ -197,7 +199,7 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& hidde
     if (shrink.size() > 0) {
       latent.array().colwise() *= shrink.array();
     }
-    MatrixF expanded(x.rows(), branch.up.rows());
+    MatrixF expanded(inputs.rows(), branch.up.rows());
     expanded.noalias() = latent * branch.up.transpose();
     for (Index i = 0; i < branch.head_count; ++i) {
       const Index h = branch.first_head + i;

@@ -22,6 +22,9 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
 MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table,
                           DistanceMass* mass = nullptr);
 
+// What attention adds to the stream, norm(o heads): heads as attention_forward returns them.
+MatrixF attention_output(const Linear& o, const RmsNorm& output_norm, const MatrixF& heads);
+
 // What x projects to: queries [length, heads * d], keys [length, kv_heads * d] and values.
 struct GqaProjections {
   MatrixF q;
@@ -44,8 +47,8 @@ MatrixF queries_of(const LatentAttention& attention, const MatrixF& x);
 
 // What latents and rotary keys read of grouped-query attention with normalised keys: [norm(k x), v x].
 MatrixF key_features(const GqaAttention& attention, const MatrixF& x);
-// The same of LatentAttention: x, or with normed heads f(x).
-MatrixF key_features(const LatentAttention& attention, const MatrixF& x);
+// The same by what LatentAttention keeps of it: f(x).
+MatrixF key_features(const NormedHeads& heads, const MatrixF& x);
 
 // Queries and keys of attention with one branch in latent space, for attention samples: one key for all
 // heads.

@@ -15,11 +15,11 @@
 namespace relatent {
 namespace {
 
-// What the attention of a layer adds to the rows of one sequence: norm(o(heads(x))) for x = norm h.
-MatrixF attention_output(const AttentionHalf& half, const MatrixF& x, const RotaryTable& table) {
-  MatrixF out = product(output_projection(half.attention), attention_forward(half.attention, x, table));
-  normalise(half.attention_output_norm, out);
-  return out;
+// What the attention of a layer adds to the rows of one sequence.
+MatrixF attention_output(const AttentionHalf& half, const ConstRows& hidden, const RotaryTable& table) {
+  const MatrixF x = normed(half.input_norm, hidden);
+  return attention_output(output_projection(half.attention), half.attention_output_norm,
+                          attention_forward(half.attention, x, table));
 }
 
 double squared(const MatrixF& m) {
@@ -92,7 +92,7 @@ void add_attention(const AttentionHalf& half, Stream& stream) {
   const RotaryTable table(rotary_of(half.attention), stream.length());
   for_sequences(stream.count(), [&](Index s) {
     auto hidden = stream.sequence(s);
-    hidden += attention_output(half, normed(half.input_norm, hidden), table);
+    hidden += attention_output(half, hidden, table);
   });
 }
 
@@ -200,9 +200,7 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
       sums.row(i) = x.cast<double>().colwise().sum();
       const MatrixF outputs = attend(i * length, x, here);
       if (!last) {
-        MatrixF added = product(output_projection(layer.attention), outputs);
-        normalise(layer.attention_output_norm, added);
-        rows += added;
+        rows += attention_output(output_projection(layer.attention), layer.attention_output_norm, outputs);
       }
     });
     if (!last) {
@@ -237,9 +235,8 @@ LayerDifference run_side_by_side(const Layer& source, Stream& source_stream, con
     auto expected = source_stream.sequence(s);
     auto actual = converted_stream.sequence(s);
     LayerDifference& here = found[static_cast<std::size_t>(s)];
-    const MatrixF from_source = attention_output(source, normed(source.input_norm, expected), source_table);
-    const MatrixF from_converted =
-        attention_output(converted, normed(converted.input_norm, actual), converted_table);
+    const MatrixF from_source = attention_output(source, expected, source_table);
+    const MatrixF from_converted = attention_output(converted, actual, converted_table);
     expected += from_source;
     actual += from_converted;
     here.attention = squared(from_converted - from_source);

@@ -273,9 +273,8 @@ HeadOutputs head_outputs(const RmsNorm& input_norm, const LatentAttention& atten
 
 void add_outputs(const Linear& o, const MatrixF& head_outputs, const RmsNorm& output_norm, Stream& stream) {
   for_sequences(stream.count(), [&](Index s) {
-    MatrixF added = product(o, head_outputs.middleRows(s * stream.length(), stream.length()));
-    normalise(output_norm, added);
-    stream.sequence(s) += added;
+    stream.sequence(s) +=
+        attention_output(o, output_norm, head_outputs.middleRows(s * stream.length(), stream.length()));
   });
 }
 

@@ -30,7 +30,8 @@ void parse_gemma(const ConfigReader& in, const GemmaDefaults& defaults, ModelCon
   out.activation = Activation::gelu_tanh;
   refuse(in, "attention_bias");
   refuse(in, "use_bidirectional_attention");
-  parse_grouped_query(in, out);
+  parse_grouped_query(in, {.windows = {.window = 4096, .by_type = true, .full_every = defaults.full_every}},
+                      out);
   if (!in.has("head_dim")) {
     in.complain("head_dim", "a head size, which does not follow from hidden_size");
   }
@@ -44,7 +45,6 @@ void parse_gemma(const ConfigReader& in, const GemmaDefaults& defaults, ModelCon
   for (AttentionSpec& spec : out.attention) {
     spec.scale = scale;
   }
-  parse_windows(in, {.window = 4096, .by_type = true, .full_every = defaults.full_every}, out);
 }
 
 std::vector<TensorRule> gemma_rules() {

@@ -1,7 +1,5 @@
 // Gemma 3 without its vision: five sliding layers for each that sees every position, a list of rotary
 // frequencies for either kind, and norms on each head's queries and keys.
-#include <utility>
-
 #include "convert/model/families/family.h"
 #include "convert/model/families/gemma.h"
 #include "convert/model/families/rules.h"
@@ -39,18 +37,10 @@ Json rope_of_type(const ConfigReader& in, const char* type, const char* theta_ke
   return out;
 }
 
-Json with_rope(const ConfigReader& in, Json parameters) {
-  Json out = in.json();
-  out.erase("rope_scaling");
-  out.erase("rope_theta");
-  out["rope_parameters"] = std::move(parameters);
-  return out;
-}
-
 void parse_gemma3(const ConfigReader& in, ModelConfig& out) {
-  const Json full = with_rope(in, rope_of_type(in, "full_attention", "rope_theta", 1e6, true));
+  const Json full = with_rope_parameters(in, rope_of_type(in, "full_attention", "rope_theta", 1e6, true));
   const Json sliding =
-      with_rope(in, rope_of_type(in, "sliding_attention", "rope_local_base_freq", 1e4, false));
+      with_rope_parameters(in, rope_of_type(in, "sliding_attention", "rope_local_base_freq", 1e4, false));
   const char* pattern =
       in.has("_sliding_window_pattern") ? "_sliding_window_pattern" : "sliding_window_pattern";
   parse_gemma(ConfigReader(full, in.path()), {.full_every = in.size_or(pattern, 6)}, out);

@@ -8,8 +8,7 @@ namespace relatent {
 namespace {
 
 void parse_mistral(const ConfigReader& in, ModelConfig& out) {
-  parse_grouped_query(in, out);
-  parse_windows(in, {.window = 4096}, out);
+  parse_grouped_query(in, {.windows = {.window = 4096}}, out);
 }
 
 }  // namespace

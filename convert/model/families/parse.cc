@@ -47,6 +47,37 @@ std::vector<bool> sliding_of_types(const ConfigReader& in, Index layers) {
   return out;
 }
 
+// The windows of the layers, whose attention is there already.
+void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out) {
+  const bool said = in.json().contains("sliding_window");
+  std::optional<Index> window = said || !defaults.window ? std::nullopt : defaults.window;
+  // transformers writes 0 for Qwen2-MoE's where it is not used.
+  if (in.flag_or("use_sliding_window", true) && in.has("sliding_window")) {
+    window = in.size("sliding_window");
+  }
+  if (!in.flag_or("use_sliding_window", defaults.used)) {
+    window.reset();
+  }
+  std::vector<bool> sliding(out.attention.size(), true);
+  if (defaults.by_type && in.has("layer_types")) {
+    sliding = sliding_of_types(in, out.num_hidden_layers);
+    if (!window && std::find(sliding.begin(), sliding.end(), true) != sliding.end()) {
+      in.complain("sliding_window", "the window of layers that slide by layer_types");
+    }
+  } else {
+    const Index first = defaults.first_layer ? (in.has("max_window_layers") ? in.count("max_window_layers")
+                                                                            : *defaults.first_layer)
+                                             : 0;
+    for (Index i = 0; i < out.num_hidden_layers; ++i) {
+      sliding[static_cast<std::size_t>(i)] =
+          i >= first && (defaults.full_every == 0 || (i + 1) % defaults.full_every != 0);
+    }
+  }
+  for (std::size_t i = 0; i < sliding.size(); ++i) {
+    out.attention[i].window = sliding[i] ? window : std::nullopt;
+  }
+}
+
 // Scaled rope also scales the softmax (DeepseekV3Attention): mscale^2 with mscale = 0.1 mscale_all_dim
 // ln(factor) + 1.
 double yarn_scale(const ConfigReader& in) {
@@ -111,49 +142,32 @@ Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::opt
   return in.size_or("head_dim", config.hidden_size / config.num_attention_heads);
 }
 
-void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional<Index> head_dim) {
+void check_key_value_heads(const ConfigReader& in, Index num_key_value_heads, Index num_attention_heads) {
+  if (num_attention_heads % num_key_value_heads != 0) {
+    in.complain("num_key_value_heads",
+                "a divisor of num_attention_heads = " + std::to_string(num_attention_heads));
+  }
+}
+
+void parse_grouped_query(const ConfigReader& in, const GroupedQueryDefaults& defaults, ModelConfig& out) {
   parse_body(in, out);
   GqaGeometry gqa;
   gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);
-  gqa.head_dim = parse_head_dim(in, out, head_dim);
-  if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
-    in.complain("num_key_value_heads",
-                "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
-  }
+  gqa.head_dim = parse_head_dim(in, out, defaults.head_dim);
+  check_key_value_heads(in, gqa.num_key_value_heads, out.num_attention_heads);
   out.gqa = gqa;
   out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
                        {.scale = 1.0F / std::sqrt(static_cast<float>(gqa.head_dim))});
-  parse_windows(in, {}, out);
+  parse_windows(in, defaults.windows, out);
   out.rotary = parse_rotary(in.json(), gqa.head_dim, in.path());
 }
 
-void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out) {
-  const bool said = in.json().contains("sliding_window");
-  std::optional<Index> window = said || !defaults.window ? std::nullopt : defaults.window;
-  // transformers writes 0 for Qwen2-MoE's where it is not used.
-  if (!in.flag_or("use_sliding_window", defaults.used)) {
-    window.reset();
-  } else if (in.has("sliding_window")) {
-    window = in.size("sliding_window");
-  }
-  std::vector<bool> sliding(out.attention.size(), true);
-  if (defaults.by_type && in.has("layer_types")) {
-    sliding = sliding_of_types(in, out.num_hidden_layers);
-    if (!window && std::find(sliding.begin(), sliding.end(), true) != sliding.end()) {
-      in.complain("sliding_window", "the window of layers that slide by layer_types");
-    }
-  } else {
-    const Index first = defaults.first_layer ? (in.has("max_window_layers") ? in.count("max_window_layers")
-                                                                            : *defaults.first_layer)
-                                             : 0;
-    for (Index i = 0; i < out.num_hidden_layers; ++i) {
-      sliding[static_cast<std::size_t>(i)] =
-          i >= first && (defaults.full_every == 0 || (i + 1) % defaults.full_every != 0);
-    }
-  }
-  for (std::size_t i = 0; i < sliding.size(); ++i) {
-    out.attention[i].window = sliding[i] ? window : std::nullopt;
-  }
+nlohmann::ordered_json with_rope_parameters(const ConfigReader& in,
+                                            const nlohmann::ordered_json& parameters) {
+  ConfigReader::Json out = in.json();
+  out.erase("rope_scaling");
+  out["rope_parameters"] = parameters;
+  return out;
 }
 
 LatentGeometry parse_latent(const ConfigReader& in, ModelConfig& out) {

@@ -19,12 +19,8 @@ void parse_body(const ConfigReader& in, ModelConfig& out);
 // head_dim; where the config says nothing `otherwise`, or hidden_size / num_attention_heads.
 Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::optional<Index> otherwise = {});
 
-// A grouped-query model by Llama's names. A sliding_window is every layer's, unless use_sliding_window is
-// false. head_dim: where the config says nothing, as parse_head_dim has it.
-void parse_grouped_query(const ConfigReader& in, ModelConfig& out, std::optional<Index> head_dim);
-inline void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
-  parse_grouped_query(in, out, std::nullopt);
-}
+// Complains about num_key_value_heads that num_attention_heads is no multiple of.
+void check_key_value_heads(const ConfigReader& in, Index num_key_value_heads, Index num_attention_heads);
 
 // What a family's class in transformers takes where a config says nothing of sliding windows.
 struct WindowDefaults {
@@ -37,8 +33,20 @@ struct WindowDefaults {
 // Of Qwen2 and Qwen3.
 inline constexpr WindowDefaults qwen_windows = {
     .window = 4096, .used = false, .by_type = true, .first_layer = 28};
-// The windows of the layers, whose attention is there already.
-void parse_windows(const ConfigReader& in, const WindowDefaults& defaults, ModelConfig& out);
+
+// A grouped-query model by Llama's names, and what its family takes where the config says nothing: a head_dim
+// as parse_head_dim has it, and windows.
+struct GroupedQueryDefaults {
+  std::optional<Index> head_dim{};
+  WindowDefaults windows{};
+};
+void parse_grouped_query(const ConfigReader& in, const GroupedQueryDefaults& defaults, ModelConfig& out);
+inline void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
+  parse_grouped_query(in, {}, out);
+}
+
+// The config with these rope_parameters in place of what it says of them, in newer or older keys.
+nlohmann::ordered_json with_rope_parameters(const ConfigReader& in, const nlohmann::ordered_json& parameters);
 
 // Latent attention by DeepSeek's names, without its branches. Fills in the layers' score scale, (n + p)^-1/2
 // times YaRN's mscale squared.

@@ -8,8 +8,7 @@ namespace relatent {
 namespace {
 
 void parse_qwen2(const ConfigReader& in, ModelConfig& out) {
-  parse_grouped_query(in, out);
-  parse_windows(in, qwen_windows, out);
+  parse_grouped_query(in, {.windows = qwen_windows}, out);
 }
 
 }  // namespace

@@ -13,8 +13,7 @@ constexpr rules::ExpertNames names = {.shared_gate = "model.layers.{i}.mlp.share
                                       .shared_down = "model.layers.{i}.mlp.shared_expert.down_proj.weight"};
 
 void parse_qwen2_moe(const ConfigReader& in, ModelConfig& out) {
-  parse_grouped_query(in, out);
-  parse_windows(in, {.used = false}, out);
+  parse_grouped_query(in, {.windows = {.used = false}}, out);
   if (!in.flag_or("qkv_bias", true)) {
     in.complain("qkv_bias", "true, as every published Qwen2-MoE model has it");
   }

@@ -7,9 +7,7 @@ namespace relatent {
 namespace {
 
 void parse_qwen3(const ConfigReader& in, ModelConfig& out) {
-  constexpr Index head_dim = 128;  // where the config says nothing
-  parse_grouped_query(in, out, head_dim);
-  parse_windows(in, qwen_windows, out);
+  parse_grouped_query(in, {.head_dim = 128, .windows = qwen_windows}, out);
   out.gqa->qk_norm = QkNorm::head;
   out.gqa->attention_bias = in.flag_or("attention_bias", false);
 }

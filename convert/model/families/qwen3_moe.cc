@@ -9,9 +9,8 @@ namespace relatent {
 namespace {
 
 void parse_qwen3_moe(const ConfigReader& in, ModelConfig& out) {
-  parse_grouped_query(in, out);
-  // Where they are used, every layer has one.
-  parse_windows(in, {.window = qwen_windows.window, .used = false}, out);
+  // Where windows are used, every layer has one.
+  parse_grouped_query(in, {.windows = {.window = qwen_windows.window, .used = false}}, out);
   out.gqa->qk_norm = QkNorm::head;
   out.gqa->attention_bias = in.flag_or("attention_bias", false);
   out.experts = parse_qwen_experts(in, out.num_hidden_layers);

@@ -75,13 +75,13 @@ Shape normed_kv_bias_shape(const ModelConfig& c, Index /*part*/) {
 }
 
 Shape q_head_norm_shape(const ModelConfig& c, Index /*part*/) {
-  const NormedHeadSizes& heads = *c.latent->normed_heads;
-  return {heads.norm == QkNorm::width ? normed_q_rows(c) : heads.head_dim};
+  const NormedHeadSizes& sizes = *c.latent->normed_heads;
+  return {qk_norm_size(sizes.norm, c.num_attention_heads, sizes.head_dim)};
 }
 
 Shape k_head_norm_shape(const ModelConfig& c, Index /*part*/) {
-  const NormedHeadSizes& heads = *c.latent->normed_heads;
-  return {heads.norm == QkNorm::width ? normed_kv_rows(c) : heads.head_dim};
+  const NormedHeadSizes& sizes = *c.latent->normed_heads;
+  return {qk_norm_size(sizes.norm, sizes.num_key_value_heads, sizes.head_dim)};
 }
 
 Index shared_latent_count(const ModelConfig& c) {
@@ -187,7 +187,7 @@ void parse_features(const ConfigReader& in, Index heads, LatentGeometry& latent)
   }
   if (features != "normed_heads") {
     in.complain("latent_features",
-                "\"hidden\", the layer's normalised input, or \"normed_heads\", normalised keys and values");
+                R"("hidden", the layer's normalised input, or "normed_heads", normalised keys and values)");
   }
   NormedHeadSizes sizes;
   sizes.num_key_value_heads = in.size("num_key_value_heads");
@@ -198,9 +198,7 @@ void parse_features(const ConfigReader& in, Index heads, LatentGeometry& latent)
     in.complain("qk_norm", "head or width");
   }
   sizes.norm = *norm;
-  if (heads % sizes.num_key_value_heads != 0) {
-    in.complain("num_key_value_heads", "a divisor of num_attention_heads = " + std::to_string(heads));
-  }
+  check_key_value_heads(in, sizes.num_key_value_heads, heads);
   if (latent.q_lora_rank) {
     in.complain("q_lora_rank", "null: queries act on normalised heads");
   }
@@ -310,10 +308,8 @@ Rotary parse_rope_list(const ConfigReader& in, Index index, Index head_dim) {
     in.complain("rope_lists", "a list of rope parameters, with one of index " + std::to_string(index) +
                                   " that `layers` names");
   }
-  Json alone = in.json();
-  alone.erase("rope_scaling");
-  alone["rope_parameters"] = lists->at(static_cast<std::size_t>(index));
-  return parse_rotary(alone, head_dim, in.path());
+  return parse_rotary(with_rope_parameters(in, lists->at(static_cast<std::size_t>(index))), head_dim,
+                      in.path());
 }
 
 // A layer that the config lists by itself: grouped-query attention as the source had it.
@@ -340,10 +336,7 @@ void parse_layer(const ConfigReader& in, const Json& entry, AttentionSpec& spec,
     layer.complain("qk_norm", "none, head or width");
   }
   gqa.qk_norm = *norm;
-  if (out.num_attention_heads % gqa.num_key_value_heads != 0) {
-    layer.complain("num_key_value_heads",
-                   "a divisor of num_attention_heads = " + std::to_string(out.num_attention_heads));
-  }
+  check_key_value_heads(layer, gqa.num_key_value_heads, out.num_attention_heads);
   if (out.gqa && *out.gqa != gqa) {
     in.complain("layers", "grouped-query layers of the same sizes and biases");
   }

@@ -31,17 +31,12 @@ Shape kv_bias_shape(const ModelConfig& c, Index /*part*/) {
   return {kv_rows(c)};
 }
 
-// Of one head's numbers, or all heads'.
-Shape head_norm_shape(const ModelConfig& c, Index heads) {
-  return {c.gqa->qk_norm == QkNorm::width ? heads * c.gqa->head_dim : c.gqa->head_dim};
-}
-
 Shape q_head_norm_shape(const ModelConfig& c, Index /*part*/) {
-  return head_norm_shape(c, c.num_attention_heads);
+  return {qk_norm_size(c.gqa->qk_norm, c.num_attention_heads, c.gqa->head_dim)};
 }
 
 Shape k_head_norm_shape(const ModelConfig& c, Index /*part*/) {
-  return head_norm_shape(c, c.gqa->num_key_value_heads);
+  return {qk_norm_size(c.gqa->qk_norm, c.gqa->num_key_value_heads, c.gqa->head_dim)};
 }
 
 Presence with_head_norms(const ModelConfig& c) {

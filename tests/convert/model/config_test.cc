@@ -46,7 +46,7 @@ TEST(Config, ReadsGroupedQueryModels) {
     // transformers' Mistral has a window where the config says nothing; it is longer than any sequence here.
     EXPECT_EQ(found.attention.front().window,
               type == std::string("mistral") ? std::optional<Index>(4096) : std::nullopt);
-    EXPECT_FALSE(found.has_sliding_layers());
+    EXPECT_TRUE(found.sliding_layers().empty());
     EXPECT_EQ(found.dtype, DType::bf16);
     EXPECT_EQ(found.rotary.inv_freq.size(), 4U);
     EXPECT_NEAR(static_cast<double>(found.rotary.inv_freq[1]), std::pow(100.0, -0.25), 1e-7);

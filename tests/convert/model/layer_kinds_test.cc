@@ -235,7 +235,7 @@ TEST(LayerKinds, CacheOfTwoKinds) {
   // The window is full.
   EXPECT_EQ(found.cache_bytes(1000), 2 * (1000 * (32 + 28) + 16 * 32));
   EXPECT_EQ(found.cache_by_context().front(), 2 * (4096 * (32 + 28) + 16 * 32));
-  EXPECT_TRUE(found.has_sliding_layers());
+  EXPECT_FALSE(found.sliding_layers().empty());
   EXPECT_TRUE(found.is_sliding(2));
   EXPECT_FALSE(found.is_sliding(0));
   // One key/value head on each of two devices, and of the latents what each of them has.

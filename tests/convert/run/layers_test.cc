@@ -161,14 +161,7 @@ TEST_F(Layers, SameBytesForAnyNumberOfThreads) {
     ConvertOptions options = small(write({.layers = 5, .dtype = DType::bf16}), method);
     options.layers = "0,2-3";
     options.calibration = calibrated();
-    std::vector<std::map<std::string, std::string>> found;
-    for (const int threads : {1, 2, 3}) {
-      const ThreadCount count(threads);
-      run(options);
-      found.push_back(contents(output()));
-    }
-    EXPECT_TRUE(found[1] == found[0]);
-    EXPECT_TRUE(found[2] == found[0]);
+    expect_same_bytes(options, {1, 2, 3});
   }
 }
 

@@ -13,7 +13,6 @@
 #include "convert/verify/verify.h"
 #include "tests/support/convert_fixture.h"
 #include "tests/support/expect_error.h"
-#include "tests/support/thread_count.h"
 
 namespace relatent {
 namespace {
@@ -27,9 +26,6 @@ using testing_support::layer_name;
 using testing_support::random_sequences;
 using testing_support::read_bytes;
 using testing_support::small;
-using testing_support::ThreadCount;
-using testing_support::tiny_model;
-using testing_support::TinyModel;
 using testing_support::TinyOptions;
 
 class QkNormTest : public testing_support::ConvertTest {
@@ -128,12 +124,7 @@ TEST_F(QkNormTest, WhatIsKeptIsTheSources) {
 TEST_F(QkNormTest, BytesDoNotDependOnTheThreads) {
   ConvertOptions options = small(write(qwen3()), Method::relatent);
   options.calibration = calibrated();
-  const auto bytes = [&](int threads) {
-    const ThreadCount count(threads);
-    run(options);
-    return contents(output());
-  };
-  EXPECT_TRUE(bytes(1) == bytes(3));
+  expect_same_bytes(options, {1, 3});
 }
 
 TEST_F(QkNormTest, ShardsMergeByteForByte) {
