@@ -17,6 +17,7 @@ namespace {
 
 struct Options {
   std::string model;
+  std::optional<Index> context;
   std::string tokens;
   std::string output;
   std::int64_t sequences = 0;
@@ -42,7 +43,7 @@ DType compute_of(const std::string& wanted, const Model& model) {
 
 int run(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
-  const Model model = Model::open(options.model);
+  const Model model = Model::open(options.model, options.context);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   const DType compute = compute_of(options.compute, model);
@@ -98,6 +99,7 @@ void add_calibrate(CLI::App& app, Command& chosen) {
   add_save_options(*command, options->save);
   command->add_flag("--json", options->json, "One JSON object on stdout");
   command->add_flag("--quiet", options->quiet, "No progress");
+  add_context_option(*command, options->context);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

@@ -4,14 +4,17 @@
 #include <CLI/CLI.hpp>
 #include <functional>
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 
 #include "formats/resume.h"
+#include "linalg/matrix.h"
 
 namespace relatent {
 
 // A subcommand's work: returns the exit code. Set by the callback of the subcommand that was chosen.
 using Command = std::function<int()>;
 
+void add_families(CLI::App& app, Command& chosen);
 void add_inspect(CLI::App& app, Command& chosen);
 void add_calibrate(CLI::App& app, Command& chosen);
 void add_convert(CLI::App& app, Command& chosen);
@@ -19,6 +22,8 @@ void add_shard(CLI::App& app, Command& chosen);
 void add_logits(CLI::App& app, Command& chosen);
 void add_verify(CLI::App& app, Command& chosen);
 
+// --context, of Model::open.
+void add_context_option(CLI::App& command, std::optional<Index>& context);
 // --resume and --save-every.
 void add_save_options(CLI::App& command, SaveOptions& save);
 // What a run cost, at its end: peak_rss_bytes and stages, longest first (linalg/stages.h).

@@ -444,6 +444,7 @@ void add_convert(CLI::App& app, Command& chosen) {
   add_relatent_options(*command, *options);
   add_engine_options(*command, *options);
   add_output_options(*command, *options);
+  add_context_option(*command, options->convert.context);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

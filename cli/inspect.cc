@@ -24,6 +24,7 @@ using Json = nlohmann::ordered_json;
 
 struct Options {
   std::string model;
+  std::optional<Index> context;
   bool json = false;
 };
 
@@ -67,7 +68,7 @@ std::vector<Target> targets_of(const ModelConfig& config) {
   }
   for (const CacheShape& shape : served_shapes) {
     if (config.gqa && shape.cache_elements() < config.cache_elements() &&
-        shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
+        shape.rotary <= config.gqa->rotating_keys()) {
       const std::string name = "MLA " + std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
       out.push_back({name_with_part(name, shape.cache_elements(), config), &mla_form(), 1, shape.rotary,
                      shape.cache_elements()});
@@ -115,6 +116,7 @@ Json layers_json(const ModelConfig& config) {
     out[config.is_latent(i) ? "latent" : "grouped_query"].push_back(i);
   }
   out["sliding"] = config.sliding_layers().layers();
+  out["without_rotary"] = config.still_layers().layers();
   return out;
 }
 
@@ -148,6 +150,7 @@ Json to_json(const Model& model) {
   if (c.gqa) {
     out["num_key_value_heads"] = c.gqa->num_key_value_heads;
     out["head_dim"] = c.gqa->head_dim;
+    out["rotary_dim"] = c.gqa->rotary_dim;
     out["qk_norm"] = qk_norm_name(c.gqa->qk_norm);
   }
   if (c.latent) {
@@ -198,6 +201,11 @@ std::string shared_text(const ExpertsGeometry& experts) {
          (experts.shared_gate ? " with a gate" : "");
 }
 
+std::string rotating_text(const GqaGeometry& gqa) {
+  return gqa.rotary_dim == gqa.head_dim ? ""
+                                        : ", of which " + std::to_string(gqa.rotary_dim) + " numbers rotate";
+}
+
 // Which layers are what, where they are not all alike.
 void print_layers(const ModelConfig& c) {
   std::vector<Index> latent;
@@ -217,6 +225,9 @@ void print_layers(const ModelConfig& c) {
   for (const auto& [window, layers] : sliding) {
     std::printf("sliding window of %td positions: layers %s of %td\n", window, text_of(layers).c_str(),
                 c.num_hidden_layers);
+  }
+  if (const LayerSet still = c.still_layers(); !still.empty()) {
+    std::printf("no rotary embedding: layers %s of %td\n", still.text().c_str(), c.num_hidden_layers);
   }
 }
 
@@ -249,8 +260,8 @@ void print_table(const Options& options, const Model& model) {
   std::printf("%s: %s, %td layers, hidden %td, vocabulary %td\n", options.model.c_str(),
               std::string(c.family->name).c_str(), c.num_hidden_layers, c.hidden_size, c.vocab_size);
   if (c.gqa) {
-    std::printf("attention: GQA, %td query heads on %td key/value heads of %td%s\n", c.num_attention_heads,
-                c.gqa->num_key_value_heads, c.gqa->head_dim,
+    std::printf("attention: GQA, %td query heads on %td key/value heads of %td%s%s\n", c.num_attention_heads,
+                c.gqa->num_key_value_heads, c.gqa->head_dim, rotating_text(*c.gqa).c_str(),
                 normalises_keys(c) ? ", queries and keys normalised" : "");
   }
   if (c.latent) {
@@ -296,7 +307,7 @@ void print_table(const Options& options, const Model& model) {
 }
 
 int run(const Options& options) {
-  const Model model = Model::open(options.model);
+  const Model model = Model::open(options.model, options.context);
   if (options.json) {
     std::puts(to_json(model).dump().c_str());
   } else {
@@ -312,6 +323,7 @@ void add_inspect(CLI::App& app, Command& chosen) {
   CLI::App* command = app.add_subcommand("inspect", "What a checkpoint is and what its cache costs");
   command->add_option("model", options->model, "Checkpoint folder")->required();
   command->add_flag("--json", options->json, "One JSON object on stdout");
+  add_context_option(*command, options->context);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

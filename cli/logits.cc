@@ -13,6 +13,7 @@ namespace {
 
 struct Options {
   std::string model;
+  std::optional<Index> context;
   std::string tokens;
   std::string output;
   std::int64_t sequences = 1;
@@ -22,7 +23,7 @@ struct Options {
 int run(const Options& options) {
   // First of all: a name that cannot be written to is better refused before the work than after it.
   PendingFile output(output_name(options.output));
-  const Model model = Model::open(options.model);
+  const Model model = Model::open(options.model, options.context);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, model.config().vocab_size);
   Stream stream(model, sequences);
@@ -54,6 +55,7 @@ void add_logits(CLI::App& app, Command& chosen) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command->add_option("--length", options->length, "Tokens per sequence")->capture_default_str();
+  add_context_option(*command, options->context);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

@@ -70,6 +70,7 @@ int run(int argc, char** argv) {
       ->check(CLI::Range(1, 1024));
   app.fallthrough();
   relatent::Command chosen;
+  relatent::add_families(app, chosen);
   relatent::add_inspect(app, chosen);
   relatent::add_calibrate(app, chosen);
   relatent::add_convert(app, chosen);

@@ -17,6 +17,7 @@ namespace {
 
 struct Options {
   std::string source;
+  std::optional<Index> context;
   std::string converted;
   std::string tokens;
   std::int64_t sequences = 0;
@@ -144,7 +145,7 @@ void warn_of_length(const Options& options, const Model& source) {
 }
 
 int run(const Options& options) {
-  const Model source = Model::open(options.source);
+  const Model source = Model::open(options.source, options.context);
   const Model converted = Model::open(options.converted);
   const Sequences sequences =
       read_sequences(options.tokens, options.length, options.sequences, source.config().vocab_size);
@@ -232,6 +233,7 @@ void add_verify(CLI::App& app, Command& chosen) {
                       "relative to it");
   command->add_flag("--json", options->json, "One JSON object on stdout, the table on stderr");
   command->add_flag("--quiet", options->quiet, "No progress");
+  add_context_option(*command, options->context);
   command->callback([options, &chosen] { chosen = [options] { return run(*options); }; });
 }
 

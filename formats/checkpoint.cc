@@ -209,6 +209,38 @@ void Checkpoint::require_index(const std::map<std::string, std::string>& weight_
   }
 }
 
+void Checkpoint::cut_rows(const std::string& name,
+                          const std::vector<std::pair<std::string, std::int64_t>>& pieces) {
+  const TensorInfo& whole = info(name);
+  const std::size_t file = where_.at(name).first;
+  std::int64_t rows = 0;
+  for (const auto& [piece, count] : pieces) {
+    rows += count;
+  }
+  if (whole.shape.empty() || whole.shape.front() != rows) {
+    fail_input({.file = path_of(name),
+                .tensor = name,
+                .problem = "shape",
+                .expected = std::to_string(rows) + " rows by config.json",
+                .found = shape_text(whole.shape)});
+  }
+  where_.erase(name);
+  const std::uint64_t row_bytes = rows > 0 ? whole.bytes / static_cast<std::uint64_t>(rows) : 0;
+  std::uint64_t offset = whole.offset;
+  for (const auto& [piece, count] : pieces) {
+    TensorInfo info = whole;
+    info.name = piece;
+    info.shape.front() = count;
+    info.offset = offset;
+    info.bytes = static_cast<std::uint64_t>(count) * row_bytes;
+    offset += info.bytes;
+    pieces_.push_back(std::make_unique<const TensorInfo>(std::move(info)));
+    if (!where_.try_emplace(piece, file, pieces_.back().get()).second) {
+      fail_input({.file = files_[file].path(), .tensor = piece, .problem = "is there beside " + name});
+    }
+  }
+}
+
 std::optional<std::filesystem::path> Checkpoint::index_path() const {
   return has_index_ ? std::optional(folder_ / kIndexName) : std::nullopt;
 }

@@ -42,6 +42,10 @@ class Checkpoint final : public TensorSource {
   const std::filesystem::path& folder() const { return folder_; }
   std::filesystem::path config_path() const override { return folder_ / "config.json"; }
   const nlohmann::ordered_json& config() const override { return *config_; }
+  // Puts tensors of its rows, in order, in the place of one, without copying any. pieces: their names and
+  // numbers of rows. The tensor is that of files() still. Throws Error (input) naming the tensor when it is
+  // not there, has not as many rows, or a piece has the name of another tensor.
+  void cut_rows(const std::string& name, const std::vector<std::pair<std::string, std::int64_t>>& pieces);
   // The weight files in order of their names.
   const std::vector<SafetensorsFile>& files() const { return files_; }
   // Nothing for a checkpoint of a single file, which needs no index.
@@ -80,6 +84,7 @@ class Checkpoint final : public TensorSource {
   std::unique_ptr<nlohmann::ordered_json> config_;
   std::vector<SafetensorsFile> files_;
   bool has_index_ = false;
+  std::vector<std::unique_ptr<const TensorInfo>> pieces_;  // of tensors that were cut
   std::map<std::string, std::pair<std::size_t, const TensorInfo*>> where_;
 };
 

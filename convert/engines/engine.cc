@@ -79,6 +79,13 @@ std::string to_string(const CacheShape& shape) {
 }
 
 std::string Engine::why_not_source(const ModelConfig& source) const {
+  if (source.residual_multiplier != 1 || source.logits_scaling != 1) {
+    return "its layout has no place for a residual_multiplier or logits_scaling";
+  }
+  if (!source.still_layers().empty()) {
+    return "its layout has no place for layers without a rotary embedding (" + source.still_layers().text() +
+           ")";
+  }
   if (source.experts) {
     return "its layout has no place for a mixture of experts";
   }

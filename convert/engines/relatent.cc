@@ -89,7 +89,8 @@ void put_body_extras(const ModelConfig& source, Json& out) {
 // What engines/vllm refuses is what it has no code for.
 bool plug_in_holds(const ModelConfig& config) {
   return !config.gqa && config.activation == Activation::silu && config.norms == NormPlacement::before &&
-         !config.norm_unit_offset && config.embedding_multiplier == 1 && !config.attn_logit_softcapping &&
+         !config.norm_unit_offset && config.embedding_multiplier == 1 && config.residual_multiplier == 1 &&
+         config.logits_scaling == 1 && config.still_layers().empty() && !config.attn_logit_softcapping &&
          !config.final_logit_softcapping;
 }
 
@@ -171,6 +172,18 @@ class RelatentEngine final : public Engine {
     out["use_cache"] = true;
     out["v_head_dim"] = shape.v_head_dim;
     out["vocab_size"] = source.vocab_size;
+    if (const LayerSet still = source.still_layers(); !still.empty()) {
+      out["no_rope_layers"] = Json::array();
+      for (Index i = 0; i < source.num_hidden_layers; ++i) {
+        out["no_rope_layers"].push_back(still.has(i) ? 0 : 1);
+      }
+    }
+    if (source.residual_multiplier != 1) {
+      out["residual_multiplier"] = source.residual_multiplier;
+    }
+    if (source.logits_scaling != 1) {
+      out["logits_scaling"] = source.logits_scaling;
+    }
     if (source.experts) {
       put_experts(*source.experts, out);
     }
@@ -230,7 +243,8 @@ class RelatentEngine final : public Engine {
       up.leftCols(branch.up.cols()) = branch.up;
       out.put(Role::kv_b_weight, up, part);
     }
-    put_linear(Role::o_weight, Role::o_bias, a.o);
+    // The multiplier is a part of o here, and the reader has one of its own.
+    put_linear(Role::o_weight, Role::o_bias, a.o, {}, static_cast<float>(1 / shape.residual_multiplier));
   }
 };
 

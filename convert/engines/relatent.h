@@ -41,6 +41,9 @@
 //
 // MLPs and experts keep the names and shapes that the source has. A config with first_k_dense_replace has
 // experts from that layer on and says the rest in DeepSeek's keys, topk_method always among them.
+//
+// residual_multiplier and logits_scaling are Granite's, 1 where they are absent: folded into down_proj and
+// the head they would change tensors that are carried byte for byte.
 #pragma once
 
 #include <memory>

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "convert/compute/backend.h"
+#include "convert/latent/complex_form.h"
 #include "linalg/layouts.h"
 #include "linalg/stages.h"
 
@@ -16,15 +17,6 @@ using Complex = std::complex<double>;
 
 // Weights below this part of the largest are raised to it, so that the way back exists.
 constexpr double weight_floor = 1e-9;
-
-// Writes the real form of multiplication by z into rows (row, row + row_half) and columns (col, col +
-// col_half).
-void put_complex(MatrixD& m, Index row, Index row_half, Index col, Index col_half, Complex z) {
-  m(row, col) = z.real();
-  m(row, col + col_half) = -z.imag();
-  m(row + row_half, col) = z.imag();
-  m(row + row_half, col + col_half) = z.real();
-}
 
 // γ[h, f] of the header.
 MatrixC mean_rotation(const LayerMaps& maps, const Moments& moments) {
@@ -41,7 +33,20 @@ MatrixC mean_rotation(const LayerMaps& maps, const Moments& moments) {
   for (Index h = 0; h < maps.heads; ++h) {
     gamma.row(h) /= std::max(mass(h), 1e-300);
   }
+  // Exactly, so that nothing is lost of what does not rotate and it never competes for the rotary key.
+  for (Index f = 0; f < maps.pairs(); ++f) {
+    if (maps.rotary.inv_freq[static_cast<std::size_t>(f)] == 0) {
+      gamma.col(f).setOnes();
+    }
+  }
   return gamma;
+}
+
+// Weights of which none is 0.
+VectorD floored(const VectorD& weight) {
+  const double largest = weight.maxCoeff();
+  return largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest))
+                     : VectorD(VectorD::Ones(weight.size()));
 }
 
 }  // namespace
@@ -91,12 +96,15 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   Concentration out;
   for (Index f = 0; f < half; ++f) {
     VectorD weight = VectorD::Zero(groups);
+    VectorD read = VectorD::Zero(groups);
     for (Index h = 0; h < maps.heads; ++h) {
       const double energy = query_energy(h * d + f) + query_energy(h * d + f + half);
+      read(maps.group_of(h)) += energy;
       weight(maps.group_of(h)) += energy * dropped.loss(h, f);
     }
     const double largest = weight.maxCoeff();
-    weight = largest > 0 ? VectorD(weight.cwiseMax(weight_floor * largest)) : VectorD(VectorD::Ones(groups));
+    // Where nothing rotates, components come by how much of them is read.
+    weight = floored(largest > 0 ? weight : read);
     const VectorD root = weight.cwiseSqrt();
     // Pair f of every group: real parts, then imaginary parts.
     RowsD left(2 * groups, maps.k.cols());
@@ -155,9 +163,8 @@ std::vector<Index> allocate_components(const std::vector<Concentration>& layers,
   return out;
 }
 
-PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim, Index frequencies,
                          std::optional<Index> given) {
-  const auto frequencies = static_cast<Index>(layers.front().loss.size());
   const Index wanted = rope_dim / 2;
   const Index first = given.value_or(1);
   if (rope_dim % 2 != 0 || wanted < 1 || first < 1 || (wanted - 1) * first >= frequencies) {
@@ -180,7 +187,7 @@ PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_di
       best.stride = stride;
     }
   }
-  best.components.assign(static_cast<std::size_t>(frequencies), 0);
+  best.components.assign(layers.front().loss.size(), 0);
   for (Index i = 0; i < wanted; ++i) {
     best.components[static_cast<std::size_t>(i * best.stride)] = 1;
   }

@@ -38,17 +38,20 @@ struct Concentration {
 };
 Concentration concentrate(const LayerMaps& maps, const Moments& moments, const DroppedRotation& dropped);
 
-// Components kept per frequency, rope_dim / 2 in all: those with the largest loss summed over layers.
+// Components kept per frequency, rope_dim / 2 in all: those with the largest loss summed over layers, and of
+// equal ones those of the first frequencies. What does not rotate has no loss and comes behind: none of it is
+// kept while there is a component that rotates.
 std::vector<Index> allocate_components(const std::vector<Concentration>& layers, Index rope_dim);
 
 // The same for engines that only know the plain list base'^(-2i/rope_dim): one component of every stride-th
 // frequency, counted from the fastest, with the stride that keeps the largest loss. Every stride has its
-// base: base' = base^(stride * rope_dim / d). A given stride is taken as it is.
+// base: base' = base^(stride * rope_dim / d). A given stride is taken as it is. frequencies: those that
+// rotate, which come before the others.
 struct PlainList {
   Index stride = 1;
   std::vector<Index> components;  // as above
 };
-PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim,
+PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim, Index frequencies,
                          std::optional<Index> given = std::nullopt);
 
 // The frequencies of components[f] combinations of every frequency f.

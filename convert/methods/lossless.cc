@@ -17,7 +17,7 @@ class Lossless final : public ConversionMethod {
     if (config.latent) {
       return config.rotary;
     }
-    return lossless_rotary(converted_rotary(inputs_), config.gqa->num_key_value_heads);
+    return lossless_rotary(converted_rotary(inputs_), plan_.lossless->components);
   }
 
   LatentAttention convert(Index layer_idx, Moments moments) const override {
@@ -27,14 +27,18 @@ class Lossless final : public ConversionMethod {
     }
     return naming_layer(layer_idx, [&] {
       const LayerMaps maps = maps_of(std::get<GqaAttention>(inputs_.source.attention(layer_idx)));
+      const LosslessSizes& sizes = *plan_.lossless;
+      const auto rotating = static_cast<Index>(sizes.components.size());
       std::vector<JointLatent> latents;
       for (Index g = 0; g < inputs_.partition.groups; ++g) {
         const Index first = inputs_.partition.first_head(g, maps.heads);
         const Index last = inputs_.partition.first_head(g + 1, maps.heads);
-        latents.push_back(lossless_latent(maps, first, last - first));
+        latents.push_back(
+            lossless_latent(maps, rotating, first, last - first, sizes.groups[static_cast<std::size_t>(g)]));
       }
-      return split_values(assemble(maps, moments, lossless_rotary_key(maps), latents, std::nullopt),
-                          inputs_.partition, plan_.shape);
+      const RotaryKey key = lossless_rotary_key(maps, sizes.components);
+      return split_values(assemble(maps, moments, key, latents, std::nullopt), inputs_.partition,
+                          plan_.shape);
     });
   }
 

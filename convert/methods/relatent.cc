@@ -68,7 +68,8 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
                         .finish = [](Index) {}});
     fold_error_ = *std::max_element(fold_errors.begin(), fold_errors.end());
     if (options.plain_list) {
-      PlainList list = allocate_plain(concentrations_, options.rope_dim, options.list_stride);
+      const auto frequencies = static_cast<Index>(source_rotary().rotating_pairs());
+      PlainList list = allocate_plain(concentrations_, options.rope_dim, frequencies, options.list_stride);
       components_ = std::move(list.components);
       list_stride_ = list.stride;
     } else {

@@ -61,7 +61,7 @@ class RelatentConversion final : public ConversionMethod {
   void carry(Index layer_idx);
   // Where layers follow that are converted, moves both streams past the layer's MLP.
   void finish_layer(Index layer_idx);
-  const Rotary& source_rotary() const { return source_.config().rotary_of(converted_.layers().front()); }
+  const Rotary& source_rotary() const { return source_.config().shared_rotary(converted_); }
   LatentAttention convert_alone(Index layer_idx, Moments moments) const;
   PreparedLayer prepare(const LatentAttention& attention, Index layer_idx, Moments moments) const;
   PreparedLayer prepare(GqaAttention attention, Index layer_idx, Moments moments) const;

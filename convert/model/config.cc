@@ -36,6 +36,17 @@ std::string_view name_in(const Table& table, Value value) {
   return "";
 }
 
+template <typename Holds>
+LayerSet layers_where(Index count, const Holds& holds) {
+  std::vector<Index> out;
+  for (Index i = 0; i < count; ++i) {
+    if (holds(i)) {
+      out.push_back(i);
+    }
+  }
+  return LayerSet(std::move(out));
+}
+
 }  // namespace
 
 std::string_view norm_name(LatentNorm norm) {
@@ -76,13 +87,17 @@ std::string_view norm_placement_name(NormPlacement placement) {
 }
 
 LayerSet ModelConfig::sliding_layers() const {
-  std::vector<Index> out;
-  for (Index i = 0; i < num_hidden_layers; ++i) {
-    if (is_sliding(i)) {
-      out.push_back(i);
-    }
-  }
-  return LayerSet(std::move(out));
+  return layers_where(num_hidden_layers, [this](Index i) { return is_sliding(i); });
+}
+
+const Rotary& ModelConfig::shared_rotary(const LayerSet& layers) const {
+  const std::vector<Index>& all = layers.layers();
+  const auto found = std::find_if(all.begin(), all.end(), [this](Index i) { return rotates(i); });
+  return rotary_of(found == all.end() ? all.front() : *found);
+}
+
+LayerSet ModelConfig::still_layers() const {
+  return layers_where(num_hidden_layers, [this](Index i) { return !rotates(i); });
 }
 
 Index ModelConfig::cache_elements() const {

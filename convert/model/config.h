@@ -33,6 +33,11 @@ struct GqaGeometry {
   Index head_dim = 0;
   QkNorm qk_norm = QkNorm::none;
   bool attention_bias = false;  // of families that say it in the config
+  // How queries and keys lie in a checkpoint: the leading rotary_dim coordinates of a head rotate, as halves
+  // or as pairs (2i, 2i + 1). Once read, pairs are halves of the whole head, and what does not rotate are
+  // pairs of frequency 0 behind the others (head_layout.h).
+  Index rotary_dim = 0;
+  bool rope_interleave = false;
   // Biases on queries, keys and values, and on o_proj, where a config of the own layout says so; elsewhere
   // the family's rules do.
   bool qkv_bias = false;
@@ -43,6 +48,8 @@ struct GqaGeometry {
   Index cache_elements(Index tp = 1) const {
     return 2 * std::max<Index>(1, (num_key_value_heads + tp - 1) / tp) * head_dim;
   }
+  // Key coordinates of all heads that rotate.
+  Index rotating_keys() const { return num_key_value_heads * rotary_dim; }
 };
 
 // Latent attention as a config describes it.
@@ -131,6 +138,9 @@ struct ModelConfig {
   Index vocab_size = 0;
   Index max_position_embeddings = 0;
   double rms_norm_eps = 0;
+  // By Granite's names: what attention and MLPs add to the stream is multiplied, logits are divided.
+  double residual_multiplier = 1;
+  double logits_scaling = 1;
   bool tie_word_embeddings = false;
   std::vector<AttentionSpec> attention;  // one for each layer
   DType dtype = DType::f32;              // what config.json says the weights are
@@ -158,6 +168,10 @@ struct ModelConfig {
     const std::optional<Index> other = spec(layer_idx).rotary;
     return other ? other_rotaries[static_cast<std::size_t>(*other)] : rotary;
   }
+  // The list by which layers rotate that have one in common: of the first of them that does.
+  const Rotary& shared_rotary(const LayerSet& layers) const;
+  // Whether some pair of its heads rotates.
+  bool rotates(Index layer_idx) const { return rotary_of(layer_idx).rotating_pairs() > 0; }
   bool has_experts(Index layer_idx) const { return experts && experts->in_layer(layer_idx); }
   // Layers with experts.
   Index expert_layers() const;
@@ -167,6 +181,7 @@ struct ModelConfig {
     return window && *window < max_position_embeddings;
   }
   LayerSet sliding_layers() const;
+  LayerSet still_layers() const;  // those that do not rotate
 
   // Elements kept per token and layer: r + p of the latent layers, or where there are none 2 K d.
   Index cache_elements() const;

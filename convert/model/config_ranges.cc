@@ -59,7 +59,7 @@ constexpr NumberRange norm_eps = {1e-30, 0.1};  // published: 1e-6 to 1e-5
 constexpr NumberRange rope_base = {1, 1e20};    // up to 5e10; 1 where the frequencies are a list
 constexpr NumberRange rope_turns = {1e-3, 1e6};
 
-constexpr std::array<std::pair<std::string_view, NumberRange>, 20> numbers = {
+constexpr std::array<std::pair<std::string_view, NumberRange>, 23> numbers = {
     {{"rms_norm_eps", norm_eps},
      {"query_pre_attn_scalar", {1e-3, 1e6}},    // 64 to 256
      {"scaling", {1e-6, 1e3}},                  // 1/16 to 1
@@ -79,7 +79,10 @@ constexpr std::array<std::pair<std::string_view, NumberRange>, 20> numbers = {
      {"beta_slow", rope_turns},         // 1
      {"low_freq_factor", rope_turns},   // 1
      {"high_freq_factor", rope_turns},  // 4
-     {"original_max_position_embeddings", {1, int32_most}}}};
+     {"original_max_position_embeddings", {1, int32_most}},
+     {"partial_rotary_factor", {1e-3, 1}},  // 0.25 to 0.75
+     {"residual_multiplier", {1e-3, 1e3}},  // 0.22
+     {"logits_scaling", {1e-3, 1e3}}}};     // 1 to 16
 
 template <typename Table, typename Value>
 Value look_up(const Table& table, std::string_view key, Value otherwise) {

@@ -91,7 +91,8 @@ struct CarriedLayers {
 struct LatentShape : LatentSizes {
   Index heads = 0;
   bool has_q_bias = false;
-  Index norm_coordinates = 0;  // extra latent coordinates of an engine without biases, each branch
+  Index norm_coordinates = 0;      // extra latent coordinates of an engine without biases, each branch
+  double residual_multiplier = 1;  // by which the reader multiplies what attention adds to the stream
   // Coordinates of the latent that hold nothing, so that a kernel finds the size it wants; MLA only.
   Index dead_coordinates = 0;
   CarriedLayers carried;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "convert/model/families/family.h"
+#include "convert/model/head_layout.h"
 #include "formats/error.h"
 #include "formats/gguf_source.h"
 #include "linalg/stages.h"
@@ -42,6 +43,48 @@ std::vector<Projection> projections_of(Mlp& mlp, const ModelConfig& config, Inde
           {&mlp.down, Role::shared_down_weight, Role::down_bias}};
 }
 
+void multiply(float factor, Linear& linear) {
+  if (factor != 1) {
+    linear.weight *= factor;
+    linear.bias *= factor;
+  }
+}
+
+// What a projection's tensors are to the program.
+void to_program(const ModelConfig& config, Role weight, Linear& linear) {
+  const bool of_heads = weight == Role::q_weight || weight == Role::k_weight;
+  if (of_heads && config.gqa && !has_plain_heads(*config.gqa)) {
+    to_halves(*config.gqa, config.rotary.attention_factor, linear);
+  }
+  if (weight == Role::o_weight || weight == Role::down_weight) {
+    multiply(static_cast<float>(config.residual_multiplier), linear);
+  }
+}
+
+// Whether to_program leaves it as it is.
+bool is_plain(const ModelConfig& config, Role weight) {
+  const bool of_heads = weight == Role::q_weight || weight == Role::k_weight;
+  const bool adds = weight == Role::o_weight || weight == Role::down_weight;
+  return !(of_heads && config.gqa && !has_plain_heads(*config.gqa)) &&
+         !(adds && config.residual_multiplier != 1);
+}
+
+Linear read_projection(const LayerReader& in, Role weight, Role bias) {
+  Linear out = in.linear(weight, bias);
+  to_program(in.config(), weight, out);
+  return out;
+}
+
+// The same for products in bfloat16.
+Linear packed_projection(const LayerReader& in, Role weight, Role bias) {
+  if (is_plain(in.config(), weight)) {
+    return in.packed(weight, bias);
+  }
+  Linear out = read_projection(in, weight, bias);
+  out.pack();
+  return out;
+}
+
 }  // namespace
 
 Model::Model(std::unique_ptr<TensorSource> source, ModelConfig config)
@@ -50,14 +93,20 @@ Model::Model(std::unique_ptr<TensorSource> source, ModelConfig config)
       tensors_(place_tensors(*source_, config_)),
       names_(tensors_) {}
 
-Model Model::open(const std::filesystem::path& path) {
-  std::unique_ptr<TensorSource> source;
+Model Model::open(const std::filesystem::path& path, std::optional<Index> context) {
+  const auto parse = [&](const TensorSource& source) {
+    return context ? parse_config(with_longrope_list(source.config(), *context, source.config_path()),
+                                  source.config_path())
+                   : parse_config(source.config(), source.config_path());
+  };
   if (GgufSource::is_one(path)) {
-    source = std::make_unique<GgufSource>(GgufSource::open(path));
-  } else {
-    source = std::make_unique<Checkpoint>(Checkpoint::open(path));
+    auto source = std::make_unique<GgufSource>(GgufSource::open(path));
+    ModelConfig config = parse(*source);
+    return {std::move(source), std::move(config)};
   }
-  ModelConfig config = parse_config(source->config(), source->config_path());
+  auto source = std::make_unique<Checkpoint>(Checkpoint::open(path));
+  ModelConfig config = parse(*source);
+  cut_fused_tensors(config, *source);
   return {std::move(source), std::move(config)};
 }
 
@@ -90,19 +139,33 @@ GqaAttention Model::gqa_geometry(Index layer_idx) const {
 GqaAttention Model::scores(Index layer_idx) const {
   const LayerReader in = reader(layer_idx);
   GqaAttention out = gqa_geometry(layer_idx);
-  out.q = in.linear(Role::q_weight, Role::q_bias);
-  out.k = in.linear(Role::k_weight, Role::k_bias);
+  out.q = read_projection(in, Role::q_weight, Role::q_bias);
+  out.k = read_projection(in, Role::k_weight, Role::k_bias);
+  return out;
+}
+
+GqaAttention Model::keys_and_values(Index layer_idx) const {
+  const LayerReader in = reader(layer_idx);
+  GqaAttention out = gqa_geometry(layer_idx);
+  out.k = read_projection(in, Role::k_weight, Role::k_bias);
+  out.v = read_projection(in, Role::v_weight, Role::v_bias);
+  return out;
+}
+
+LatentAttention Model::latent(Index layer_idx) const {
+  LatentAttention out = config_.family->read_latent(reader(layer_idx));
+  to_program(config_, Role::o_weight, out.o);
   return out;
 }
 
 Attention Model::attention(Index layer_idx) const {
   const LayerReader in = reader(layer_idx);
   if (config_.is_latent(layer_idx)) {
-    return config_.family->read_latent(in);
+    return latent(layer_idx);
   }
   GqaAttention out = gqa_geometry(layer_idx);
   for (const Projection& projection : projections_of(out)) {
-    *projection.into = in.linear(projection.weight, projection.bias);
+    *projection.into = read_projection(in, projection.weight, projection.bias);
   }
   return out;
 }
@@ -112,7 +175,7 @@ Mlp Model::mlp(Index layer_idx) const {
   Mlp out;
   out.activation = config_.activation;
   for (const Projection& projection : projections_of(out, config_, layer_idx)) {
-    *projection.into = in.linear(projection.weight, projection.bias);
+    *projection.into = read_projection(in, projection.weight, projection.bias);
   }
   return out;
 }
@@ -133,8 +196,9 @@ Experts Model::experts(Index layer_idx, bool packed) const {
 template <typename Projections>
 void Model::pack_projections(const Projections& projections, Index layer_idx, Work& work) const {
   for (const Projection& from : projections) {
-    work.emplace_back(
-        [this, layer_idx, from] { *from.into = reader(layer_idx).packed(from.weight, from.bias); });
+    work.emplace_back([this, layer_idx, from] {
+      *from.into = packed_projection(reader(layer_idx), from.weight, from.bias);
+    });
   }
 }
 
@@ -177,13 +241,13 @@ Layer Model::packed_layer(Index layer_idx) const {
     pack_projections(projections_of(out.attention.emplace<GqaAttention>(gqa_geometry(layer_idx))), layer_idx,
                      work);
   } else {
-    auto& latent = out.attention.emplace<LatentAttention>(config_.family->read_latent(reader(layer_idx)));
-    std::vector<Linear*> large = {&latent.o, &latent.q_down};
-    if (latent.normed_heads) {
-      NormedHeads& heads = *latent.normed_heads;
+    auto& attention = out.attention.emplace<LatentAttention>(latent(layer_idx));
+    std::vector<Linear*> large = {&attention.o, &attention.q_down};
+    if (attention.normed_heads) {
+      NormedHeads& heads = *attention.normed_heads;
       large.insert(large.end(), {&heads.q, &heads.k, &heads.v});
     } else {
-      large.push_back(&latent.q);
+      large.push_back(&attention.q);
     }
     for (Linear* linear : large) {
       if (linear->out() > 0) {
@@ -223,6 +287,9 @@ MatrixF Model::head_rows(Index first, Index count) const {
                 source_->bytes(name).subspan(static_cast<std::size_t>(first) * row_bytes,
                                              static_cast<std::size_t>(count) * row_bytes),
                 {out.data(), static_cast<std::size_t>(out.size())});
+  if (config_.logits_scaling != 1) {
+    out /= static_cast<float>(config_.logits_scaling);
+  }
   return out;
 }
 

@@ -34,9 +34,10 @@ struct Layer : AttentionHalf, MlpHalf {};
 
 class Model {
  public:
-  // A checkpoint folder or a GGUF file. Reads config and headers only. Throws Error as Checkpoint::open,
-  // GgufSource::open, parse_config and place_tensors do.
-  static Model open(const std::filesystem::path& path);
+  // A checkpoint folder or a GGUF file. Reads config and headers only. context: the length of the sequences
+  // that the model is for, where its rotary frequencies depend on it (with_longrope_list). Throws Error as
+  // Checkpoint::open, GgufSource::open, parse_config and place_tensors do.
+  static Model open(const std::filesystem::path& path, std::optional<Index> context = {});
 
   const ModelConfig& config() const { return config_; }
   const TensorSource& checkpoint() const { return *source_; }
@@ -66,6 +67,8 @@ class Model {
   Attention attention(Index layer_idx) const;
   // Grouped-query attention without values and output, of which it reads nothing.
   GqaAttention scores(Index layer_idx) const;
+  // The same without queries and output.
+  GqaAttention keys_and_values(Index layer_idx) const;
   RmsNorm input_norm(Index layer_idx) const { return reader(layer_idx).norm(Role::input_norm); }
   // Of what attention adds to the stream.
   RmsNorm attention_output_norm(Index layer_idx) const {
@@ -81,6 +84,7 @@ class Model {
   Model(std::unique_ptr<TensorSource> source, ModelConfig config);
   LayerReader reader(std::optional<Index> layer_idx) const { return {*source_, names_, config_, layer_idx}; }
   GqaAttention gqa_geometry(Index layer_idx) const;
+  LatentAttention latent(Index layer_idx) const;
   Mlp mlp(Index layer_idx) const;
   Experts experts(Index layer_idx, bool packed) const;
   // Work that is left to do on `out`, for parallel_for; it refers to `out`.

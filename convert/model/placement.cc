@@ -175,6 +175,40 @@ std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config) {
   return out;
 }
 
+std::vector<ExpectedTensor> stored_tensors(const ModelConfig& config) {
+  std::vector<ExpectedTensor> out = expected_tensors(config);
+  for (const FusedTensor& fused : config.family->fused) {
+    for (Index layer_idx = 0; layer_idx < config.num_hidden_layers; ++layer_idx) {
+      const auto is_named = [layer_idx](std::string_view pattern) {
+        return
+            [name = with_indices(pattern, layer_idx, {})](const ExpectedTensor& t) { return t.name == name; };
+      };
+      const auto whole = std::find_if(out.begin(), out.end(), is_named(fused.pieces.front().name));
+      whole->name = with_indices(fused.name, layer_idx, {});
+      whole->shape.front() = 0;
+      for (const auto& [name, rows] : fused.pieces) {
+        whole->shape.front() += rows(config);
+      }
+      for (const auto& [name, rows] : fused.pieces) {
+        std::erase_if(out, is_named(name));
+      }
+    }
+  }
+  return out;
+}
+
+void cut_fused_tensors(const ModelConfig& config, Checkpoint& checkpoint) {
+  for (const FusedTensor& fused : config.family->fused) {
+    for (Index layer_idx = 0; layer_idx < config.num_hidden_layers; ++layer_idx) {
+      std::vector<std::pair<std::string, std::int64_t>> pieces;
+      for (const auto& [name, rows] : fused.pieces) {
+        pieces.emplace_back(with_indices(name, layer_idx, {}), rows(config));
+      }
+      checkpoint.cut_rows(with_indices(fused.name, layer_idx, {}), pieces);
+    }
+  }
+}
+
 std::vector<PlacedTensor> place_tensors(const TensorSource& source, const ModelConfig& config) {
   std::set<std::string> unplaced;
   for (std::string& name : source.tensor_names()) {

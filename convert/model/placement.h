@@ -9,6 +9,7 @@
 
 #include "convert/model/config.h"
 #include "convert/model/tensor_rule.h"
+#include "formats/checkpoint.h"
 #include "formats/tensor_source.h"
 
 namespace relatent {
@@ -29,6 +30,14 @@ struct ExpectedTensor : PlacedTensor {
 
 // Every tensor that a model of this config has or may have, rule by rule.
 std::vector<ExpectedTensor> expected_tensors(const ModelConfig& config);
+
+// The same with one tensor, whose role says nothing, in the place of those whose rows it holds
+// (Family::fused).
+std::vector<ExpectedTensor> stored_tensors(const ModelConfig& config);
+
+// Cuts tensors that hold the rows of several (Family::fused) into those. Throws Error (input) naming the
+// first that is missing or has other rows than the config says.
+void cut_fused_tensors(const ModelConfig& config, Checkpoint& checkpoint);
 
 // Matches every tensor of the source to exactly one rule. Throws Error (input) with one sentence that names
 // every tensor without a place, every missing one, or the first one whose shape or dtype is wrong. Of layers

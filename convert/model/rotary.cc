@@ -16,6 +16,9 @@ using Json = nlohmann::ordered_json;
 
 // Before a key, in complaints.
 constexpr const char* rope_words = "rope parameter ";
+constexpr const char* original_context = "original_max_position_embeddings";
+// Of longrope, below the end of its range.
+constexpr float largest_factor = 1e22F;
 
 struct RopeSource {
   const ConfigReader& parameters;
@@ -102,6 +105,11 @@ double apply_yarn(const RopeSource& rope, double base, Index p, std::vector<doub
   return yarn_mscale(factor, 1);
 }
 
+// Phi-3's configs say it outside the rope parameters, which counts for more where both do.
+const ConfigReader& original_context_reader(const RopeSource& rope) {
+  return rope.config.has(original_context) ? rope.config : rope.parameters;
+}
+
 double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
   // Their products with any base stay in float32.
   constexpr NumberRange range = {1e-22, 1e22};
@@ -119,7 +127,7 @@ double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
   if (*short_list != *long_list) {
     fail_input({rope.config.path(), "", "longrope with different short and long factors",
                 "one list of frequencies", "a list that changes with the sequence length",
-                "set long_factor to the list you want to serve with"});
+                "--context says for which length, and so which of the two"});
   }
   for (std::size_t i = 0; i < freq.size(); ++i) {
     const float ext = short_list->at(i).get<float>();
@@ -129,15 +137,51 @@ double apply_longrope(const RopeSource& rope, std::vector<double>& freq) {
   if (rope.parameters.has("attention_factor")) {
     return rope.parameters.number("attention_factor");
   }
-  const double original = rope.parameters.number("original_max_position_embeddings");
+  const ConfigReader& said_by = original_context_reader(rope);
+  const double original = said_by.number(original_context);
   if (original < 2) {
-    rope.parameters.complain("original_max_position_embeddings", "at least 2, whose logarithm divides");
+    said_by.complain(original_context, "at least 2, whose logarithm divides");
   }
   const double extended = rope.config.has("max_position_embeddings")
                               ? static_cast<double>(rope.config.size("max_position_embeddings"))
                               : original;
   const double factor = rope.parameters.number_or("factor", extended / original);
   return factor <= 1 ? 1.0 : std::sqrt(1 + std::log(factor) / std::log(original));
+}
+
+// The frequencies of vectors of size rotary_dim; found: what rope_parameters_of gives.
+Rotary parse_list(const Json& config, const Json& found, Index rotary_dim,
+                  const std::filesystem::path& config_path) {
+  if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
+    fail_input({config_path, "", "rotary size", "an even positive number", std::to_string(rotary_dim), ""});
+  }
+  const ConfigReader in(config, config_path);
+  const ConfigReader parameters(found, config_path, rope_words);
+  const RopeSource rope{parameters, in};
+  const double base = parameters.number_or("rope_theta", 10000.0);
+
+  Rotary out;
+  out.rope_type = rope_type_of(found, config_path);
+  std::vector<double> freq = geometric(base, rotary_dim);
+  double attention_factor = 1;
+  if (out.rope_type == "linear") {
+    const double factor = rope.parameters.number("factor");
+    for (double& f : freq) {
+      f /= factor;
+    }
+  } else if (out.rope_type == "llama3") {
+    apply_llama3(rope, freq);
+  } else if (out.rope_type == "yarn") {
+    attention_factor = apply_yarn(rope, base, rotary_dim, freq);
+  } else if (out.rope_type == "longrope") {
+    attention_factor = apply_longrope(rope, freq);
+  } else if (out.rope_type != "default") {
+    fail_input(
+        {config_path, "", "rope_type", "default, linear, llama3, yarn or longrope", out.rope_type, ""});
+  }
+  out.attention_factor = static_cast<float>(attention_factor);
+  out.inv_freq.assign(freq.begin(), freq.end());
+  return out;
 }
 
 }  // namespace
@@ -175,46 +219,67 @@ std::string rope_type_of(const Json& parameters, const std::filesystem::path& co
   const ConfigReader in(parameters, config_path, rope_words);
   for (const char* key : {"rope_type", "type"}) {
     if (in.has(key)) {
-      return in.text(key);
+      const std::string found = in.text(key);
+      return found == "su" ? "longrope" : found;  // as the first Phi-3 checkpoints call it
     }
   }
   return "default";
 }
 
+std::size_t Rotary::rotating_pairs() const {
+  return inv_freq.size() - static_cast<std::size_t>(std::count(inv_freq.begin(), inv_freq.end(), 0.0F));
+}
+
+Rotary Rotary::rotating() const {
+  Rotary out = *this;
+  std::erase(out.inv_freq, 0.0F);
+  return out;
+}
+
 Rotary parse_rotary(const Json& config, Index rotary_dim, const std::filesystem::path& config_path) {
-  if (rotary_dim <= 0 || rotary_dim % 2 != 0) {
-    fail_input({config_path, "", "rotary size", "an even positive number", std::to_string(rotary_dim), ""});
-  }
   const Json found = rope_parameters_of(config, config_path);
-  const ConfigReader in(config, config_path);
   const ConfigReader parameters(found, config_path, rope_words);
-  const RopeSource rope{parameters, in};
-  const double base = parameters.number_or("rope_theta", 10000.0);
   if (parameters.number_or("partial_rotary_factor", 1) != 1) {
     parameters.complain("partial_rotary_factor", "1 (every coordinate rotated)");
   }
+  return parse_list(config, found, rotary_dim, config_path);
+}
 
-  Rotary out;
-  out.rope_type = rope_type_of(found, config_path);
-  std::vector<double> freq = geometric(base, rotary_dim);
-  double attention_factor = 1;
-  if (out.rope_type == "linear") {
-    const double factor = rope.parameters.number("factor");
-    for (double& f : freq) {
-      f /= factor;
-    }
-  } else if (out.rope_type == "llama3") {
-    apply_llama3(rope, freq);
-  } else if (out.rope_type == "yarn") {
-    attention_factor = apply_yarn(rope, base, rotary_dim, freq);
-  } else if (out.rope_type == "longrope") {
-    attention_factor = apply_longrope(rope, freq);
-  } else if (out.rope_type != "default") {
-    fail_input(
-        {config_path, "", "rope_type", "default, linear, llama3, yarn or longrope", out.rope_type, ""});
+Rotary parse_partial_rotary(const Json& config, Index head_dim, double factor,
+                            const std::filesystem::path& config_path, Index& rotary_dim) {
+  const Json found = rope_parameters_of(config, config_path);
+  const ConfigReader parameters(found, config_path, rope_words);
+  factor = parameters.number_or("partial_rotary_factor", factor);
+  rotary_dim = static_cast<Index>(static_cast<double>(head_dim) * factor);
+  if (rotary_dim < 2 || rotary_dim % 2 != 0 || rotary_dim > head_dim || (head_dim - rotary_dim) % 2 != 0) {
+    parameters.complain("partial_rotary_factor",
+                        "a part of head_dim = " + std::to_string(head_dim) + " that is even, as the rest is");
   }
-  out.attention_factor = static_cast<float>(attention_factor);
-  out.inv_freq.assign(freq.begin(), freq.end());
+  Rotary out = parse_list(config, found, rotary_dim, config_path);
+  out.inv_freq.resize(static_cast<std::size_t>(head_dim / 2), 0.0F);
+  return out;
+}
+
+Json with_longrope_list(const Json& config, std::int64_t context, const std::filesystem::path& config_path) {
+  const Json found = rope_parameters_of(config, config_path);
+  if (rope_type_of(found, config_path) != "longrope") {
+    return config;
+  }
+  const ConfigReader in(config, config_path);
+  const ConfigReader parameters(found, config_path, rope_words);
+  const double original =
+      original_context_reader({parameters, in}).number_or(original_context, static_cast<double>(context));
+  const char* chosen = static_cast<double>(context) > original ? "long_factor" : "short_factor";
+  Json out = config;
+  for (const char* key : {"rope_parameters", "rope_scaling"}) {
+    const bool has_both =
+        in.has(key) && out[key].contains("short_factor") && out[key].contains("long_factor");
+    if (has_both) {
+      const Json list = out[key][chosen];
+      out[key]["short_factor"] = list;
+      out[key]["long_factor"] = list;
+    }
+  }
   return out;
 }
 
@@ -222,6 +287,10 @@ Json explicit_rope_parameters(const Rotary& rotary, std::int64_t max_position_em
   std::vector<float> factors;
   factors.reserve(rotary.inv_freq.size());
   for (const float f : rotary.inv_freq) {
+    if (f == 0) {
+      factors.push_back(largest_factor);  // turns no position that there is by what float32 can tell from 0
+      continue;
+    }
     // Of the float32 numbers around 1/f, the one whose float32 reciprocal comes closest to f.
     const float guess = 1.0F / f;
     float best = guess;

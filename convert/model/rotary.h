@@ -4,6 +4,7 @@
 // Position n multiplies pair j by attention_factor * exp(i * n * inv_freq[j]).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <nlohmann/json_fwd.hpp>
@@ -16,9 +17,14 @@ namespace relatent {
 
 // Engines hold frequencies and angles in float32, and models were trained that way, so these are float32 too.
 struct Rotary {
-  std::vector<float> inv_freq;  // [p/2], radians per position
+  // [p/2], radians per position. Pairs of frequency 0 do not rotate, and come behind those that do.
+  std::vector<float> inv_freq;
   float attention_factor = 1.0F;
   std::string rope_type = "default";
+
+  std::size_t rotating_pairs() const;
+  // The list without its zeros.
+  Rotary rotating() const;
 };
 
 // What a config says of its rotary embedding, in one object: `rope_scaling` or, where that is empty,
@@ -36,6 +42,17 @@ std::string rope_type_of(const nlohmann::ordered_json& parameters, const std::fi
 // (config_ranges.h), naming config_path.
 Rotary parse_rotary(const nlohmann::ordered_json& config, Index rotary_dim,
                     const std::filesystem::path& config_path);
+
+// The same of heads of which the leading part `partial_rotary_factor` rotates (where the config says nothing,
+// `factor`): the list of that part, then zeros for the rest. rotary_dim: its size, head_dim * factor rounded
+// down.
+Rotary parse_partial_rotary(const nlohmann::ordered_json& config, Index head_dim, double factor,
+                            const std::filesystem::path& config_path, Index& rotary_dim);
+
+// The config with the one longrope list that sequences of `context` tokens are rotated by in the place of
+// both: the short one up to original_max_position_embeddings, then the long one. Others as they are.
+nlohmann::ordered_json with_longrope_list(const nlohmann::ordered_json& config, std::int64_t context,
+                                          const std::filesystem::path& config_path);
 
 // The `rope_parameters` that make transformers use exactly this list: type longrope with rope_theta 1, so
 // that every factor is the reciprocal of its frequency. A plain geometric list is not recognised here.

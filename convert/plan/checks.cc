@@ -1,5 +1,6 @@
 #include "convert/plan/checks.h"
 
+#include "convert/model/head_layout.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -13,6 +14,20 @@ void check_plain_rotary(const Model& source, const Rotary& rotary) {
   if (rotary.rope_type != "default") {
     fail_input({source.checkpoint().config_path(), "", "has no place in a plain list of rotary frequencies",
                 "rope_type default", rotary.rope_type, ""});
+  }
+}
+
+// Of heads that rotate in part, or in pairs side by side.
+void check_partial_rotary(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const std::filesystem::path path = inputs.source.checkpoint().config_path();
+  if (options.method == Method::transmla) {
+    fail_input({path, "", "partial_rotary_factor", "1, since --method transmla rotates whole heads",
+                "heads that rotate in part", "--method relatent takes them"});
+  }
+  if (!inputs.carried.empty()) {
+    fail_input({path, "", "partial_rotary_factor",
+                "1, since layers that stay as they are rotate whole heads (" + inputs.carried.text() + ")",
+                "heads that rotate in part", "convert every layer"});
   }
 }
 
@@ -48,6 +63,15 @@ bool only_relays_out(const ConvertOptions& options, const ConvertInputs& inputs)
 
 void check_engine(const ConvertOptions& options, const ConvertInputs& inputs) {
   const Model& source = inputs.source;
+  if (source.config().gqa && !has_plain_heads(*source.config().gqa)) {
+    check_partial_rotary(options, inputs);
+  }
+  if (options.method == Method::transmla && !source.config().still_layers().empty()) {
+    fail_input({source.checkpoint().config_path(), "", "no_rope_layers",
+                "every layer rotated, since --method transmla has one rotary key for all",
+                "layers that are not (" + source.config().still_layers().text() + ")",
+                "--method relatent takes them"});
+  }
   const EngineTraits traits = inputs.engine->traits();
   if (!options.pre_tokenizer.empty() && !traits.single_file) {
     fail_usage("--pre-tokenizer belongs to --engine " +

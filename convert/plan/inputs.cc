@@ -45,7 +45,8 @@ void check_sizes(const CalibrationFile& calibration, const Model& source) {
 }  // namespace
 
 ConvertInputs open_inputs(const ConvertOptions& options) {
-  ConvertInputs out{Model::open(options.source), nullptr, {}, find_form(options.form), {}, {}};
+  ConvertInputs out{
+      Model::open(options.source, options.context), nullptr, {}, find_form(options.form), {}, {}};
   out.carried = carried_layers(options.layers, out.source);
   out.engine = make_engine(options.engine, options.form, &out.source.config(), !out.carried.empty());
   static_cast<void>(out.source.folder("converted"));
@@ -93,7 +94,7 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
 }
 
 const Rotary& converted_rotary(const ConvertInputs& inputs) {
-  return inputs.source.config().rotary_of(converted_layers(inputs).layers().front());
+  return inputs.source.config().shared_rotary(converted_layers(inputs));
 }
 
 void check_calibration(const ConvertInputs& inputs) {
@@ -120,13 +121,15 @@ Moments input_moments(const ConvertInputs& inputs, Index layer_idx) {
     const LayerMoments layer = inputs.calibration->layer(layer_idx);
     return normed ? normed_moments_of(layer) : moments_of(layer);
   }
+  RmsNorm norm = inputs.source.input_norm(layer_idx);
+  if (!norm.present()) {
+    norm.gain = RowVectorF::Ones(inputs.source.config().hidden_size);
+  }
   if (normed) {
-    return normed_moments_without_data(inputs.source.input_norm(layer_idx),
-                                       std::get<GqaAttention>(inputs.source.attention(layer_idx)),
+    return normed_moments_without_data(norm, std::get<GqaAttention>(inputs.source.attention(layer_idx)),
                                        assumed_length);
   }
-  return moments_without_data(inputs.source.input_norm(layer_idx), inputs.source.config().num_attention_heads,
-                              assumed_length);
+  return moments_without_data(norm, inputs.source.config().num_attention_heads, assumed_length);
 }
 
 Index default_held_out(Index count) {

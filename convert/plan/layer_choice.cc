@@ -1,6 +1,6 @@
 #include "convert/plan/layer_choice.h"
 
-#include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "formats/error.h"
@@ -34,11 +34,23 @@ void check_layers(const LayerSet& layers, const Model& source) {
                  std::to_string(*config.spec(i).window) +
                  " positions bounds its cache already and which latent engines do not keep: leave it out");
     }
-    if (config.spec(i).rotary != config.spec(layers.layers().front()).rotary) {
-      fail_usage(std::string(option) + " must name layers of one list of rotary frequencies, and layers " +
-                 std::to_string(layers.layers().front()) + " and " + std::to_string(i) +
-                 " have different ones");
+  }
+  const std::vector<Index> rotating = config.still_layers().others(config.num_hidden_layers).layers();
+  std::optional<Index> first;
+  for (const Index i : rotating) {
+    if (!layers.has(i)) {
+      continue;
     }
+    if (!first) {
+      first = i;
+    }
+    if (config.spec(i).rotary != config.spec(*first).rotary) {
+      fail_usage(std::string(option) + " must name layers of one list of rotary frequencies, and layers " +
+                 std::to_string(*first) + " and " + std::to_string(i) + " have different ones");
+    }
+  }
+  if (!first) {
+    fail_usage(std::string(option) + " must name one layer at least that rotates queries and keys");
   }
 }
 

@@ -63,6 +63,7 @@ struct RelatentOptions {
 struct ConvertOptions {
   std::filesystem::path source;
   std::filesystem::path output;
+  std::optional<Index> context;  // the length that the source is for (Model::open)
   Method method = chosen_method({}, false);
   std::string form = "mla";       // mla, gla, tpla or mlra
   std::optional<Index> branches;  // latents of a partitioned form

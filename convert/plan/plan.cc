@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <string_view>
@@ -97,6 +98,17 @@ std::string other_eps(const ConvertOptions& options, const Model& source, const 
       << *traits.norm_eps << ", the source adds " << source.config().rms_norm_eps
       << ": `relatent verify` measures what that changes";
   return eps.str();
+}
+
+// Which of two longrope lists the result has.
+std::string one_longrope_list(const ConvertOptions& options, const Model& source) {
+  const nlohmann::ordered_json& config = source.checkpoint().config();
+  if (!options.context || config == with_longrope_list(config, *options.context, "")) {
+    return "";
+  }
+  return "the result has one list of rotary frequencies, that of sequences of " +
+         std::to_string(*options.context) + " tokens: give --context " + std::to_string(*options.context) +
+         " to calibrate, verify and logits too";
 }
 
 // Tensors of the output that are the source's, by what they are.
@@ -303,11 +315,14 @@ ConvertPlan make_plan(const ConvertOptions& options, const ConvertInputs& inputs
   const Engine& engine = *inputs.engine;
   ConvertPlan plan;
   plan.options = options;
-  plan.shape = choose_shape(options, inputs);
+  if (options.method == Method::lossless && source.config().gqa) {
+    plan.lossless = lossless_sizes(inputs);
+  }
+  plan.shape = choose_shape(options, inputs, plan.lossless);
   plan.carried = inputs.carried;
-  for (std::string warning :
-       {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
-        unserved_shape(options, engine.traits()), linear_stand_in_note(options, inputs)}) {
+  for (std::string warning : {other_eps(options, source, engine.traits()), few_tokens(options, inputs),
+                              one_longrope_list(options, source), unserved_shape(options, engine.traits()),
+                              linear_stand_in_note(options, inputs)}) {
     if (!warning.empty()) {
       plan.warnings.push_back(std::move(warning));
     }

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "convert/latent/lossless.h"
 #include "convert/plan/inputs.h"
 #include "convert/plan/options.h"
 #include "convert/plan/size_candidates.h"
@@ -44,7 +45,8 @@ struct PlannedTensor {
 struct ConvertPlan {
   ConvertOptions options;  // as given, with the sizes that they left open
   LatentShape shape;
-  std::vector<SizeTrial> trials;  // what the sizes were chosen from, where they were
+  std::optional<LosslessSizes> lossless;  // of --method lossless, what its layers take, of GQA
+  std::vector<SizeTrial> trials;          // what the sizes were chosen from, where they were
   std::optional<OpenSizes> open;  // of a dry run: what they are to be chosen from; the plan is of one of them
   std::vector<std::string> warnings;
   std::vector<PlannedTensor> tensors;  // in the order in which they are written

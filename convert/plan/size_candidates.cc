@@ -17,9 +17,8 @@ void check_trial_sequences(const Sequences& sequences) {
 }
 
 std::vector<CacheSizes> rotary_candidates(const GqaGeometry& gqa, bool plain_list, Index total) {
-  const Index most =
-      std::min(total - size_step, plain_list ? gqa.head_dim : gqa.num_key_value_heads * gqa.head_dim);
-  const Index middle = plain_list ? gqa.head_dim * 3 / 4 : total / 4;
+  const Index most = std::min(total - size_step, plain_list ? gqa.rotary_dim : gqa.rotating_keys());
+  const Index middle = plain_list ? gqa.rotary_dim * 3 / 4 : total / 4;
   const Index nearest = std::max(size_step, (middle + size_step / 2) / size_step * size_step);
   std::vector<CacheSizes> out;
   for (const Index size : {nearest - size_step, nearest, nearest + size_step}) {
@@ -49,8 +48,7 @@ DeviceSplit::DeviceSplit(const ConvertOptions& options, const ConvertInputs& inp
   std::optional<Index> rope_dim = options.rope_dim;
   if (config.gqa) {
     const GqaGeometry& gqa = *config.gqa;
-    most_rotary_ =
-        has_plain_list(options, *inputs.engine) ? gqa.head_dim : gqa.num_key_value_heads * gqa.head_dim;
+    most_rotary_ = has_plain_list(options, *inputs.engine) ? gqa.rotary_dim : gqa.rotating_keys();
     most_read_ = readable_rank(partition_, config.num_attention_heads, gqa);
     most_rank_ = inputs.engine->default_rank(config);
   } else {

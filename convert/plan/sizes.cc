@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "convert/plan/checks.h"
 #include "formats/error.h"
+#include "linalg/threads.h"
 
 namespace relatent {
 namespace {
@@ -20,21 +22,24 @@ Index heads_read(const Partition& partition, Index group, Index heads, const Gqa
   return last + 1 - first;
 }
 
-// What the latents of a lossless form hold: the values that each group's heads read.
+std::string rotating_in_words(const GqaGeometry& gqa) {
+  return gqa.rotary_dim == gqa.head_dim
+             ? "num_key_value_heads * head_dim"
+             : "the coordinates that rotate, num_key_value_heads * " + std::to_string(gqa.rotary_dim);
+}
+
+// A lossless form holds what of the source is not redundant.
 void choose_lossless(const ConvertOptions& options, const Partition& partition, const GqaGeometry& gqa,
-                     LatentShape& shape) {
+                     const LosslessSizes& sizes, LatentShape& shape) {
   if (options.rank || options.rope_dim || options.kv_budget || options.per_device || options.key_rank) {
     fail_usage(
         "--method lossless fixes rank and rotary size: leave out --rank, --rope-dim, --key-rank, "
         "--per-device "
         "and --kv-budget");
   }
-  shape.qk_rope_head_dim = gqa.num_key_value_heads * gqa.head_dim;
-  std::vector<GroupSizes> groups;
-  for (Index g = 0; g < partition.groups; ++g) {
-    groups.push_back({0, heads_read(partition, g, shape.heads, gqa) * gqa.head_dim});
-  }
-  lay_out(partition, groups, shape);
+  shape.qk_rope_head_dim = sizes.rope_dim();
+  shape.qk_nope_head_dim = gqa.head_dim - gqa.rotary_dim;
+  lay_out(partition, sizes.groups, shape);
 }
 
 // Coordinates of each group's latents, from whichever option gives them.
@@ -171,7 +176,8 @@ void choose_from_mla(const ConvertOptions& options, const ConvertInputs& inputs,
 }
 
 // Decides rank and rotary size from the options.
-void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, LatentShape& shape) {
+void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs,
+                  const std::optional<LosslessSizes>& lossless, LatentShape& shape) {
   const Partition& partition = inputs.partition;
   const ModelConfig& config = inputs.source.config();
   if (config.latent) {
@@ -189,14 +195,16 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
     fail_usage("--kv-budget auto belongs to --method relatent, not to " + method);
   }
   if (options.method == Method::lossless) {
-    choose_lossless(options, partition, gqa, shape);
+    choose_lossless(options, partition, gqa, *lossless, shape);
     return;
   }
   shape.qk_nope_head_dim = gqa.head_dim;
-  shape.qk_rope_head_dim = options.rope_dim.value_or(gqa.head_dim);
-  if (shape.qk_rope_head_dim <= 0 || shape.qk_rope_head_dim % 2 != 0 || shape.qk_rope_head_dim > keys) {
-    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
-               " must be an even number from 2 to num_key_value_heads * head_dim = " + std::to_string(keys));
+  // What never rotates needs no rotary key.
+  const Index rotating = gqa.rotating_keys();
+  shape.qk_rope_head_dim = options.rope_dim.value_or(gqa.rotary_dim);
+  if (shape.qk_rope_head_dim <= 0 || shape.qk_rope_head_dim % 2 != 0 || shape.qk_rope_head_dim > rotating) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) + " must be an even number from 2 to " +
+               rotating_in_words(gqa) + " = " + std::to_string(rotating));
   }
   const GroupSizes group = choose_group(options, inputs, shape.qk_rope_head_dim);
   const Index read = readable_rank(partition, shape.heads, gqa);
@@ -225,8 +233,8 @@ void choose_sizes(const ConvertOptions& options, const ConvertInputs& inputs, La
 // For an engine whose list of rotary frequencies has one base: the source's frequencies that it holds. Fills
 // in the rotary size and the stride of the list.
 void fit_to_base(double wanted, const ConvertInputs& inputs, ConvertOptions& options) {
-  const double base = geometric_base(converted_rotary(inputs));
-  const Index d = inputs.source.config().gqa->head_dim;
+  const double base = geometric_base(converted_rotary(inputs).rotating());
+  const Index d = inputs.source.config().gqa->rotary_dim;
   // Every s-th frequency of the source, p / 2 of them: base^(s p / d) is the list's base.
   const double product = static_cast<double>(d) * std::log(wanted) / std::log(base);
   const auto whole = static_cast<Index>(std::llround(product));
@@ -256,8 +264,7 @@ std::optional<CacheShape> default_shape(const ConvertOptions& options, const Mod
       options.kv_budget ? budget_elements(*options.kv_budget, config) : config.cache_elements() - 1;
   for (const CacheShape& shape : served_shapes) {
     const bool near = !options.kv_budget || 8 * numbers < 9 * shape.cache_elements();
-    if (shape.cache_elements() <= numbers && near &&
-        shape.rotary <= config.gqa->num_key_value_heads * config.gqa->head_dim) {
+    if (shape.cache_elements() <= numbers && near && shape.rotary <= config.gqa->rotating_keys()) {
       return shape;
     }
   }
@@ -295,7 +302,7 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
   }
   const Index keys = config.gqa->num_key_value_heads * config.gqa->head_dim;
   // A plain list holds each frequency of a head once.
-  const Index most = traits.any_frequencies ? keys : config.gqa->head_dim;
+  const Index most = traits.any_frequencies ? config.gqa->rotating_keys() : config.gqa->rotary_dim;
   if (shape.rotary % 2 != 0 || shape.rotary > most) {
     fail_usage(given + ": the rotary key must be an even number of at most " + std::to_string(most) +
                " for this checkpoint and engine");
@@ -338,9 +345,10 @@ void fit_to_engine(const ConvertOptions& options, const ModelConfig& config, con
   const EngineTraits traits = engine.traits();
   const bool plain = (options.method == Method::relatent || options.method == Method::weights_only) &&
                      has_plain_list(options, engine);
-  if (config.gqa && plain && shape.qk_rope_head_dim > config.gqa->head_dim) {
-    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) +
-               " is more than a plain list holds, head_dim = " + std::to_string(config.gqa->head_dim));
+  if (config.gqa && plain && shape.qk_rope_head_dim > config.gqa->rotary_dim) {
+    fail_usage("--rope-dim " + std::to_string(shape.qk_rope_head_dim) + " is more than a plain list holds, " +
+               (config.gqa->rotary_dim == config.gqa->head_dim ? "head_dim = " : "what rotates of a head, ") +
+               std::to_string(config.gqa->rotary_dim));
   }
   if (const std::string why = engine.why_not(config, shape); !why.empty()) {
     fail_usage("--engine " + options.engine + ": " + why);
@@ -416,7 +424,19 @@ Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& 
   return 2 * least * gqa.head_dim;
 }
 
-LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs) {
+LosslessSizes lossless_sizes(const ConvertInputs& inputs) {
+  const Model& source = inputs.source;
+  const auto rotating = static_cast<Index>(converted_rotary(inputs).rotating_pairs());
+  const LayerSet converted = converted_layers(inputs);
+  const std::vector<Index>& layers = converted.layers();
+  const std::vector<LosslessSizes> each = parallel_made(layers.size(), [&](std::size_t i) {
+    return lossless_sizes(maps_of(source.keys_and_values(layers[i])), rotating, inputs.partition);
+  });
+  return std::accumulate(each.begin() + 1, each.end(), each.front(), larger_of);
+}
+
+LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs,
+                         const std::optional<LosslessSizes>& lossless) {
   const Model& source = inputs.source;
   const ModelConfig& config = source.config();
   LatentShape shape;
@@ -435,12 +455,13 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
     shape.has_q_bias = false;
   }
   shape.form = options.form;
+  shape.residual_multiplier = config.residual_multiplier;
   shape.attention_bias = options.method != Method::lossless || biased || source.has(Role::o_bias, first);
   const bool carries_bias = any_has(source, inputs.carried, Role::q_bias) ||
                             any_has(source, inputs.carried, Role::k_bias) ||
                             any_has(source, inputs.carried, Role::v_bias);
   shape.carried = {inputs.carried, carries_bias, any_has(source, inputs.carried, Role::o_bias)};
-  choose_sizes(options, inputs, shape);
+  choose_sizes(options, inputs, lossless, shape);
   if (options.q_rank && config.gqa) {
     const Index full = std::min(config.hidden_size, shape.heads * config.gqa->head_dim);
     if (*options.q_rank <= 0 || *options.q_rank > full) {

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "convert/latent/lay_out.h"
+#include "convert/latent/lossless.h"
 #include "convert/model/model.h"
 #include "convert/plan/inputs.h"
 #include "convert/plan/options.h"
@@ -33,8 +34,13 @@ bool has_plain_list(const ConvertOptions& options, const Engine& engine);
 // Of the group whose heads read least.
 Index readable_rank(const Partition& partition, Index heads, const GqaGeometry& gqa);
 
-// The shape of every converted layer. Throws Error (usage) naming the option that does not fit.
-LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs);
+// What the converted layers of --method lossless take. Reads the keys and values of every layer.
+LosslessSizes lossless_sizes(const ConvertInputs& inputs);
+
+// The shape of every converted layer. lossless: of --method lossless of a grouped-query source. Throws Error
+// (usage) naming the option that does not fit.
+LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inputs,
+                         const std::optional<LosslessSizes>& lossless = {});
 
 // Sizes that were asked for and that no kernel of a serving engine has, in a sentence; else empty.
 std::string unserved_shape(const ConvertOptions& options, const EngineTraits& traits);

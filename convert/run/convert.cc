@@ -31,9 +31,12 @@ constexpr const char* measured_entry = "measured";
 // Nothing is written for a layer that is carried.
 using WriteLayer = std::function<void(Index, const std::optional<LatentAttention>&)>;
 
-// What engines write once for all layers must be what each of them has.
+// What engines write once for all layers must be what each of them has, but for layers that do not rotate.
 void check_rotary(const Rotary& all, const LatentAttention& layer) {
-  if (layer.rotary.inv_freq != all.inv_freq || layer.rotary.attention_factor != all.attention_factor) {
+  const Rotary& found = layer.rotary;
+  const bool still = found.rotating_pairs() == 0 && found.attention_factor == 1 &&
+                     found.inv_freq.size() == all.inv_freq.size();
+  if (!still && (found.inv_freq != all.inv_freq || found.attention_factor != all.attention_factor)) {
     throw std::logic_error("convert: a layer has other rotary frequencies than its method says");
   }
 }

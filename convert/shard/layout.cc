@@ -171,6 +171,15 @@ std::optional<Units> units_of(HeldBy held_by, const ModelConfig& config, const R
   return std::nullopt;
 }
 
+// Pieces that are cut out of one tensor have no file of their own.
+void check_no_fused_tensors(const Model& model) {
+  const Family& family = *model.config().family;
+  if (!family.fused.empty()) {
+    fail_input({model.checkpoint().path(), "", "model_type", "a layout with a tensor for each projection",
+                std::string(family.name), "convert it first, and shard the result"});
+  }
+}
+
 // Rows of several latents in one tensor are no contiguous slices.
 void check_tensor_per_latent(const Model& model) {
   const ModelConfig& config = model.config();
@@ -244,6 +253,7 @@ std::string why_not_sharded(const ModelConfig& config, Index tp) {
 std::vector<ShardedTensor> sharded_tensors(const Model& model, const ShardLayout& layout, Index tp) {
   const ModelConfig& config = model.config();
   check_tensor_per_latent(model);
+  check_no_fused_tensors(model);
   const std::string reason = why_not_sharded(config, tp);
   if (!reason.empty()) {
     fail_usage("--tp " + std::to_string(tp) + " does not fit this model: " + reason);

@@ -11,6 +11,7 @@ round differently, and by anything where they are times, speeds, amounts of memo
 Spaces do not count.
 """
 
+import json
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import pytest
 
+import families_table
 import support
 
 DOCUMENTS = [support.ROOT / "README.md", *sorted((support.ROOT / "docs").glob("*.md"))]
@@ -186,6 +188,13 @@ def test_links_lead_somewhere(document: Path) -> None:
         if anchor:
             headings = {anchor_of(h) for h in HEADING.findall(target.read_text())}
             assert anchor in headings, f"{document.name}: {link}: no such heading"
+
+
+def test_families_are_those_of_the_program() -> None:
+    families = json.loads(support.relatent("families", "--json"))
+    assert families_table.shown() == families_table.table(families), (
+        "python3 tests/support/families_table.py writes the table anew"
+    )
 
 
 def test_output_is_compared_as_the_docstring_says() -> None:

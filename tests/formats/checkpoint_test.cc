@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "formats/hash.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 
@@ -138,6 +139,38 @@ TEST(Checkpoint, ReadsWhatWasWrittenHoweverItIsCut) {
     EXPECT_EQ(found, fingerprint.value_or(found));
     fingerprint = found;
   }
+}
+
+TEST(Checkpoint, TensorsAreCutIntoRows) {
+  const TempFolder folder;
+  const Source source = random_source(9);
+  write_checkpoint(folder.path(), source, 100);
+  Checkpoint checkpoint = Checkpoint::open(folder.path());
+  const MatrixF whole = checkpoint.read_matrix("embed");
+  const std::uint64_t bytes = checkpoint.tensor_bytes();
+  checkpoint.cut_rows("embed", {{"one", 4}, {"two", 1}, {"three", 2}});
+  EXPECT_FALSE(checkpoint.contains("embed"));
+  EXPECT_EQ(checkpoint.tensor_names(),
+            (std::vector<std::string>{"norm", "one", "proj", "three", "two", "wide"}));
+  EXPECT_EQ(checkpoint.tensor_bytes(), bytes);
+  EXPECT_TRUE(checkpoint.read_matrix("one") == whole.topRows(4));
+  EXPECT_TRUE(checkpoint.read_matrix("two") == whole.row(4));
+  EXPECT_TRUE(checkpoint.read_matrix("three") == whole.bottomRows(2));
+  // Copied without being decoded.
+  std::filesystem::create_directories(folder / "copy");
+  CheckpointWriter writer(folder / "copy", {{"x", DType::bf16, {2, 5}}}, 100);
+  writer.copy("x", checkpoint, "three");
+  EXPECT_EQ(writer.stored_checksum("x"), checksum_of(checkpoint.bytes("three")));
+  writer.finish();
+
+  const auto cut = [&](const std::string& name, const std::string& piece, std::int64_t rows) {
+    Checkpoint again = Checkpoint::open(folder.path());
+    again.cut_rows(name, {{piece, rows}, {"rest", 3}});
+  };
+  EXPECT_NO_THROW(cut("embed", "one", 4));
+  expect_error(ErrorKind::input, {"embed", "shape", "8 rows", "[7, 5]"}, [&] { cut("embed", "one", 5); });
+  expect_error(ErrorKind::input, {"nothing", "no such tensor"}, [&] { cut("nothing", "one", 4); });
+  expect_error(ErrorKind::input, {"norm", "is there beside embed"}, [&] { cut("embed", "norm", 4); });
 }
 
 TEST(Checkpoint, FingerprintSeesEveryDifference) {

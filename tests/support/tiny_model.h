@@ -166,9 +166,43 @@ inline void make_gemma(const TinyOptions& options, Random& random, TinyModel& mo
       {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 50.0}}}};
 }
 
-// Families that normalise each head's queries and keys.
+// Families that normalise queries and keys: each head's, or (olmo2) all of them together.
 inline bool normalises_heads(const std::string& model_type) {
-  return model_type == "qwen3" || model_type == "qwen3_moe" || model_type == "gemma3_text";
+  static const std::set<std::string> types = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2"};
+  return types.contains(model_type);
+}
+
+// Families whose config says whether there are biases.
+inline bool says_bias(const std::string& model_type) {
+  static const std::set<std::string> types = {"qwen3",   "qwen3_moe", "gemma3_text", "olmo2",
+                                              "granite", "smollm3",   "glm4"};
+  return types.contains(model_type);
+}
+
+// Puts the rows of several tensors into one, in order.
+inline void fuse(const std::vector<std::string>& names, const std::string& into, TinyModel& model) {
+  TinyModel::Tensor whole = model.tensors.at(names.front());
+  whole.values.clear();
+  whole.shape.front() = 0;
+  for (const std::string& name : names) {
+    const TinyModel::Tensor& piece = model.tensors.at(name);
+    whole.shape.front() += piece.shape.front();
+    whole.values.insert(whole.values.end(), piece.values.begin(), piece.values.end());
+  }
+  for (const std::string& name : names) {
+    model.tensors.erase(name);
+  }
+  model.tensors[into] = std::move(whole);
+}
+
+inline void fuse_gate_and_up(Index layer, TinyModel& model) {
+  const std::string mlp = layer_name(layer, "mlp.");
+  fuse({mlp + "gate_proj.weight", mlp + "up_proj.weight"}, mlp + "gate_up_proj.weight", model);
+}
+
+// A norm behind attention or MLP.
+inline RowVectorF behind(const TinyOptions& options, Random& random) {
+  return random.row(options.hidden, 0.2).array() + 1.0F;
 }
 
 inline TinyModel tiny_model(const TinyOptions& options = {}) {
@@ -185,14 +219,52 @@ inline TinyModel tiny_model(const TinyOptions& options = {}) {
               random.linear(kv, options.hidden, options.kv_bias || always));
     model.put(layer_name(i, "self_attn.o_proj"), random.linear(options.hidden, q, options.o_bias));
     if (normalises_heads(options.model_type)) {
-      model.config["attention_bias"] = options.q_bias;
-      for (const char* norm : {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}) {
-        model.put_vector(layer_name(i, norm), RowVectorF(random.row(options.head_dim, 0.3).array() + 1.5F));
-      }
+      const bool wide = options.model_type == "olmo2";
+      model.put_vector(layer_name(i, "self_attn.q_norm.weight"),
+                       RowVectorF(random.row(wide ? q : options.head_dim, 0.3).array() + 1.5F));
+      model.put_vector(layer_name(i, "self_attn.k_norm.weight"),
+                       RowVectorF(random.row(wide ? kv : options.head_dim, 0.3).array() + 1.5F));
     }
+  }
+  if (says_bias(options.model_type)) {
+    model.config["attention_bias"] = options.q_bias;
   }
   if (options.model_type.starts_with("gemma")) {
     make_gemma(options, random, model);
+  } else if (options.model_type == "granite") {
+    model.config.update({{"embedding_multiplier", 3.0},
+                         {"attention_multiplier", 0.2},
+                         {"residual_multiplier", 0.4},
+                         {"logits_scaling", 2.5}});
+  } else if (options.model_type == "smollm3") {
+    // All but the second layer rotate.
+    model.config["no_rope_layers"] = std::vector<int>(static_cast<std::size_t>(options.layers), 1);
+    model.config["no_rope_layers"][1] = 0;
+  } else if (options.model_type == "olmo2") {
+    for (Index i = 0; i < options.layers; ++i) {
+      model.tensors.erase(layer_name(i, "input_layernorm.weight"));
+      model.put_vector(layer_name(i, "post_feedforward_layernorm.weight"), behind(options, random));
+    }
+  } else if (options.model_type == "glm4") {
+    for (Index i = 0; i < options.layers; ++i) {
+      model.put_vector(layer_name(i, "post_self_attn_layernorm.weight"), behind(options, random));
+      model.put_vector(layer_name(i, "post_mlp_layernorm.weight"), behind(options, random));
+      fuse_gate_and_up(i, model);
+    }
+  }
+  return model;
+}
+
+// A phi3 checkpoint of the weights that tiny_model has; `factor` of every head rotates.
+inline TinyModel tiny_phi3_model(double factor, TinyOptions options = {}) {
+  options.model_type = "phi3";
+  TinyModel model = tiny_model(options);
+  model.config["partial_rotary_factor"] = factor;
+  for (Index i = 0; i < options.layers; ++i) {
+    const std::string self = layer_name(i, "self_attn.");
+    fuse({self + "q_proj.weight", self + "k_proj.weight", self + "v_proj.weight"}, self + "qkv_proj.weight",
+         model);
+    fuse_gate_and_up(i, model);
   }
   return model;
 }

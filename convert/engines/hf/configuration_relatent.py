@@ -66,6 +66,12 @@ class RelatentConfig(PreTrainedConfig):
     norms that multiply by 1 + their weight; `embedding_multiplier`; `attn_logit_softcapping` of
     scores and `final_logit_softcapping` of logits, where x becomes cap tanh(x / cap).
 
+    `no_rope_layers`, as SmolLM3 has it, is 1 for each layer that rotates and 0 for the others
+    (None: all do). Their rotary keys are numbers like any; a layer of `layers` rotates by its list.
+
+    What attention and MLPs add to the stream is multiplied by `residual_multiplier`, and logits are
+    divided by `logits_scaling`, as in Granite's configurations.
+
     What this code does not know it refuses rather than runs wrongly. `layout_version` (absent: 1)
     counts the changes of names, shapes and meanings that older code cannot read. `latent_features`
     is what the latents are projections of: "hidden", the layer's normalised input; or
@@ -103,6 +109,7 @@ class RelatentConfig(PreTrainedConfig):
         layout_version: int = LAYOUT_VERSION,
         layers: list[dict[str, Any] | None] | None = None,
         rope_lists: list[dict[str, Any]] | None = None,
+        no_rope_layers: list[int] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
         mlp_only_layers: list[int] | None = None,
@@ -116,6 +123,8 @@ class RelatentConfig(PreTrainedConfig):
         topk_method: str | None = None,
         norm_topk_prob: bool = False,
         routed_scaling_factor: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
         hidden_act: str = "silu",
         hidden_activation: str | None = None,
         norm_placement: str = "before",
@@ -165,6 +174,7 @@ class RelatentConfig(PreTrainedConfig):
         self.qk_norm = qk_norm
         self.layout_version = layout_version
         self.layers = layers
+        self.no_rope_layers = no_rope_layers
         self.rope_lists = list(rope_lists or [])
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
@@ -179,6 +189,8 @@ class RelatentConfig(PreTrainedConfig):
         self.topk_method = topk_method
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
+        self.residual_multiplier = residual_multiplier
+        self.logits_scaling = logits_scaling
         self.hidden_act = hidden_act
         self.hidden_activation = hidden_activation
         self.norm_placement = norm_placement
@@ -248,8 +260,17 @@ class RelatentConfig(PreTrainedConfig):
         """A layer that is grouped-query attention; None for one of latents."""
         return None if self.layers is None else self.layers[layer_idx]
 
+    def rotates(self, layer_idx: int) -> bool:
+        """Of a layer of latents."""
+        return self.no_rope_layers is None or self.no_rope_layers[layer_idx] == 1
+
     def _check_layers(self) -> None:
         """Checks `layers`, and says of them what transformers' caches and masks want to know."""
+        if self.no_rope_layers is not None and (
+            len(self.no_rope_layers) != self.num_hidden_layers
+            or set(self.no_rope_layers) - {0, 1}
+        ):
+            raise ValueError(f"no_rope_layers must be 0 or 1 for each of {self.num_hidden_layers}")
         if self.layers is None:
             return
         if len(self.layers) != self.num_hidden_layers:

@@ -533,6 +533,7 @@ class RelatentGroupedQueryAttention(nn.Module):
 class RelatentDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RelatentConfig, layer_idx: int):
         super().__init__()
+        self.residual_multiplier = config.residual_multiplier
         carried = config.carried_layer(layer_idx)
         kind = RelatentAttention if carried is None else RelatentGroupedQueryAttention
         self.self_attn = kind(config, layer_idx)
@@ -560,9 +561,10 @@ class RelatentDecoderLayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             cache=kwargs.get(CACHE),
         )
-        hidden_states = hidden_states + self.attention_output_layernorm(added)
+        added = self.attention_output_layernorm(added)
+        hidden_states = hidden_states + added * self.residual_multiplier
         added = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.mlp_output_layernorm(added)
+        return hidden_states + self.mlp_output_layernorm(added) * self.residual_multiplier
 
 
 class RelatentPreTrainedModel(PreTrainedModel):
@@ -656,15 +658,21 @@ class RelatentModel(RelatentPreTrainedModel):
 
         full_mask, sliding_mask = self.masks(inputs_embeds, attention_mask, position_ids, cache)
         latent_positions = self.rotary_emb(position_ids)
+        # Multiplied by 1 + 0i.
+        unrotated = tuple(map(torch.full_like, latent_positions, (1.0, 0.0)))
         carried_positions = [rotary(position_ids) for rotary in self.rotary_embs]
         hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
         for layer_idx, layer in enumerate(self.layers):
             carried = self.config.carried_layer(layer_idx)
             sliding = carried is not None and carried["sliding_window"] is not None
+            if carried is not None:
+                positions = carried_positions[carried["rope_list"]]
+            else:
+                positions = latent_positions if self.config.rotates(layer_idx) else unrotated
             hidden_states = layer(
                 hidden_states,
-                latent_positions if carried is None else carried_positions[carried["rope_list"]],
+                positions,
                 attention_mask=sliding_mask if sliding else full_mask,
                 **{CACHE: cache},
             )
@@ -715,7 +723,7 @@ class RelatentForCausalLM(RelatentPreTrainedModel, GenerationMixin):
         )
         # 0 keeps all positions, for -0 is 0.
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :]) / self.config.logits_scaling
         logits = capped(logits, self.config.final_logit_softcapping)
         loss = None
         if labels is not None:

@@ -72,17 +72,22 @@ const Family& deepseek_v2_family() {
                                 .key = "",
                                 .parse = parse_v2,
                                 .rules = deepseek_rules(),
-                                .read_latent = read_joint_latents};
+                                .read_latent = read_joint_latents,
+                                .models = "DeepSeek-V2, V2-Lite",
+                                .features = "MLA; experts chosen by softmax"};
   return family;
 }
 
 const Family& deepseek_v3_family() {
-  static const Family family = {.name = "deepseek_v3",
-                                .model_type = "deepseek_v3",
-                                .key = "",
-                                .parse = parse_v3,
-                                .rules = deepseek_rules(),
-                                .read_latent = read_joint_latents};
+  static const Family family = {
+      .name = "deepseek_v3",
+      .model_type = "deepseek_v3",
+      .key = "",
+      .parse = parse_v3,
+      .rules = deepseek_rules(),
+      .read_latent = read_joint_latents,
+      .models = "DeepSeek-V3, R1, Kimi K2",
+      .features = "MLA; experts chosen by sigmoid and bias; layers that predict further tokens are left out"};
   return family;
 }
 

@@ -14,6 +14,22 @@
 
 namespace relatent {
 
+// A tensor that holds the rows of several others, one after another.
+struct FusedTensor {
+  std::string_view name;  // "{i}" stands for the layer index
+  struct Piece {
+    std::string_view name;  // as the rules have it
+    Index (*rows)(const ModelConfig&);
+  };
+  std::vector<Piece> pieces;
+};
+
+// What a family is good for.
+enum class FamilyUse {
+  source,  // checkpoints that are converted
+  result,  // layouts that conversions write, which are read to be looked at, verified and sharded
+};
+
 struct Family {
   std::string_view name;        // no two families have the same
   std::string_view model_type;  // of config.json
@@ -26,7 +42,16 @@ struct Family {
   // A layer's latent attention from its tensors; nullptr where there are no such layers. Grouped-query
   // attention is read by its roles.
   LatentAttention (*read_latent)(const LayerReader& in) = nullptr;
+  // In every layer of every checkpoint; a rule has the pieces, not these.
+  std::vector<FusedTensor> fused{};
+  // For people: models of this kind, and what they have beside Llama's parts.
+  std::string_view models{};
+  std::string_view features{};
+  FamilyUse use = FamilyUse::source;
 };
+
+// In the order in which they are listed for people.
+const std::vector<const Family*>& families();
 
 // The family of a config; of those with its model_type the one whose key it has. Throws Error (input) when
 // there is none.
@@ -55,5 +80,10 @@ const Family& qwen2_moe_family();
 const Family& qwen3_moe_family();
 const Family& gemma2_family();
 const Family& gemma3_family();
+const Family& phi3_family();
+const Family& glm4_family();
+const Family& granite_family();
+const Family& olmo2_family();
+const Family& smollm3_family();
 
 }  // namespace relatent

@@ -14,12 +14,6 @@ std::optional<double> parse_cap(const ConfigReader& in, const char* key, std::op
   return in.json().contains(key) ? std::nullopt : absent;
 }
 
-void refuse(const ConfigReader& in, const char* key) {
-  if (in.flag_or(key, false)) {
-    in.complain(key, "false, as every published Gemma has it");
-  }
-}
-
 }  // namespace
 
 void parse_gemma(const ConfigReader& in, const GemmaDefaults& defaults, ModelConfig& out) {
@@ -28,14 +22,14 @@ void parse_gemma(const ConfigReader& in, const GemmaDefaults& defaults, ModelCon
     in.complain("hidden_activation", "\"" + activation + "\"");
   }
   out.activation = Activation::gelu_tanh;
-  refuse(in, "attention_bias");
-  refuse(in, "use_bidirectional_attention");
-  parse_grouped_query(in, {.windows = {.window = 4096, .by_type = true, .full_every = defaults.full_every}},
+  refuse_flags(in, {"attention_bias", "use_bidirectional_attention"}, "Gemma");
+  parse_grouped_query(in,
+                      {.windows = {.window = 4096, .by_type = true, .full_every = defaults.full_every},
+                       .tie_word_embeddings = true},
                       out);
   if (!in.has("head_dim")) {
     in.complain("head_dim", "a head size, which does not follow from hidden_size");
   }
-  out.tie_word_embeddings = in.flag_or("tie_word_embeddings", true);
   out.norms = NormPlacement::both;
   out.norm_unit_offset = true;
   out.embedding_multiplier = std::sqrt(static_cast<double>(out.hidden_size));

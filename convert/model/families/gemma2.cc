@@ -13,7 +13,13 @@ void parse_gemma2(const ConfigReader& in, ModelConfig& out) {
 
 const Family& gemma2_family() {
   static const Family family = {
-      .name = "gemma2", .model_type = "gemma2", .key = "", .parse = parse_gemma2, .rules = gemma_rules()};
+      .name = "gemma2",
+      .model_type = "gemma2",
+      .key = "",
+      .parse = parse_gemma2,
+      .rules = gemma_rules(),
+      .models = "Gemma 2",
+      .features = "every other layer slides; capped scores and logits; norms behind the blocks too; gelu"};
   return family;
 }
 

@@ -60,7 +60,11 @@ const Family& gemma3_family() {
                                 .model_type = "gemma3_text",
                                 .key = "",
                                 .parse = parse_gemma3,
-                                .rules = rules::with_qk_norm(gemma_rules())};
+                                .rules = rules::with_qk_norm(gemma_rules()),
+                                .models = "Gemma 3 (text)",
+                                .features =
+                                    "five of six layers slide; two rotary bases; norms on every head's "
+                                    "queries and keys, and behind the blocks"};
   return family;
 }
 

@@ -95,7 +95,9 @@ const Family& gguf_deepseek2_family() {
                                 .key = "general.architecture",
                                 .parse = parse_deepseek2,
                                 .rules = deepseek2_rules(),
-                                .read_latent = read_joint_latents};
+                                .read_latent = read_joint_latents,
+                                .models = "GGUF files of `--engine gguf`",
+                                .use = FamilyUse::result};
   return family;
 }
 

@@ -65,7 +65,9 @@ const Family& gla_family() {
                                 .key = "qk_rope_dim",
                                 .parse = parse_gla,
                                 .rules = gla_rules(),
-                                .read_latent = read_joint_latents};
+                                .read_latent = read_joint_latents,
+                                .models = "the layout of the GLA authors",
+                                .use = FamilyUse::result};
   return family;
 }
 

@@ -6,17 +6,13 @@
 namespace relatent {
 
 const Family& llama_family() {
-  static const Family family = {
-      .name = "llama",
-      .model_type = "llama",
-      .key = "",
-      .parse = parse_grouped_query,
-      .rules = rules::append(
-          rules::grouped_query(rules::optional),
-          {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", rules::optional, rules::hidden},
-           {Role::gate_bias, "model.layers.{i}.mlp.gate_proj.bias", rules::optional, rules::intermediate},
-           {Role::up_bias, "model.layers.{i}.mlp.up_proj.bias", rules::optional, rules::intermediate},
-           {Role::down_bias, "model.layers.{i}.mlp.down_proj.bias", rules::optional, rules::hidden}})};
+  static const Family family = {.name = "llama",
+                                .model_type = "llama",
+                                .key = "",
+                                .parse = parse_grouped_query,
+                                .rules = rules::grouped_query_with_biases(),
+                                .models = "Llama 2 and 3, SmolLM2, Yi, Vicuna",
+                                .features = "biases anywhere in attention"};
   return family;
 }
 

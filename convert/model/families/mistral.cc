@@ -18,7 +18,9 @@ const Family& mistral_family() {
                                 .model_type = "mistral",
                                 .key = "",
                                 .parse = parse_mistral,
-                                .rules = rules::grouped_query(nullptr)};
+                                .rules = rules::grouped_query(nullptr),
+                                .models = "Mistral 7B, Ministral",
+                                .features = "sliding window"};
   return family;
 }
 

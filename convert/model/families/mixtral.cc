@@ -31,7 +31,9 @@ const Family& mixtral_family() {
                                 .model_type = "mixtral",
                                 .key = "",
                                 .parse = parse_mixtral,
-                                .rules = rules::with_experts(rules::grouped_query(nullptr), names)};
+                                .rules = rules::with_experts(rules::grouped_query(nullptr), names),
+                                .models = "Mixtral 8x7B, 8x22B",
+                                .features = "experts; sliding window"};
   return family;
 }
 

@@ -101,7 +101,9 @@ const Family& mlra_family() {
                                 .key = "mlra_model",
                                 .parse = parse_mlra,
                                 .rules = mlra_rules(),
-                                .read_latent = read_joint_latents};
+                                .read_latent = read_joint_latents,
+                                .models = "the layout of the MLRA authors",
+                                .use = FamilyUse::result};
   return family;
 }
 

@@ -142,6 +142,14 @@ Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::opt
   return in.size_or("head_dim", config.hidden_size / config.num_attention_heads);
 }
 
+void refuse_flags(const ConfigReader& in, const std::vector<const char*>& keys, const std::string& model) {
+  for (const char* key : keys) {
+    if (in.flag_or(key, false)) {
+      in.complain(key, "false, as every published " + model + " has it");
+    }
+  }
+}
+
 void check_key_value_heads(const ConfigReader& in, Index num_key_value_heads, Index num_attention_heads) {
   if (num_attention_heads % num_key_value_heads != 0) {
     in.complain("num_key_value_heads",
@@ -155,11 +163,57 @@ void parse_grouped_query(const ConfigReader& in, const GroupedQueryDefaults& def
   gqa.num_key_value_heads = in.size_or("num_key_value_heads", out.num_attention_heads);
   gqa.head_dim = parse_head_dim(in, out, defaults.head_dim);
   check_key_value_heads(in, gqa.num_key_value_heads, out.num_attention_heads);
-  out.gqa = gqa;
   out.attention.assign(static_cast<std::size_t>(out.num_hidden_layers),
                        {.scale = 1.0F / std::sqrt(static_cast<float>(gqa.head_dim))});
+  out.tie_word_embeddings = in.flag_or("tie_word_embeddings", defaults.tie_word_embeddings);
   parse_windows(in, defaults.windows, out);
-  out.rotary = parse_rotary(in.json(), gqa.head_dim, in.path());
+  gqa.rotary_dim = gqa.head_dim;
+  if (defaults.partial_rotary) {
+    const auto& [factor, interleave] = *defaults.partial_rotary;
+    gqa.rope_interleave = interleave;
+    out.rotary = parse_partial_rotary(in.json(), gqa.head_dim, factor, in.path(), gqa.rotary_dim);
+  } else {
+    out.rotary = parse_rotary(in.json(), gqa.head_dim, in.path());
+  }
+  out.gqa = gqa;
+}
+
+void parse_multipliers(const ConfigReader& in, ModelConfig& out) {
+  out.embedding_multiplier = in.number_or("embedding_multiplier", 1);
+  out.residual_multiplier = in.number_or("residual_multiplier", 1);
+  out.logits_scaling = in.number_or("logits_scaling", 1);
+}
+
+void set_still_layers(const std::vector<Index>& layers, ModelConfig& out) {
+  if (layers.empty()) {
+    return;
+  }
+  for (const Index i : layers) {
+    out.attention[static_cast<std::size_t>(i)].rotary = static_cast<Index>(out.other_rotaries.size());
+  }
+  out.other_rotaries.push_back({.inv_freq = std::vector<float>(out.rotary.inv_freq.size(), 0.0F)});
+}
+
+std::vector<Index> parse_still_layers(const ConfigReader& in, Index num_hidden_layers) {
+  constexpr const char* key = "no_rope_layers";
+  const ConfigReader::Json& list = *in.find(key);
+  if (!list.is_array() || static_cast<Index>(list.size()) < num_hidden_layers) {
+    in.complain(key, "a list with 0 or 1 for each of the " + std::to_string(num_hidden_layers) + " layers");
+  }
+  std::vector<Index> out;
+  for (Index i = 0; i < num_hidden_layers; ++i) {
+    const ConfigReader::Json& rotates = list[static_cast<std::size_t>(i)];
+    if (!rotates.is_number_integer() || (rotates != 0 && rotates != 1)) {
+      in.complain(key, "0 or 1 for every layer");
+    }
+    if (rotates == 0) {
+      out.push_back(i);
+    }
+  }
+  if (static_cast<Index>(out.size()) == num_hidden_layers) {
+    in.complain(key, "1 for one layer at least, which rotates");
+  }
+  return out;
 }
 
 nlohmann::ordered_json with_rope_parameters(const ConfigReader& in,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "convert/model/config.h"
@@ -19,8 +20,15 @@ void parse_body(const ConfigReader& in, ModelConfig& out);
 // head_dim; where the config says nothing `otherwise`, or hidden_size / num_attention_heads.
 Index parse_head_dim(const ConfigReader& in, const ModelConfig& config, std::optional<Index> otherwise = {});
 
+// Complains about keys that are true: "false, as every published <model> has it".
+void refuse_flags(const ConfigReader& in, const std::vector<const char*>& keys, const std::string& model);
+
 // Complains about num_key_value_heads that num_attention_heads is no multiple of.
 void check_key_value_heads(const ConfigReader& in, Index num_key_value_heads, Index num_attention_heads);
+
+// embedding_multiplier, residual_multiplier and logits_scaling, by Granite's names; 1 where the config says
+// nothing.
+void parse_multipliers(const ConfigReader& in, ModelConfig& out);
 
 // What a family's class in transformers takes where a config says nothing of sliding windows.
 struct WindowDefaults {
@@ -34,16 +42,32 @@ struct WindowDefaults {
 inline constexpr WindowDefaults qwen_windows = {
     .window = 4096, .used = false, .by_type = true, .first_layer = 28};
 
+// Heads that may rotate in part: partial_rotary_factor where the config says nothing, and whether pairs lie
+// side by side.
+struct PartialRotary {
+  double factor = 1;
+  bool interleave = false;
+};
+
 // A grouped-query model by Llama's names, and what its family takes where the config says nothing: a head_dim
-// as parse_head_dim has it, and windows.
+// as parse_head_dim has it, windows, and the part of a head that rotates (none = always all of it).
 struct GroupedQueryDefaults {
   std::optional<Index> head_dim{};
   WindowDefaults windows{};
+  std::optional<PartialRotary> partial_rotary{};
+  bool tie_word_embeddings = false;
 };
 void parse_grouped_query(const ConfigReader& in, const GroupedQueryDefaults& defaults, ModelConfig& out);
 inline void parse_grouped_query(const ConfigReader& in, ModelConfig& out) {
   parse_grouped_query(in, {}, out);
 }
+
+// These layers of a grouped-query model do not rotate: ascending, not all.
+void set_still_layers(const std::vector<Index>& layers, ModelConfig& out);
+// no_rope_layers: 1 for each layer that rotates and 0 for the others, of which the ascending list is
+// returned. Complains about a list that is shorter than num_hidden_layers or has other numbers, and where
+// none rotates.
+std::vector<Index> parse_still_layers(const ConfigReader& in, Index num_hidden_layers);
 
 // The config with these rope_parameters in place of what it says of them, in newer or older keys.
 nlohmann::ordered_json with_rope_parameters(const ConfigReader& in, const nlohmann::ordered_json& parameters);

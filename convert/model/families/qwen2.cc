@@ -18,7 +18,9 @@ const Family& qwen2_family() {
                                 .model_type = "qwen2",
                                 .key = "",
                                 .parse = parse_qwen2,
-                                .rules = rules::grouped_query(rules::required)};
+                                .rules = rules::grouped_query(rules::required),
+                                .models = "Qwen2, Qwen2.5, QwQ",
+                                .features = "biases on q, k, v; windows by layer"};
   return family;
 }
 

@@ -35,7 +35,9 @@ const Family& qwen2_moe_family() {
                                 .model_type = "qwen2_moe",
                                 .key = "",
                                 .parse = parse_qwen2_moe,
-                                .rules = rules::with_experts(rules::grouped_query(rules::required), names)};
+                                .rules = rules::with_experts(rules::grouped_query(rules::required), names),
+                                .models = "Qwen1.5-MoE, Qwen2-57B-A14B",
+                                .features = "experts with a gated shared one; biases on q, k, v"};
   return family;
 }
 

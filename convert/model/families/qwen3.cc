@@ -19,7 +19,9 @@ const Family& qwen3_family() {
                                 .model_type = "qwen3",
                                 .key = "",
                                 .parse = parse_qwen3,
-                                .rules = rules::grouped_query_by_config()};
+                                .rules = rules::grouped_query_by_config(),
+                                .models = "Qwen3 (dense)",
+                                .features = "norms on every head's queries and keys; windows by layer"};
   return family;
 }
 

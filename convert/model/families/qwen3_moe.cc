@@ -23,7 +23,9 @@ const Family& qwen3_moe_family() {
                                 .model_type = "qwen3_moe",
                                 .key = "",
                                 .parse = parse_qwen3_moe,
-                                .rules = rules::with_experts(rules::grouped_query_by_config())};
+                                .rules = rules::with_experts(rules::grouped_query_by_config()),
+                                .models = "Qwen3-30B-A3B, 235B-A22B",
+                                .features = "experts; norms on every head's queries and keys"};
   return family;
 }
 

@@ -1,22 +1,20 @@
 #include <algorithm>
-#include <array>
 
 #include "convert/model/families/family.h"
 #include "formats/error.h"
 
 namespace relatent {
-namespace {
 
-const std::array<const Family*, 16>& families() {
-  static const std::array<const Family*, 16> all = {
-      &llama_family(),    &mistral_family(), &qwen2_family(),       &qwen3_family(),
-      &seed_oss_family(), &mixtral_family(), &qwen2_moe_family(),   &qwen3_moe_family(),
-      &gemma2_family(),   &gemma3_family(),  &deepseek_v2_family(), &deepseek_v3_family(),
-      &relatent_family(), &mlra_family(),    &gla_family(),         &gguf_deepseek2_family()};
+const std::vector<const Family*>& families() {
+  static const std::vector<const Family*> all = {
+      &llama_family(),         &mistral_family(),  &qwen2_family(),   &qwen3_family(),
+      &seed_oss_family(),      &phi3_family(),     &glm4_family(),    &smollm3_family(),
+      &granite_family(),       &olmo2_family(),    &mixtral_family(), &qwen2_moe_family(),
+      &qwen3_moe_family(),     &gemma2_family(),   &gemma3_family(),  &deepseek_v2_family(),
+      &deepseek_v3_family(),   &relatent_family(), &mlra_family(),    &gla_family(),
+      &gguf_deepseek2_family()};
   return all;
 }
-
-}  // namespace
 
 const Family& family_of(const ConfigReader& in) {
   // A GGUF file says it by another name.
@@ -36,8 +34,8 @@ const Family& family_of(const ConfigReader& in) {
 }
 
 const Family* find_family(std::string_view name) {
-  const auto* const found = std::find_if(families().begin(), families().end(),
-                                         [&](const Family* family) { return family->name == name; });
+  const auto found = std::find_if(families().begin(), families().end(),
+                                  [&](const Family* family) { return family->name == name; });
   return found == families().end() ? nullptr : *found;
 }
 

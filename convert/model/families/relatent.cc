@@ -329,6 +329,7 @@ void parse_layer(const ConfigReader& in, const Json& entry, AttentionSpec& spec,
   GqaGeometry gqa;
   gqa.num_key_value_heads = layer.size("num_key_value_heads");
   gqa.head_dim = layer.size("head_dim");
+  gqa.rotary_dim = gqa.head_dim;
   gqa.qkv_bias = layer.flag_or("qkv_bias", false);
   gqa.o_bias = layer.flag_or("o_bias", false);
   const std::optional<QkNorm> norm = layer.has("qk_norm") ? qk_norm_of(layer.text("qk_norm")) : QkNorm::none;
@@ -372,6 +373,20 @@ void parse_layers(const ConfigReader& in, ModelConfig& out) {
   }
 }
 
+// no_rope_layers, of latent layers; the others name a list of rotary frequencies each.
+void parse_unrotated_latents(const ConfigReader& in, ModelConfig& out) {
+  if (!in.has("no_rope_layers")) {
+    return;
+  }
+  std::vector<Index> latent;
+  for (const Index i : parse_still_layers(in, out.num_hidden_layers)) {
+    if (out.is_latent(i)) {
+      latent.push_back(i);
+    }
+  }
+  set_still_layers(latent, out);
+}
+
 // What models have beyond Llama, by the names that transformers has for it where it has one.
 void parse_body_extras(const ConfigReader& in, ModelConfig& out) {
   const auto one_of = [&in](const char* key, const auto& table, auto& value) {
@@ -393,7 +408,6 @@ void parse_body_extras(const ConfigReader& in, ModelConfig& out) {
   one_of("hidden_activation", activations, out.activation);
   one_of("norm_placement", norm_placements, out.norms);
   out.norm_unit_offset = in.flag_or("norm_unit_offset", false);
-  out.embedding_multiplier = in.number_or("embedding_multiplier", 1);
   if (in.has("attn_logit_softcapping")) {
     out.attn_logit_softcapping = in.number("attn_logit_softcapping");
   }
@@ -409,10 +423,12 @@ void parse_relatent(const ConfigReader& in, ModelConfig& out) {
   parse_branches(in, out.num_attention_heads, latent);
   out.rotary = parse_rotary(in.json(), latent.qk_rope_head_dim, in.path());
   parse_layers(in, out);
+  parse_unrotated_latents(in, out);
   if (in.has("first_k_dense_replace")) {
     out.experts = parse_own_experts(in, out.num_hidden_layers);
   }
   out.latent = std::move(latent);
+  parse_multipliers(in, out);
 }
 
 }  // namespace
@@ -423,7 +439,9 @@ const Family& relatent_family() {
                                 .key = "",
                                 .parse = parse_relatent,
                                 .rules = relatent_rules(),
-                                .read_latent = read_branches};
+                                .read_latent = read_branches,
+                                .models = "what `--engine relatent` writes",
+                                .use = FamilyUse::result};
   return family;
 }
 

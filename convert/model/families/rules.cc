@@ -44,7 +44,7 @@ Presence with_head_norms(const ModelConfig& c) {
 }
 
 Shape inv_freq_shape(const ModelConfig& c, Index /*part*/) {
-  return {c.gqa->head_dim / 2};
+  return {c.gqa->rotary_dim / 2};
 }
 
 Index mla_q_rows(const ModelConfig& c) {
@@ -61,10 +61,6 @@ Presence with_shared_experts(const ModelConfig& c) {
 
 Presence with_shared_gate(const ModelConfig& c) {
   return required_if(c.experts && c.experts->shared_gate);
-}
-
-Presence with_gqa_bias(const ModelConfig& c) {
-  return required_if(c.gqa->attention_bias);
 }
 
 Index expert_count(const ModelConfig& c) {
@@ -130,6 +126,10 @@ Presence without_q_rank(const ModelConfig& c) {
 
 Presence with_bias(const ModelConfig& c) {
   return required_if(c.latent->attention_bias);
+}
+
+Presence with_gqa_bias(const ModelConfig& c) {
+  return required_if(c.gqa->attention_bias);
 }
 
 Presence with_q_rank_and_bias(const ModelConfig& c) {
@@ -282,6 +282,20 @@ std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules) {
       std::move(rules),
       {{Role::q_head_norm, "model.layers.{i}.self_attn.q_norm.weight", with_head_norms, q_head_norm_shape},
        {Role::k_head_norm, "model.layers.{i}.self_attn.k_norm.weight", with_head_norms, k_head_norm_shape}});
+}
+
+std::vector<TensorRule> grouped_query_with_biases() {
+  return append(grouped_query(optional),
+                {{Role::o_bias, "model.layers.{i}.self_attn.o_proj.bias", optional, hidden},
+                 {Role::gate_bias, "model.layers.{i}.mlp.gate_proj.bias", optional, intermediate},
+                 {Role::up_bias, "model.layers.{i}.mlp.up_proj.bias", optional, intermediate},
+                 {Role::down_bias, "model.layers.{i}.mlp.down_proj.bias", optional, hidden}});
+}
+
+FusedTensor fused_gate_and_up() {
+  const auto rows = [](const ModelConfig& c) { return c.intermediate_size; };
+  return {"model.layers.{i}.mlp.gate_up_proj.weight",
+          {{"model.layers.{i}.mlp.gate_proj.weight", rows}, {"model.layers.{i}.mlp.up_proj.weight", rows}}};
 }
 
 std::vector<TensorRule> grouped_query_by_config() {

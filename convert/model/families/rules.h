@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "convert/model/config.h"
+#include "convert/model/families/family.h"
 #include "convert/model/tensor_rule.h"
 
 namespace relatent::rules {
@@ -23,6 +24,8 @@ Presence without_q_rank(const ModelConfig& c);
 // attention_bias of latent attention.
 Presence with_bias(const ModelConfig& c);
 Presence with_q_rank_and_bias(const ModelConfig& c);
+// attention_bias of grouped-query attention.
+Presence with_gqa_bias(const ModelConfig& c);
 
 Shape hidden(const ModelConfig& c, Index part);
 Shape vocab_by_hidden(const ModelConfig& c, Index part);
@@ -70,6 +73,10 @@ std::vector<TensorRule> grouped_query_attention(Presence (*qkv_bias)(const Model
 std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&));
 // The same with the norms on queries and keys that the config's qk_norm asks for.
 std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules);
+// The same where any projection may have a bias.
+std::vector<TensorRule> grouped_query_with_biases();
+// Gate and up of an MLP in one tensor, as Phi and GLM have them.
+FusedTensor fused_gate_and_up();
 // A grouped-query model whose config says whether it has those norms, and biases on queries, keys, values and
 // o (attention_bias).
 std::vector<TensorRule> grouped_query_by_config();

@@ -11,11 +11,7 @@ void parse_seed_oss(const ConfigReader& in, ModelConfig& out) {
   if (!in.flag_or("attention_bias", true)) {
     in.complain("attention_bias", "true, as every published Seed-OSS model has it");
   }
-  for (const char* key : {"attention_out_bias", "mlp_bias"}) {
-    if (in.flag_or(key, false)) {
-      in.complain(key, "false, as every published Seed-OSS model has it");
-    }
-  }
+  refuse_flags(in, {"attention_out_bias", "mlp_bias"}, "Seed-OSS model");
 }
 
 }  // namespace
@@ -25,7 +21,9 @@ const Family& seed_oss_family() {
                                 .model_type = "seed_oss",
                                 .key = "",
                                 .parse = parse_seed_oss,
-                                .rules = rules::grouped_query(rules::required)};
+                                .rules = rules::grouped_query(rules::required),
+                                .models = "Seed-OSS",
+                                .features = "biases on q, k, v"};
   return family;
 }
 

@@ -152,7 +152,7 @@ std::string safetensors_of(const std::vector<TensorSpec>& specs,
 // Optional tensors, of which families differ, are there or not.
 std::vector<TensorSpec> specs_of(const ModelConfig& config, bool optional) {
   std::vector<TensorSpec> specs;
-  for (const ExpectedTensor& tensor : expected_tensors(config)) {
+  for (const ExpectedTensor& tensor : stored_tensors(config)) {
     if (optional || tensor.presence == Presence::required) {
       specs.push_back({tensor.name, config.dtype, tensor.shape});
     }

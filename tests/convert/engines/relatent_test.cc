@@ -58,6 +58,7 @@ TEST(RelatentEngine, ConfigSaysWhichLayersHaveExpertsAndWhatIsShared) {
   const testing_support::TinyModel body = tiny_body(body_of(sample), random);
   ModelConfig source = parse_config(body.config, "config.json");
   source.num_hidden_layers = 6;
+  source.attention.resize(6, source.attention.front());
   source.experts = testing_support::tiny_experts(TopkMethod::greedy);
   ExpertsGeometry& experts = *source.experts;
   const auto config_of = [&] {

@@ -6,6 +6,7 @@
 #include <complex>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -242,11 +243,17 @@ TEST(AllocateComponents, CountsUpToTheWholeKey) {
   EXPECT_EQ(allocate_components({found}, 16), (std::vector<Index>{2, 2, 2, 2}));
 }
 
+// All frequencies rotate.
+PlainList plain_list(const std::vector<Concentration>& layers, Index rope_dim,
+                     std::optional<Index> given = std::nullopt) {
+  return allocate_plain(layers, rope_dim, static_cast<Index>(layers.front().loss.size()), given);
+}
+
 // Only the leading component of a frequency can be kept, so the second ones must not count.
 TEST(AllocatePlain, TakesTheStrideThatKeepsMost) {
   const auto keeps = [](const std::vector<Concentration>& layers, Index rope_dim, Index stride,
                         const std::vector<Index>& components) {
-    const PlainList found = allocate_plain(layers, rope_dim);
+    const PlainList found = plain_list(layers, rope_dim);
     EXPECT_EQ(found.stride, stride);
     EXPECT_EQ(found.components, components);
   };
@@ -257,21 +264,21 @@ TEST(AllocatePlain, TakesTheStrideThatKeepsMost) {
   keeps(slow, 12, 1, {1, 1, 1, 1, 1, 1});
   const auto fast = with_losses({{{6, 0}, {5, 5}, {4, 4}, {3, 3}, {2, 2}, {1, 1}}});
   for (Index p = 4; p <= 12; p += 2) {
-    EXPECT_EQ(allocate_plain(fast, p).stride, 1) << p;
+    EXPECT_EQ(plain_list(fast, p).stride, 1) << p;
   }
   // One pair is the fastest frequency, whatever the stride.
   keeps(slow, 2, 1, {1, 0, 0, 0, 0, 0});
   // Between strides that keep the same, the smallest.
-  EXPECT_EQ(allocate_plain(with_losses({{{1}, {2}, {2}, {2}}}), 4).stride, 1);
+  EXPECT_EQ(plain_list(with_losses({{{1}, {2}, {2}, {2}}}), 4).stride, 1);
   for (const Index p : {-2, 0, 3, 14}) {
-    EXPECT_THROW(allocate_plain(slow, p), std::invalid_argument) << p;
+    EXPECT_THROW(plain_list(slow, p), std::invalid_argument) << p;
   }
 }
 
 TEST(AllocatePlain, AGivenStrideIsTakenAsItIs) {
   const auto layers = with_losses({{{1, 9}, {2, 1}, {3, 1}, {4, 9}, {5, 1}, {6, 0}}});
   const auto keeps = [&](Index rope_dim, Index stride, const std::vector<Index>& components) {
-    const PlainList found = allocate_plain(layers, rope_dim, stride);
+    const PlainList found = plain_list(layers, rope_dim, stride);
     EXPECT_EQ(found.stride, stride);
     EXPECT_EQ(found.components, components);
   };
@@ -281,18 +288,27 @@ TEST(AllocatePlain, AGivenStrideIsTakenAsItIs) {
   keeps(6, 1, {1, 1, 1, 0, 0, 0});
   keeps(2, 6, {1, 0, 0, 0, 0, 0});
   // Beyond the end of the list, or no list at all.
-  EXPECT_THROW(allocate_plain(layers, 4, 6), std::invalid_argument);
-  EXPECT_THROW(allocate_plain(layers, 6, 3), std::invalid_argument);
-  EXPECT_THROW(allocate_plain(layers, 4, 0), std::invalid_argument);
-  EXPECT_THROW(allocate_plain(layers, 4, -1), std::invalid_argument);
+  EXPECT_THROW(plain_list(layers, 4, 6), std::invalid_argument);
+  EXPECT_THROW(plain_list(layers, 6, 3), std::invalid_argument);
+  EXPECT_THROW(plain_list(layers, 4, 0), std::invalid_argument);
+  EXPECT_THROW(plain_list(layers, 4, -1), std::invalid_argument);
 }
 
 TEST(AllocatePlain, SumsOverLayers) {
   const auto layers = with_losses({{{1}, {5}, {4}, {0}}, {{1}, {0}, {4}, {5}}});
-  EXPECT_EQ(allocate_plain({layers[0]}, 4).stride, 1);
-  EXPECT_EQ(allocate_plain({layers[1]}, 4).stride, 3);
-  EXPECT_EQ(allocate_plain(layers, 4).stride, 2);
-  EXPECT_EQ(allocate_plain(layers, 4).components, (std::vector<Index>{1, 0, 1, 0}));
+  EXPECT_EQ(plain_list({layers[0]}, 4).stride, 1);
+  EXPECT_EQ(plain_list({layers[1]}, 4).stride, 3);
+  EXPECT_EQ(plain_list(layers, 4).stride, 2);
+  EXPECT_EQ(plain_list(layers, 4).components, (std::vector<Index>{1, 0, 1, 0}));
+}
+
+// What does not rotate comes behind, and is not in the list.
+TEST(AllocatePlain, StaysAmongThoseThatRotate) {
+  const auto layers = with_losses({{{1}, {2}, {1}, {3}, {0}, {0}}});
+  EXPECT_EQ(allocate_plain(layers, 4, 4).stride, 3);
+  EXPECT_EQ(allocate_plain(layers, 4, 3).stride, 1);
+  EXPECT_EQ(allocate_plain(layers, 6, 4).components, (std::vector<Index>{1, 1, 1, 0, 0, 0}));
+  EXPECT_THROW(allocate_plain(layers, 10, 4), std::invalid_argument);
 }
 
 TEST(RotaryKey, WithEveryComponentLeavesNothing) {

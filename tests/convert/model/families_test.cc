@@ -44,11 +44,12 @@ TEST(Families, AreFoundByName) {
   EXPECT_NE(find_family("deepseek_v3")->read_latent, nullptr);
   EXPECT_EQ(find_family("gla")->model_type, "llama");
   EXPECT_EQ(find_family(""), nullptr);
-  EXPECT_EQ(known_families(),
-            "llama, mistral, qwen2, qwen3, seed_oss, mixtral, qwen2_moe, qwen3_moe, gemma2, gemma3_text, "
-            "deepseek_v2, deepseek_v3, "
-            "relatent, gpt2 (with the key mlra_model), llama "
-            "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
+  EXPECT_EQ(
+      known_families(),
+      "llama, mistral, qwen2, qwen3, seed_oss, phi3, glm4, smollm3, granite, olmo2, mixtral, qwen2_moe, "
+      "qwen3_moe, gemma2, gemma3_text, deepseek_v2, deepseek_v3, relatent, gpt2 (with the key mlra_model), "
+      "llama "
+      "(with the key qk_rope_dim), deepseek2 (with the key general.architecture)");
 }
 
 TEST(Families, AttentionIsWhatAConversionReplaces) {
@@ -75,6 +76,9 @@ TEST(Families, EveryTensorHasItsPlace) {
       tiny_model({.model_type = "gemma3_text", .tied = true}),
       tiny_model({.model_type = "qwen3"}),
       tiny_model({.model_type = "qwen3", .q_bias = true, .kv_bias = true, .o_bias = true}),
+      tiny_model({.model_type = "granite", .q_bias = true, .kv_bias = true, .o_bias = true}),
+      tiny_model({.model_type = "smollm3"}),
+      tiny_model({.model_type = "olmo2"}),
       tiny_mixture_model({.model_type = "mixtral"}),
       tiny_mixture_model({.model_type = "qwen2_moe"}),
       tiny_mixture_model({.model_type = "qwen3_moe"}),
@@ -111,6 +115,31 @@ TEST(Families, EveryTensorHasItsPlace) {
     EXPECT_EQ(placed.size(), model.tensors.size());
     EXPECT_EQ(places.size(), placed.size());
   }
+}
+
+TEST(Families, WhatIsStoredInOneTensorIsPlacedInPieces) {
+  const TinyModel model = testing_support::tiny_phi3_model(0.5);
+  const ModelConfig config = parse_config(model.config, "config.json");
+  std::set<std::string> stored;
+  for (const ExpectedTensor& tensor : stored_tensors(config)) {
+    if (tensor.presence == Presence::required) {
+      stored.insert(tensor.name);
+      EXPECT_EQ(tensor.shape, model.tensors.at(tensor.name).shape) << tensor.name;
+    }
+  }
+  EXPECT_EQ(stored.size(), model.tensors.size());
+  const TempFolder folder;
+  model.write(folder.path());
+  Checkpoint checkpoint = Checkpoint::open(folder.path());
+  cut_fused_tensors(config, checkpoint);
+  EXPECT_EQ(place_tensors(checkpoint, config).size(), model.tensors.size() + Index{3} * 3);
+  TinyModel other = model;
+  other.tensors.erase(layer_name(1, "self_attn.qkv_proj.weight"));
+  std::filesystem::remove_all(folder.path());
+  other.write(folder.path());
+  Checkpoint without = Checkpoint::open(folder.path());
+  expect_error(ErrorKind::input, {"layers.1.self_attn.qkv_proj.weight", "no such tensor"},
+               [&] { cut_fused_tensors(config, without); });
 }
 
 TEST(Families, RolesOfTheNames) {

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -36,6 +37,68 @@ MatrixF stored(const TinyModel& model, const std::string& name) {
 Model open(const TinyModel& model, const TempFolder& folder) {
   model.write(folder.path());
   return Model::open(folder.path());
+}
+
+TEST(Model, FusedProjectionsAreReadApart) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const TempFolder fused_folder;
+    const TempFolder folder;
+    const testing_support::TinyOptions options{.model_type = "mistral", .dtype = dtype};
+    const Model fused = open(testing_support::tiny_phi3_model(1, options), fused_folder);
+    const Model plain = open(tiny_model(options), folder);
+    EXPECT_EQ(fused.tensors().size(), plain.tensors().size());
+    for (Index i = 0; i < 3; ++i) {
+      const Layer a = fused.layer(i);
+      const Layer b = plain.layer(i);
+      const auto& x = std::get<GqaAttention>(a.attention);
+      const auto& y = std::get<GqaAttention>(b.attention);
+      EXPECT_TRUE(x.q.weight == y.q.weight);
+      EXPECT_TRUE(x.k.weight == y.k.weight);
+      EXPECT_TRUE(x.v.weight == y.v.weight);
+      EXPECT_EQ(x.rotary.inv_freq, y.rotary.inv_freq);
+      EXPECT_TRUE(a.mlp.gate.weight == b.mlp.gate.weight);
+      EXPECT_TRUE(a.mlp.up.weight == b.mlp.up.weight);
+      EXPECT_TRUE(fused.scores(i).k.weight == y.k.weight);
+      EXPECT_TRUE(fused.keys_and_values(i).v.weight == y.v.weight);
+    }
+  }
+}
+
+TEST(Model, HeadsThatRotateInPartAreHalvesOfTheWholeHead) {
+  const TempFolder folder;
+  TinyModel tiny = testing_support::tiny_phi3_model(0.5);
+  tiny.config["rope_parameters"] = {{"rope_type", "longrope"},
+                                    {"rope_theta", 100.0},
+                                    {"attention_factor", 2.0},
+                                    {"short_factor", {1, 2}},
+                                    {"long_factor", {1, 2}}};
+  const Model model = open(tiny, folder);
+  const GqaAttention found = std::get<GqaAttention>(model.attention(1));
+  const MatrixF whole = stored(tiny, layer_name(1, "self_attn.qkv_proj.weight"));
+  EXPECT_EQ(found.rotary.rotating_pairs(), 2U);
+  // Rows (0, 2) and (1, 3) rotate, 4 to 7 do not, and are not multiplied by the attention factor.
+  const std::array<Index, 8> from = {0, 1, 4, 5, 2, 3, 6, 7};
+  for (Index row = 0; row < 48; ++row) {
+    const Index at = from[static_cast<std::size_t>(row % 8)];
+    const float factor = at < 4 ? 1.0F : 0.5F;
+    EXPECT_TRUE(found.q.weight.row(row) == whole.row(row / 8 * 8 + at) * factor) << row;
+    if (row < 16) {
+      EXPECT_TRUE(found.k.weight.row(row) == whole.row(48 + row / 8 * 8 + at) * factor) << row;
+    }
+  }
+  EXPECT_TRUE(found.v.weight == whole.bottomRows(16));
+}
+
+TEST(Model, TwoListsOfFrequenciesNeedAContext) {
+  const TempFolder folder;
+  TinyModel tiny = testing_support::tiny_phi3_model(1);
+  tiny.config["original_max_position_embeddings"] = 32;
+  tiny.config["rope_scaling"] = {
+      {"type", "longrope"}, {"short_factor", {1, 1, 1, 1}}, {"long_factor", {2, 2, 2, 2}}};
+  tiny.write(folder.path());
+  expect_error(ErrorKind::input, {"longrope", "--context"}, [&] { Model::open(folder.path()); });
+  EXPECT_EQ(Model::open(folder.path(), 32).config().rotary.inv_freq.front(), 1.0F);
+  EXPECT_EQ(Model::open(folder.path(), 33).config().rotary.inv_freq.front(), 0.5F);
 }
 
 TEST(Model, LayersAreWhatTheFileHolds) {

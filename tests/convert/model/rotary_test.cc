@@ -30,6 +30,57 @@ Rotary parse(const std::string& config, Index size) {
   return parse_rotary(Json::parse(config), size, "folder/config.json");
 }
 
+TEST(Rotary, PartOfAHeadRotates) {
+  const auto parse_part = [](const std::string& config, Index size, double factor, Index& rotating) {
+    return parse_partial_rotary(Json::parse(config), size, factor, "folder/config.json", rotating);
+  };
+  Index rotating = 0;
+  const Rotary found = parse_part(R"({"rope_theta": 100, "partial_rotary_factor": 0.75})", 16, 1, rotating);
+  EXPECT_EQ(rotating, 12);
+  EXPECT_EQ(found.rotating_pairs(), 6U);
+  const Rotary whole = parse(R"({"rope_theta": 100})", 12);
+  EXPECT_EQ(found.rotating().inv_freq, whole.inv_freq);
+  ASSERT_EQ(found.inv_freq.size(), 8U);
+  EXPECT_EQ(found.inv_freq[6], 0);
+  EXPECT_EQ(found.inv_freq[7], 0);
+  // What the config leaves open.
+  EXPECT_EQ(parse_part("{}", 16, 0.5, rotating).rotating_pairs(), 4U);
+  EXPECT_EQ(parse_part("{}", 16, 1, rotating).rotating_pairs(), 8U);
+  // Rounded down, as transformers does.
+  parse_part(R"({"partial_rotary_factor": 0.44})", 10, 1, rotating);
+  EXPECT_EQ(rotating, 4);
+  for (const char* factor : {"0.1", "0.7", "1.5", "0", "\"half\""}) {
+    expect_error(ErrorKind::input, {"folder/config.json", "partial_rotary_factor"}, [&] {
+      parse_part(R"({"partial_rotary_factor": )" + std::string(factor) + "}", 10, 1, rotating);
+    });
+  }
+}
+
+TEST(Rotary, TheContextChoosesOneOfTwoLists) {
+  const Json config = Json::parse(R"({"max_position_embeddings": 64, "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "su", "short_factor": [1, 2], "long_factor": [3, 4]}})");
+  const auto list_for = [&](std::int64_t context) {
+    return parse_rotary(with_longrope_list(config, context, "config.json"), 4, "config.json");
+  };
+  expect_error(ErrorKind::input, {"longrope", "different", "--context"},
+               [&] { parse_rotary(config, 4, "config.json"); });
+  EXPECT_EQ(list_for(16).inv_freq.front(), 1);
+  EXPECT_EQ(list_for(17).inv_freq.front(), 1.0F / 3);
+  // √(1 + ln 4 / ln 16), for either list.
+  EXPECT_NEAR(static_cast<double>(list_for(16).attention_factor), std::sqrt(1.5), 1e-6);
+  EXPECT_EQ(list_for(16).attention_factor, list_for(64).attention_factor);
+  const Json plain = Json::parse(R"({"rope_theta": 100})");
+  EXPECT_EQ(with_longrope_list(plain, 5, "config.json"), plain);
+}
+
+TEST(Rotary, WhatDoesNotRotateHasAFactorToo) {
+  const Rotary rotary{{1, 0}, 1.5F};
+  const Json written = explicit_rope_parameters(rotary, 128);
+  const Rotary back = parse_rotary({{"rope_parameters", written}}, 4, "config.json");
+  EXPECT_EQ(back.inv_freq.front(), 1);
+  EXPECT_LT(back.inv_freq.back(), 1e-20F);
+}
+
 void expect_near_relative(const std::vector<float>& found, const std::vector<double>& expected,
                           double tolerance) {
   ASSERT_EQ(found.size(), expected.size());

@@ -30,7 +30,10 @@ std::string text(const std::vector<CacheSizes>& sizes) {
   return out;
 }
 
-constexpr GqaGeometry trained{4, 32};
+constexpr GqaGeometry heads_of(Index size, Index count = 1) {
+  return {.num_key_value_heads = count, .head_dim = size, .rotary_dim = size};
+}
+constexpr GqaGeometry trained = heads_of(32, 4);
 
 TEST(RotaryCandidates, AreAQuarterAndItsNeighbours) {
   EXPECT_EQ(text(rotary_candidates(trained, false, 128)), "16+112 32+96 48+80");
@@ -38,7 +41,7 @@ TEST(RotaryCandidates, AreAQuarterAndItsNeighbours) {
   // A plain list has no more than the head.
   EXPECT_EQ(text(rotary_candidates(trained, true, 128)), "16+112 32+96");
   EXPECT_EQ(text(rotary_candidates(trained, false, 32)), "16+16");
-  EXPECT_EQ(text(rotary_candidates({1, 8}, false, 32)), "8+24");
+  EXPECT_EQ(text(rotary_candidates(heads_of(8), false, 32)), "8+24");
 }
 
 TEST(CacheBisection, EndsBetweenTooLittleAndEnough) {
@@ -54,7 +57,7 @@ TEST(CacheBisection, EndsBetweenTooLittleAndEnough) {
   }
   EXPECT_TRUE(range.over());
   EXPECT_EQ(range.reachable(), std::vector<Index>{128});
-  EXPECT_TRUE(CacheBisection({1, 16}).over());
+  EXPECT_TRUE(CacheBisection(heads_of(16)).over());
 }
 
 TEST(TrialSequences, OneIsNotEnough) {

@@ -34,6 +34,7 @@ using testing_support::small;
 using testing_support::ThreadCount;
 using testing_support::tiny_mixture_model;
 using testing_support::tiny_model;
+using testing_support::tiny_phi3_model;
 using testing_support::TinyModel;
 using testing_support::TinyOptions;
 
@@ -84,6 +85,49 @@ TEST_F(Convert, LosslessLosesNothing) {
     EXPECT_EQ(found.source_cache_bytes, 2 * keys * 3 * 4);
     EXPECT_EQ(found.converted_cache_bytes, (2 * keys + 1) * 3 * 4);
   }
+}
+
+TEST_F(Convert, PartlyRotatingHeadsOfFusedProjections) {
+  const TinyModel model = tiny_phi3_model(0.5, {.hidden = 40});
+  const ConvertOptions options = write(model);
+  const ConvertReport found = run(options);
+  // 2 heads of 4 that rotate, 4 that do not and 8 values.
+  EXPECT_EQ(found.rope_dim, 8);
+  EXPECT_EQ(found.kv_rank, 24);
+  EXPECT_LE(verified().logits.rel_logit_error, kFloatNoise);
+  // Gate and up are the rows of one tensor, byte for byte.
+  const Checkpoint before = Checkpoint::open(source());
+  const Checkpoint after = Checkpoint::open(output());
+  const auto whole = before.bytes("model.layers.1.mlp.gate_up_proj.weight");
+  const auto gate = after.bytes("model.layers.1.mlp.gate_proj.weight");
+  const auto up = after.bytes("model.layers.1.mlp.up_proj.weight");
+  ASSERT_EQ(gate.size() + up.size(), whole.size());
+  EXPECT_TRUE(std::ranges::equal(gate, whole.first(gate.size())));
+  EXPECT_TRUE(std::ranges::equal(up, whole.last(up.size())));
+
+  ConvertOptions half = options;
+  half.method = Method::weights_only;
+  half.rank = 24;
+  half.rope_dim = 8;
+  run(half);  // all that there is
+  EXPECT_LE(verified().logits.rel_logit_error, kFloatNoise);
+  half.rope_dim = 10;
+  expect_error(ErrorKind::usage, {"--rope-dim 10", "coordinates that rotate", "8"}, [&] { run(half); });
+}
+
+TEST_F(Convert, RedundantHeadsAreCachedOnce) {
+  TinyModel model = tiny_model();
+  for (Index i = 0; i < 3; ++i) {
+    for (const char* part : {"k", "v"}) {
+      std::vector<float>& values =
+          model.tensors.at(layer_name(i, "self_attn." + std::string(part) + "_proj.weight")).values;
+      std::copy_n(values.begin(), values.size() / 2, values.begin() + static_cast<Index>(values.size() / 2));
+    }
+  }
+  const ConvertReport found = run(write(model));
+  EXPECT_EQ(found.rope_dim, 8);
+  EXPECT_EQ(found.kv_rank, 8);
+  EXPECT_LE(verified().logits.rel_logit_error, kFloatNoise);
 }
 
 TEST_F(Convert, ScaledRotationIsKept) {

@@ -196,11 +196,16 @@ TEST(ShardLayout, TensorsInTheOrderOfTheirData) {
   }
 }
 
+TEST(ShardLayout, PiecesOfOneTensorHaveNoFile) {
+  expect_error(ErrorKind::input, {"phi3", "a tensor for each projection", "convert it first"},
+               [] { parts_of(testing_support::tiny_phi3_model(1), 2); });
+}
+
 TEST(ShardLayout, SaysWhatDoesNotFit) {
   ModelConfig config;
   config.num_attention_heads = 12;
   config.intermediate_size = 1408;
-  config.gqa = GqaGeometry{6, 64};
+  config.gqa = GqaGeometry{.num_key_value_heads = 6, .head_dim = 64, .rotary_dim = 64};
   EXPECT_EQ(why_not_sharded(config, 1), "");
   EXPECT_EQ(why_not_sharded(config, 2), "");
   EXPECT_EQ(why_not_sharded(config, 0), "there must be 1 to 512 ranks");

@@ -209,6 +209,13 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
             f"config.json has a quantization_config ({method or 'of unknown method'}), and "
             "relatent folders are served with unquantised weights only"
         )
+    if 0 in (getattr(config, "no_rope_layers", None) or []):
+        raise ValueError(
+            "config.json has no_rope_layers, and this reader rotates the keys of every layer"
+        )
+    for key in ("residual_multiplier", "logits_scaling"):
+        if getattr(config, key, 1.0) != 1:
+            raise ValueError(f"config.json has {key}, which this reader does not know")
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act must be 'silu', not {config.hidden_act!r}")
     _check_rope(config.rope_parameters)
