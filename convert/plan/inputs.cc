@@ -93,6 +93,10 @@ ConvertInputs open_inputs(const ConvertOptions& options) {
   return out;
 }
 
+bool reads_normed_heads(const ConvertInputs& inputs) {
+  return normalises_keys(inputs.source.config()) && inputs.engine->traits().normed_heads;
+}
+
 const Rotary& converted_rotary(const ConvertInputs& inputs) {
   return inputs.source.config().shared_rotary(converted_layers(inputs));
 }
@@ -116,7 +120,7 @@ void check_calibration(const ConvertInputs& inputs) {
 }
 
 Moments input_moments(const ConvertInputs& inputs, Index layer_idx) {
-  const bool normed = normalises_keys(inputs.source.config()) && inputs.engine->traits().normed_heads;
+  const bool normed = reads_normed_heads(inputs);
   if (inputs.calibration) {
     const LayerMoments layer = inputs.calibration->layer(layer_idx);
     return normed ? normed_moments_of(layer) : moments_of(layer);

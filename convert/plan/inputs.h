@@ -27,6 +27,9 @@ inline LayerSet converted_layers(const ConvertInputs& inputs) {
   return inputs.carried.others(inputs.source.config().num_hidden_layers);
 }
 
+// Whether latents read the source's normalised heads (NormedHeads, attention.h).
+bool reads_normed_heads(const ConvertInputs& inputs);
+
 // The source's list of rotary frequencies, which they share.
 const Rotary& converted_rotary(const ConvertInputs& inputs);
 

@@ -299,7 +299,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;
   out.carried = inputs.carried;
-  out.normed_heads = shape.normed_heads.has_value();
+  out.normed_heads = reads_normed_heads(inputs);
   if (config.gqa && !traits.normed_query) {
     out.q_rank = query_rank(options, inputs);
   }

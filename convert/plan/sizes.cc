@@ -445,7 +445,7 @@ LatentShape choose_shape(const ConvertOptions& options, const ConvertInputs& inp
   const Index first = converted.layers().front();
   shape.has_q_bias = any_has(source, converted, Role::q_bias);
   bool biased = shape.has_q_bias || source.has(Role::k_bias, first) || source.has(Role::v_bias, first);
-  if (normalises_keys(config) && inputs.engine->traits().normed_heads) {
+  if (reads_normed_heads(inputs)) {
     shape.normed_heads = {config.gqa->num_key_value_heads, config.gqa->head_dim, config.gqa->qk_norm, biased};
     if (options.q_rank) {
       fail_usage("--q-rank: queries of this checkpoint are normalised head by head, and stay as they are");

@@ -104,6 +104,18 @@ TEST_F(QkNormTest, FitsBringTheLogitsNearer) {
   }
 }
 
+TEST_F(QkNormTest, SizesOfABudgetAreTried) {
+  TinyOptions sample = qwen3();
+  sample.head_dim = 16;
+  ConvertOptions options = write(sample);
+  options.method = Method::relatent;
+  options.calibration = calibrated();
+  options.kv_budget = 0.5;
+  const ConvertReport found = run(options);
+  EXPECT_EQ(found.kv_rank + found.rope_dim, 32);
+  EXPECT_LT(verified().logits.rel_logit_error, 0.5);
+}
+
 // Projections and norms are the source's, byte for byte, and verify knows it.
 TEST_F(QkNormTest, WhatIsKeptIsTheSources) {
   run(write(qwen3(true, DType::bf16)));
