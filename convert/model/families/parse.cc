@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <set>
 #include <string>
 #include <vector>
@@ -39,10 +40,11 @@ std::vector<bool> sliding_of_types(const ConfigReader& in, Index layers) {
   }
   std::vector<bool> out;
   for (const ConfigReader::Json& type : types) {
-    if (type != "sliding_attention" && type != "full_attention") {
+    const std::string name = type.is_string() ? type.get<std::string>() : "";
+    if (name != "sliding_attention" && name != "full_attention") {
       in.complain(key, "sliding_attention or full_attention for every layer");
     }
-    out.push_back(type == "sliding_attention");
+    out.push_back(name == "sliding_attention");
   }
   return out;
 }
@@ -202,8 +204,9 @@ std::vector<Index> parse_still_layers(const ConfigReader& in, Index num_hidden_l
   }
   std::vector<Index> out;
   for (Index i = 0; i < num_hidden_layers; ++i) {
-    const ConfigReader::Json& rotates = list[static_cast<std::size_t>(i)];
-    if (!rotates.is_number_integer() || (rotates != 0 && rotates != 1)) {
+    const ConfigReader::Json& said = list[static_cast<std::size_t>(i)];
+    const std::int64_t rotates = said.is_number_integer() ? said.get<std::int64_t>() : -1;
+    if (rotates != 0 && rotates != 1) {
       in.complain(key, "0 or 1 for every layer");
     }
     if (rotates == 0) {
