@@ -30,6 +30,10 @@ RunIdentity run_identity(const Model& model, const Sequences& sequences, DType c
   Hasher tokens;
   tokens.add(bytes_of(sequences.tokens));
   out.emplace_back("the checksum of the tokens", tokens.hexadecimal());
+  // --context chooses between lists.
+  Hasher frequencies;
+  frequencies.add(bytes_of(model.config().rotary.inv_freq));
+  out.emplace_back("the checksum of the rotary frequencies", frequencies.hexadecimal());
   add_source_identity(model.folder("calibrated"), out);
   return out;
 }

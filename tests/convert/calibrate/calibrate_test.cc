@@ -209,6 +209,31 @@ TEST(Calibrate, SavedLayersAreBelievedInTheirOwnPlaceOnly) {
   EXPECT_TRUE(read_bytes(out) == read_bytes(folder / "whole.h5"));
 }
 
+// --context takes another list of the same checkpoint.
+TEST(Calibrate, GoesOnWithTheSameFrequenciesOnly) {
+  const TempFolder folder;
+  testing_support::TinyModel tiny = tiny_model();
+  tiny.config["rope_parameters"] = {{"rope_type", "longrope"},
+                                    {"rope_theta", 100.0},
+                                    {"short_factor", {1, 1, 1, 1}},
+                                    {"long_factor", {2, 2, 2, 2}},
+                                    {"original_max_position_embeddings", 32}};
+  tiny.write(folder / "model");
+  const Sequences sequences = random_sequences(3, 2, 20, 50);
+  const auto stop_at_2 = [](Index done, Index /*all*/) {
+    if (done == 2) {
+      throw Error(ErrorKind::machine, "disk full");
+    }
+  };
+  const std::filesystem::path out = folder / "moments.h5";
+  EXPECT_THROW(calibrate(Model::open(folder / "model", 32), sequences, out, stop_at_2, {.every = 0}), Error);
+  expect_error(ErrorKind::usage, {"checksum of the rotary frequencies"}, [&] {
+    calibrate(Model::open(folder / "model", 33), sequences, out, ignore, {.resume = true});
+  });
+  calibrate(Model::open(folder / "model", 32), sequences, out, ignore, {.resume = true});
+  EXPECT_TRUE(std::filesystem::exists(out));
+}
+
 TEST(Calibrate, NumbersThatAreNoneAreRefusedByName) {
   const TempFolder folder;
   const std::string names[] = {"model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"};
