@@ -15,7 +15,6 @@ namespace {
 
 using testing_support::expect_error;
 using testing_support::kFloatNoise;
-using testing_support::layer_name;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
 using testing_support::TinyOptions;
