@@ -8,7 +8,6 @@ namespace relatent {
 namespace {
 
 using testing_support::Random;
-using testing_support::relative_error;
 
 // Far below what float32 weights can say, far above what float64 sums lose.
 constexpr double kRounding = 1e-12;
