@@ -425,8 +425,8 @@ void add_output_options(CLI::App& command, Options& options) {
   add_save_options(command, options.convert.save);
   command.add_flag(
       "--dry-run", options.dry_run,
-      "Print what would be written and what it takes, from headers alone; write nothing, and try no "
-      "sizes");
+      "Print what would be written and what it takes, from headers alone (lossless: keys and values too); "
+      "write nothing, and try no sizes");
   command.add_flag("--json", options.json, "One JSON object on stdout");
   command.add_flag("--quiet", options.quiet, "No progress");
 }

@@ -109,12 +109,22 @@ std::optional<ModelConfig> converted_config(const ModelConfig& config, const Tar
   return converted;
 }
 
+LayerSet latent_layers(const ModelConfig& config) {
+  std::vector<Index> out;
+  for (Index i = 0; i < config.num_hidden_layers; ++i) {
+    if (config.is_latent(i)) {
+      out.push_back(i);
+    }
+  }
+  return LayerSet(std::move(out));
+}
+
 // Layers by what they are.
 Json layers_json(const ModelConfig& config) {
-  Json out = {{"latent", Json::array()}, {"grouped_query", Json::array()}};
-  for (Index i = 0; i < config.num_hidden_layers; ++i) {
-    out[config.is_latent(i) ? "latent" : "grouped_query"].push_back(i);
-  }
+  const LayerSet latent = latent_layers(config);
+  Json out;
+  out["latent"] = latent.layers();
+  out["grouped_query"] = latent.others(config.num_hidden_layers).layers();
   out["sliding"] = config.sliding_layers().layers();
   out["without_rotary"] = config.still_layers().layers();
   return out;
@@ -127,10 +137,6 @@ Json by_context(const ModelConfig& config) {
     out[std::to_string(reported_contexts[i])] = bytes[i];
   }
   return out;
-}
-
-std::string text_of(const std::vector<Index>& layers) {
-  return LayerSet(layers).text();
 }
 
 Json or_null(const std::optional<Index>& number) {
@@ -208,23 +214,17 @@ std::string rotating_text(const GqaGeometry& gqa) {
 
 // Which layers are what, where they are not all alike.
 void print_layers(const ModelConfig& c) {
-  std::vector<Index> latent;
   std::map<Index, std::vector<Index>> sliding;  // by window
-  for (Index i = 0; i < c.num_hidden_layers; ++i) {
-    if (c.is_latent(i)) {
-      latent.push_back(i);
-    }
-  }
   const LayerSet all_sliding = c.sliding_layers();
   for (const Index i : all_sliding.layers()) {
     sliding[*c.spec(i).window].push_back(i);
   }
   if (c.latent && c.gqa) {
-    std::printf("latent layers: %s of %td\n", text_of(latent).c_str(), c.num_hidden_layers);
+    std::printf("latent layers: %s of %td\n", latent_layers(c).text().c_str(), c.num_hidden_layers);
   }
   for (const auto& [window, layers] : sliding) {
-    std::printf("sliding window of %td positions: layers %s of %td\n", window, text_of(layers).c_str(),
-                c.num_hidden_layers);
+    std::printf("sliding window of %td positions: layers %s of %td\n", window,
+                LayerSet(layers).text().c_str(), c.num_hidden_layers);
   }
   if (const LayerSet still = c.still_layers(); !still.empty()) {
     std::printf("no rotary embedding: layers %s of %td\n", still.text().c_str(), c.num_hidden_layers);

@@ -78,6 +78,12 @@ void put_body_extras(const ModelConfig& source, Json& out) {
   if (source.embedding_multiplier != 1) {
     out["embedding_multiplier"] = source.embedding_multiplier;
   }
+  if (source.residual_multiplier != 1) {
+    out["residual_multiplier"] = source.residual_multiplier;
+  }
+  if (source.logits_scaling != 1) {
+    out["logits_scaling"] = source.logits_scaling;
+  }
   if (source.attn_logit_softcapping) {
     out["attn_logit_softcapping"] = *source.attn_logit_softcapping;
   }
@@ -177,12 +183,6 @@ class RelatentEngine final : public Engine {
       for (Index i = 0; i < source.num_hidden_layers; ++i) {
         out["no_rope_layers"].push_back(still.has(i) ? 0 : 1);
       }
-    }
-    if (source.residual_multiplier != 1) {
-      out["residual_multiplier"] = source.residual_multiplier;
-    }
-    if (source.logits_scaling != 1) {
-      out["logits_scaling"] = source.logits_scaling;
     }
     if (source.experts) {
       put_experts(*source.experts, out);

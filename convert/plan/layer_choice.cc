@@ -1,6 +1,7 @@
 #include "convert/plan/layer_choice.h"
 
-#include <optional>
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "formats/error.h"
@@ -35,22 +36,17 @@ void check_layers(const LayerSet& layers, const Model& source) {
                  " positions bounds its cache already and which latent engines do not keep: leave it out");
     }
   }
-  const std::vector<Index> rotating = config.still_layers().others(config.num_hidden_layers).layers();
-  std::optional<Index> first;
-  for (const Index i : rotating) {
-    if (!layers.has(i)) {
-      continue;
-    }
-    if (!first) {
-      first = i;
-    }
-    if (config.spec(i).rotary != config.spec(*first).rotary) {
-      fail_usage(std::string(option) + " must name layers of one list of rotary frequencies, and layers " +
-                 std::to_string(*first) + " and " + std::to_string(i) + " have different ones");
-    }
-  }
-  if (!first) {
+  std::vector<Index> rotating;
+  std::copy_if(layers.layers().begin(), layers.layers().end(), std::back_inserter(rotating),
+               [&](Index i) { return config.rotates(i); });
+  if (rotating.empty()) {
     fail_usage(std::string(option) + " must name one layer at least that rotates queries and keys");
+  }
+  for (const Index i : rotating) {
+    if (config.spec(i).rotary != config.spec(rotating.front()).rotary) {
+      fail_usage(std::string(option) + " must name layers of one list of rotary frequencies, and layers " +
+                 std::to_string(rotating.front()) + " and " + std::to_string(i) + " have different ones");
+    }
   }
 }
 

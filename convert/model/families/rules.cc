@@ -292,6 +292,13 @@ std::vector<TensorRule> grouped_query_with_biases() {
                  {Role::down_bias, "model.layers.{i}.mlp.down_proj.bias", optional, hidden}});
 }
 
+FusedTensor fused_queries_keys_and_values() {
+  return {"model.layers.{i}.self_attn.qkv_proj.weight",
+          {{"model.layers.{i}.self_attn.q_proj.weight", q_rows},
+           {"model.layers.{i}.self_attn.k_proj.weight", kv_rows},
+           {"model.layers.{i}.self_attn.v_proj.weight", kv_rows}}};
+}
+
 FusedTensor fused_gate_and_up() {
   const auto rows = [](const ModelConfig& c) { return c.intermediate_size; };
   return {"model.layers.{i}.mlp.gate_up_proj.weight",

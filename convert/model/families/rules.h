@@ -75,6 +75,8 @@ std::vector<TensorRule> grouped_query(Presence (*qkv_bias)(const ModelConfig&));
 std::vector<TensorRule> with_qk_norm(std::vector<TensorRule> rules);
 // The same where any projection may have a bias.
 std::vector<TensorRule> grouped_query_with_biases();
+// Queries, keys and values in one tensor, as Phi has them.
+FusedTensor fused_queries_keys_and_values();
 // Gate and up of an MLP in one tensor, as Phi and GLM have them.
 FusedTensor fused_gate_and_up();
 // A grouped-query model whose config says whether it has those norms, and biases on queries, keys, values and
