@@ -10,12 +10,14 @@ QK_NORMS = ("head", "width")
 LATENT_NORMS = ("none", "branch", "replicated")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ROPE_TYPES = ("default", "longrope")
-# What models may have beyond Llama, and what of it this package serves.
+# What models may have beyond Llama, and the only value of it that this package serves.
 PLAIN = {
     "hidden_activation": "silu",
     "norm_placement": "before",
     "norm_unit_offset": False,
     "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
@@ -73,7 +75,9 @@ class RelatentConfig(PreTrainedConfig):
         normed_head_dim: int | None = None,
         normed_bias: bool = False,
         qk_norm: str | None = None,
-        layers: list[dict[str, Any]] | None = None,
+        layers: list[dict[str, Any] | None] | None = None,
+        rope_lists: list[dict[str, Any]] | None = None,
+        no_rope_layers: list[int] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
         mlp_only_layers: list[int] | None = None,
@@ -87,7 +91,15 @@ class RelatentConfig(PreTrainedConfig):
         topk_method: str | None = None,
         norm_topk_prob: bool = False,
         routed_scaling_factor: float = 1.0,
+        residual_multiplier: float = 1.0,
+        logits_scaling: float = 1.0,
         hidden_act: str = "silu",
+        hidden_activation: str | None = None,
+        norm_placement: str = "before",
+        norm_unit_offset: bool = False,
+        embedding_multiplier: float = 1.0,
+        attn_logit_softcapping: float | None = None,
+        final_logit_softcapping: float | None = None,
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-6,
         rope_parameters: dict[str, Any] | None = None,
@@ -133,6 +145,8 @@ class RelatentConfig(PreTrainedConfig):
         self.normed_bias = normed_bias
         self.qk_norm = qk_norm
         self.layers = layers
+        self.rope_lists = list(rope_lists or [])
+        self.no_rope_layers = no_rope_layers
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
         self.mlp_only_layers = list(mlp_only_layers or [])
@@ -146,7 +160,15 @@ class RelatentConfig(PreTrainedConfig):
         self.topk_method = topk_method
         self.norm_topk_prob = norm_topk_prob
         self.routed_scaling_factor = routed_scaling_factor
+        self.residual_multiplier = residual_multiplier
+        self.logits_scaling = logits_scaling
         self.hidden_act = hidden_act
+        self.hidden_activation = hidden_activation
+        self.norm_placement = norm_placement
+        self.norm_unit_offset = norm_unit_offset
+        self.embedding_multiplier = embedding_multiplier
+        self.attn_logit_softcapping = attn_logit_softcapping
+        self.final_logit_softcapping = final_logit_softcapping
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.rope_parameters = rope_parameters
@@ -158,8 +180,6 @@ class RelatentConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         # transformers takes the size of rope from here.
         self.head_dim = qk_rope_head_dim
-        for key, plain in PLAIN.items():
-            setattr(self, key, kwargs.get(key, plain))
         # transformers builds one without arguments to compare with; that has nothing to check.
         if rope_parameters is not None:
             check_layout(self, kwargs.get("quantization_config"))
@@ -196,6 +216,10 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
         raise ValueError(
             "config.json lists layers that differ in size or kind, which this reader does not know"
         )
+    if getattr(config, "rope_lists", None):
+        raise ValueError(
+            "config.json has rope_lists, and this reader rotates every layer by rope_parameters"
+        )
     for key, plain in PLAIN.items():
         found = getattr(config, key, plain)
         if found not in (plain, None):
@@ -213,9 +237,6 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
         raise ValueError(
             "config.json has no_rope_layers, and this reader rotates the keys of every layer"
         )
-    for key in ("residual_multiplier", "logits_scaling"):
-        if getattr(config, key, 1.0) != 1:
-            raise ValueError(f"config.json has {key}, which this reader does not know")
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act must be 'silu', not {config.hidden_act!r}")
     _check_rope(config.rope_parameters)
