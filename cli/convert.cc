@@ -35,7 +35,6 @@ struct Options {
   std::string dtype;
   std::string compute = "auto";
   std::string fold = "auto";
-  std::string balance_columns = "head";
   std::string calibration;
   ConvertOptions convert;
   bool dry_run = false;
@@ -125,9 +124,6 @@ ConvertOptions resolve(const Options& options) {
   }
   if (!options.dtype.empty()) {
     out.dtype = dtype_from_torch(options.dtype);
-  }
-  if (options.balance_columns == "pca") {
-    out.balance_columns = TransmlaOptions::Columns::pca;
   }
   if (options.fold != "auto") {
     try {
@@ -311,13 +307,18 @@ void add_transmla_options(CLI::App& command, Options& options) {
                         "transmla: key norm over value norm after balancing; 0 = off")
             ->check(CLI::NonNegativeNumber)
             ->capture_default_str());
-  owned(command
-            .add_option("--balance-columns", options.balance_columns,
-                        "transmla: measure the key norm on the heads' coordinates, or on the PCA's as the "
-                        "authors' code does")
-            ->check(CLI::IsMember({"head", "pca"}))
-            ->capture_default_str());
   owned(command.add_option("--q-rank", options.convert.q_rank, "transmla: compress the query too"));
+}
+
+void set_effort(const std::string& name, FitOptions& fit) {
+  fit.queries = fit.keys = name != "low";
+  if (name == "high") {
+    fit.rounds = 4;
+    fit.stride = 4;
+  } else if (name == "max") {
+    fit.rounds = 6;
+    fit.stride = 1;
+  }
 }
 
 void add_relatent_options(CLI::App& command, Options& options) {
@@ -327,10 +328,14 @@ void add_relatent_options(CLI::App& command, Options& options) {
   const std::vector<Method> closed = {Method::relatent, Method::weights_only};
   const std::vector<Method> fitted = {Method::relatent};
   RelatentOptions& own = options.convert.relatent;
-  owned(command.add_option("--lambda", own.lambda, "relatent: weight of key errors against value errors")
-            ->check(CLI::PositiveNumber)
-            ->capture_default_str(),
-        closed);
+  // Before the options that it sets, so that these win.
+  owned(command
+            .add_option_function<std::string>(
+                "--effort", [&own](const std::string& name) { set_effort(name, own.fit); },
+                "relatent: how long the fits may take: low leaves queries and keys as the closed forms give "
+                "them, high and max fit them on more positions and in more rounds")
+            ->check(CLI::IsMember({"low", "default", "high", "max"})),
+        fitted);
   owned(command
             .add_option("--fit-rounds", own.fit.rounds,
                         "relatent: how often queries and keys are fitted in turn")
@@ -383,6 +388,10 @@ void add_relatent_options(CLI::App& command, Options& options) {
   owned(command.add_flag_callback(
             "--plain-list", [&own] { own.plain_list = true; },
             "relatent: a geometric list of rotary frequencies, each once"),
+        closed);
+  owned(command.add_flag_callback(
+            "--one-list", [&options] { options.convert.one_list = true; },
+            "relatent: layers share their rotary frequencies where the engine could hold a list for each"),
         closed);
 }
 

@@ -27,13 +27,7 @@ using hdf5::Reading;
 using hdf5::Writing;
 
 constexpr std::string_view kFormat = "relatent-calibration";
-// The first version with moments of normalised heads, which only files that hold them are of.
-constexpr std::int64_t kNormedHeads = 4;
-constexpr std::int64_t kFormatVersion = 4;
-// The first version whose datasets have checksums.
-constexpr std::int64_t kChecksums = 2;
-// The first version with a checksum that binds these, and the attributes, together.
-constexpr std::int64_t kBound = 3;
+constexpr std::int64_t kFormatVersion = 5;
 // How far rounding may carry sums over tokens from what must hold of them.
 constexpr double kRounding = 1e-6;
 constexpr std::string_view kCreator = "relatent " RELATENT_VERSION;
@@ -72,13 +66,22 @@ void for_datasets(const CalibrationHeader& header, std::int64_t length, Moments&
   };
   const std::int64_t hidden = header.hidden_size;
   const std::int64_t heads = header.num_attention_heads;
-  body(
-      LayerDataset{
-          "second_moment", floats({hidden, hidden}), {"hidden", "hidden"}, "square of the normed input"},
-      moments.second_moment);
-  body(LayerDataset{"mean", floats({hidden}), {"hidden"}, "normed input"}, moments.mean);
+  const auto second = [&](const char* name, auto& values) {
+    body(LayerDataset{name, floats({hidden, hidden}), {"hidden", "hidden"}, "square of the normed input"},
+         values);
+  };
+  const auto mean = [&](const char* name, auto& values) {
+    body(LayerDataset{name, floats({hidden}), {"hidden"}, "normed input"}, values);
+  };
+  second("second_moment", moments.second_moment);
+  mean("mean", moments.mean);
+  second("received_moment", moments.received_moment);
+  mean("received_mean", moments.received_mean);
   body(LayerDataset{"distance_mass", floats({heads, length}), {"head", "distance"}, "probability"},
        moments.distance_mass);
+  body(LayerDataset{"mass_square", floats({heads}), {"head"}, "square of a probability"},
+       moments.mass_square);
+  body(LayerDataset{"score_effect", floats({heads}), {"head"}, "square of an output"}, moments.score_effect);
   if (!has_normed_heads(header)) {
     return;
   }
@@ -108,12 +111,8 @@ void hash_header(const CalibrationHeader& header, Hasher& bound) {
        {header.source_fingerprint, header.source_config, header.model_type, header.compute}) {
     bound.add_text(text);
   }
-  std::vector<std::int64_t> numbers = {header.hidden_size, header.num_hidden_layers,
-                                       header.num_attention_heads};
-  if (has_normed_heads(header)) {
-    numbers.insert(numbers.end(), {header.num_key_value_heads, header.head_dim});
-  }
-  for (const std::int64_t number : numbers) {
+  for (const std::int64_t number : {header.hidden_size, header.num_hidden_layers, header.num_attention_heads,
+                                    header.num_key_value_heads, header.head_dim}) {
     bound.add_number(static_cast<std::uint64_t>(number));
   }
 }
@@ -140,7 +139,9 @@ std::string why_no_moment(const MatrixD& second, const VectorD& mean, const std:
   return "";
 }
 
-std::string why_no_normed_heads(const NormedHeadMoments& moments, const VectorD& input_square) {
+// layer_moments: has normed_heads.
+std::string why_no_normed_heads(const LayerMoments& layer_moments) {
+  const NormedHeadMoments& moments = *layer_moments.normed_heads;
   std::string wrong =
       why_no_moment(moments.feature_moment, moments.feature_mean, "feature_moment", "feature_mean");
   const Index d = moments.query_moment.cols();
@@ -153,8 +154,10 @@ std::string why_no_normed_heads(const NormedHeadMoments& moments, const VectorD&
     square.segment(first, d) = of_head.diagonal();
   }
   for (Index j = 0; j < moments.cross.cols() && wrong.empty(); ++j) {
-    const double limit = input_square(j) * (1 + kRounding);
-    if ((moments.cross.col(j).array().square() > square.array() * limit).any()) {
+    VectorD limit = square * (1 + kRounding);
+    limit.head(queries) *= layer_moments.second_moment(j, j);
+    limit.tail(limit.size() - queries) *= layer_moments.received_moment(j, j);
+    if ((moments.cross.col(j).array().square() > limit.array()).any()) {
       wrong = "normed_cross has an entry above what the second moments allow";
     }
   }
@@ -164,16 +167,24 @@ std::string why_no_normed_heads(const NormedHeadMoments& moments, const VectorD&
 // What is wrong with numbers that are to be moments and shares, as a clause; empty when nothing is. Whoever
 // changes a file may put a checksum beside what they like.
 std::string why_no_moments(const LayerMoments& moments) {
-  if (std::string wrong = why_no_moment(moments.second_moment, moments.mean, "second_moment", "mean");
-      !wrong.empty()) {
+  std::string wrong = why_no_moment(moments.second_moment, moments.mean, "second_moment", "mean");
+  if (wrong.empty()) {
+    wrong = why_no_moment(moments.received_moment, moments.received_mean, "received_moment", "received_mean");
+  }
+  if (!wrong.empty()) {
     return wrong;
   }
-  const VectorD sums = moments.distance_mass.rowwise().sum();
-  if (moments.distance_mass.minCoeff() < 0 || ((sums.array() - 1).abs() > 1e-3).any()) {
+  if (moments.distance_mass.minCoeff() < 0 || moments.distance_mass.rowwise().sum().maxCoeff() > 1 + 1e-3) {
     return "distance_mass has a row that is no distribution";
   }
-  return moments.normed_heads ? why_no_normed_heads(*moments.normed_heads, moments.second_moment.diagonal())
-                              : "";
+  // Of weights that sum to 1.
+  if (moments.mass_square.minCoeff() <= 0 || moments.mass_square.maxCoeff() > 1 + kRounding) {
+    return "mass_square has a number that is no mean square of shares";
+  }
+  if (moments.score_effect.minCoeff() < 0) {
+    return "score_effect has a negative number";
+  }
+  return moments.normed_heads ? why_no_normed_heads(moments) : "";
 }
 
 // Room for what a layer of this header has.
@@ -258,7 +269,7 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   impl_->file = writing.create_file();
   const hid_t file = impl_->file.get();
   writing.add_text(file, "format", kFormat);
-  writing.add_number(file, "format_version", has_normed_heads(header) ? kNormedHeads : kBound);
+  writing.add_number(file, "format_version", kFormatVersion);
   writing.add_text(file, "creator", kCreator);
   writing.add_text(file, "source_fingerprint", header.source_fingerprint);
   writing.add_text(file, "source_config", header.source_config);
@@ -266,10 +277,8 @@ CalibrationWriter::CalibrationWriter(const std::filesystem::path& path, const Ca
   writing.add_number(file, "hidden_size", header.hidden_size);
   writing.add_number(file, "num_hidden_layers", header.num_hidden_layers);
   writing.add_number(file, "num_attention_heads", header.num_attention_heads);
-  if (has_normed_heads(header)) {
-    writing.add_number(file, "num_key_value_heads", header.num_key_value_heads);
-    writing.add_number(file, "head_dim", header.head_dim);
-  }
+  writing.add_number(file, "num_key_value_heads", header.num_key_value_heads);
+  writing.add_number(file, "head_dim", header.head_dim);
   writing.add_text(file, "compute", header.compute);
   hash_header(header, impl_->bound);
 
@@ -362,7 +371,6 @@ struct CalibrationFile::Impl {
   CalibrationHeader header;
   std::int64_t count = 0;
   std::int64_t length = 0;
-  bool has_checksums = true;
   Handle file;
   Handle layers;
 };
@@ -392,11 +400,13 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
     reading.fail("format", std::string(kFormat), format);
   }
   const std::int64_t version = reading.number(file, "format_version", 1);
-  if (version > kFormatVersion) {
-    reading.fail("format_version (a newer relatent wrote this file)", std::to_string(kFormatVersion),
-                 std::to_string(version));
+  if (version != kFormatVersion) {
+    reading.fail(version > kFormatVersion
+                     ? "format_version (a newer relatent wrote this file)"
+                     : "format_version (an earlier relatent wrote this file, without what "
+                       "this one needs: run `relatent calibrate` again)",
+                 std::to_string(kFormatVersion), std::to_string(version));
   }
-  impl->has_checksums = version >= kChecksums;
   CalibrationHeader& header = impl->header;
   header.source_fingerprint = reading.text(file, "source_fingerprint");
   header.source_config = reading.text(file, "source_config");
@@ -404,10 +414,8 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   header.hidden_size = reading.number(file, "hidden_size", 1);
   header.num_hidden_layers = reading.number(file, "num_hidden_layers", 1);
   header.num_attention_heads = reading.number(file, "num_attention_heads", 1);
-  if (version >= kNormedHeads) {
-    header.num_key_value_heads = reading.number(file, "num_key_value_heads", 1);
-    header.head_dim = reading.number(file, "head_dim", 1);
-  }
+  header.num_key_value_heads = reading.number(file, "num_key_value_heads", 0);
+  header.head_dim = reading.number(file, "head_dim", header.num_key_value_heads > 0 ? 1 : 0);
   header.compute = reading.text(file, "compute");
   Hasher bound;
   hash_header(header, bound);
@@ -419,11 +427,7 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
   }
   impl->count = tokens[0];
   impl->length = tokens[1];
-  const auto bind = [&](const Handle& dataset) {
-    if (version >= kBound) {
-      bound.add_text(reading.text(dataset.get(), "checksum"));
-    }
-  };
+  const auto bind = [&](const Handle& dataset) { bound.add_text(reading.text(dataset.get(), "checksum")); };
   bind(reading.dataset(file, "tokens", "/tokens", tokens_shape(impl->count, impl->length)));
 
   impl->layers = reading.group(file, "layers", "/layers");
@@ -434,12 +438,10 @@ CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
     for_datasets(header, impl->length, nothing,
                  [&](const LayerDataset& dataset, const auto&) { bind(impl->dataset(i, layer, dataset)); });
   }
-  if (version >= kBound) {
-    const std::string expected = reading.text(file, "checksum");
-    if (const std::string found = bound.hexadecimal(); found != expected) {
-      reading.fail("attributes or datasets are not those that were written together", "checksum " + expected,
-                   found);
-    }
+  const std::string expected = reading.text(file, "checksum");
+  if (const std::string found = bound.hexadecimal(); found != expected) {
+    reading.fail("attributes or datasets are not those that were written together", "checksum " + expected,
+                 found);
   }
   return CalibrationFile(std::move(impl));
 }
@@ -469,9 +471,7 @@ Sequences CalibrationFile::sequences() const {
   }
   Hasher hasher;
   hasher.add(bytes_of(sequences.tokens));
-  if (impl_->has_checksums) {
-    reading.check_checksum(dataset, "/tokens", hasher);
-  }
+  reading.check_checksum(dataset, "/tokens", hasher);
   return sequences;
 }
 
@@ -501,9 +501,7 @@ LayerMoments CalibrationFile::layer(std::int64_t layer_idx) const {
     if (!was_read || !values.allFinite()) {
       reading.fail("dataset " + full_name, "finite numbers", was_read ? "others" : "unreadable bytes");
     }
-    if (impl_->has_checksums) {
-      reading.check_checksum(handle, full_name, hasher);
-    }
+    reading.check_checksum(handle, full_name, hasher);
   });
   if (const std::string wrong = why_no_moments(moments); !wrong.empty()) {
     reading.fail(layer_path(layer_idx), "moments as `relatent calibrate` writes them", wrong);

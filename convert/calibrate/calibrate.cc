@@ -48,8 +48,10 @@ auto numbers_of(Moments& moments) {
   const auto numbers = [](auto& dense) {
     return std::span(dense.data(), static_cast<std::size_t>(dense.size()));
   };
-  std::vector<decltype(numbers(moments.mean))> out = {numbers(moments.second_moment), numbers(moments.mean),
-                                                      numbers(moments.distance_mass)};
+  std::vector<decltype(numbers(moments.mean))> out = {
+      numbers(moments.second_moment), numbers(moments.mean),          numbers(moments.received_moment),
+      numbers(moments.received_mean), numbers(moments.distance_mass), numbers(moments.mass_square),
+      numbers(moments.score_effect)};
   if (moments.normed_heads) {
     auto& heads = *moments.normed_heads;
     out.insert(out.end(), {numbers(heads.feature_moment), numbers(heads.feature_mean),
@@ -89,7 +91,11 @@ std::optional<LayerMoments> read_layer(const WorkFolder& work, Index layer_idx, 
   LayerMoments out;
   out.second_moment.resize(config.hidden_size, config.hidden_size);
   out.mean.resize(config.hidden_size);
+  out.received_moment.resize(config.hidden_size, config.hidden_size);
+  out.received_mean.resize(config.hidden_size);
   out.distance_mass.resize(config.num_attention_heads, length);
+  out.mass_square.resize(config.num_attention_heads);
+  out.score_effect.resize(config.num_attention_heads);
   if (normalises_keys(config)) {
     NormedHeadMoments& heads = out.normed_heads.emplace();
     const Index d = config.gqa->head_dim;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <stdexcept>
 #include <utility>
 
 #include "convert/engines/deepseek.h"
@@ -76,6 +77,11 @@ class FolderSink final : public TensorSink {
 
 std::string to_string(const CacheShape& shape) {
   return std::to_string(shape.latent) + "+" + std::to_string(shape.rotary);
+}
+
+void Engine::put_layer_rotaries(const std::vector<Rotary>& /*rotaries*/, const ModelConfig& /*source*/,
+                                const LatentShape& /*shape*/, nlohmann::ordered_json& /*config*/) const {
+  throw std::logic_error("Engine: the layers share their rotary frequencies");
 }
 
 std::string Engine::why_not_source(const ModelConfig& source) const {

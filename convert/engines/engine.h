@@ -38,6 +38,7 @@ struct EngineTraits {
   std::vector<std::string_view> forms;  // that it has a layout for; none: any
   std::string_view instead{};           // the engine that writes other forms and sources; empty: none does
   bool any_frequencies = true;          // else base^(-2i/p), pairs in order
+  bool layer_frequencies = false;       // each layer may have its own (put_layer_rotaries)
   std::optional<double> fixed_base{};   // of the plain list; none = the config's
   bool query_bias = true;               // has a place for a query bias that the source does not have
   bool normed_latent = false;           // normalises every latent, and the method must fit it to that
@@ -104,6 +105,10 @@ class Engine {
   virtual nlohmann::ordered_json config(const nlohmann::ordered_json& source_config,
                                         const ModelConfig& source, const LatentShape& shape,
                                         const Rotary& rotary, DType dtype) const = 0;
+  // With layer_frequencies: adds to a config the list of every layer of latents, in order. shape, source: as
+  // config() had them.
+  virtual void put_layer_rotaries(const std::vector<Rotary>& rotaries, const ModelConfig& source,
+                                  const LatentShape& shape, nlohmann::ordered_json& config) const;
   // What reads the output takes it for, but for its rotary list, on which no tensor depends.
   ModelConfig written_config(const nlohmann::ordered_json& source_config, const ModelConfig& source,
                              const LatentShape& shape, DType dtype) const;

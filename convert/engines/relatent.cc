@@ -121,8 +121,12 @@ class RelatentEngine final : public Engine {
   std::string_view family() const override { return "relatent"; }
 
   EngineTraits traits() const override {
-    return {
-        .forms = {}, .pads_latent = true, .any_cache_shape = true, .normed_heads = true, .layer_kinds = true};
+    return {.forms = {},
+            .layer_frequencies = true,
+            .pads_latent = true,
+            .any_cache_shape = true,
+            .normed_heads = true,
+            .layer_kinds = true};
   }
 
   std::string why_not_source(const ModelConfig& /*source*/) const override { return ""; }
@@ -192,6 +196,23 @@ class RelatentEngine final : public Engine {
     }
     put_body_extras(source, out);
     return out;
+  }
+
+  void put_layer_rotaries(const std::vector<Rotary>& rotaries, const ModelConfig& source,
+                          const LatentShape& shape, Json& config) const override {
+    Json& lists = config.emplace("rope_lists", Json::array()).first.value();
+    const auto first = static_cast<Index>(lists.size());
+    Json named = Json::array();
+    Index next = 0;
+    for (Index i = 0; i < source.num_hidden_layers; ++i) {
+      named.push_back(shape.carried.layers.has(i) ? Json(nullptr) : Json(first + next++));
+    }
+    for (const Rotary& rotary : rotaries) {
+      lists.push_back(explicit_rope_parameters(rotary, source.max_position_embeddings));
+    }
+    config["latent_rope_lists"] = std::move(named);
+    // Older readers would rotate every layer by rope_parameters.
+    config["layout_version"] = 2;
   }
 
   std::vector<ExtraFile> extra_files() const override {

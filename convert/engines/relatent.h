@@ -3,7 +3,7 @@
 // them with (trust_remote_code). vLLM reads it through the plug-in in engines/vllm. Latents are stored as
 // they are, so nothing has to be undone.
 //
-// config.json says layout_version 1 and latent_features. "hidden": latents read the layer's normalised input
+// config.json says layout_version and latent_features. "hidden": latents read the layer's normalised input
 // x. "normed_heads", for a source with norms on queries and keys: they read f(x) = [norm(k_proj x); v_proj
 // x], and the query of head h its own d numbers of norm(q_proj x); the keys num_key_value_heads,
 // normed_head_dim (d), normed_bias and qk_norm ("head" or "width") say the rest. Readers refuse what they do
@@ -16,6 +16,10 @@
 //    that a query sees, its own included, or null, "rope_list": index into `rope_lists`, the rope parameters
 //    of such layers}
 // with the tensors q_proj, k_proj, v_proj and o_proj, q_norm and k_norm, as Llama and Qwen3 have them.
+//
+// `latent_rope_lists`, where it is there (layout_version 2, which is 1 otherwise), names for every layer of
+// latents the one of `rope_lists` that it rotates by, and null for the others; without it they rotate by
+// rope_parameters.
 //
 // What the model has beyond Llama, each with Llama's behaviour for a default: hidden_activation (silu or
 // gelu_pytorch_tanh), norm_placement (before attention and MLP, behind, or both; those behind are

@@ -55,7 +55,7 @@ Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank)
 Directions directions_of(const MatrixD& keys, const MatrixD& values, const MatrixD& covariance,
                          const LatentGroup& group, const FromMlaOptions& options) {
   if (options.partition.parts == 1) {
-    return leading(options.lambda * options.lambda * keys + values, covariance, group.rank);
+    return leading(keys + values, covariance, group.rank);
   }
   const Index r = covariance.rows();
   const Directions shared =
@@ -82,7 +82,8 @@ MatrixD latent_read_by(const LatentGroup& group, const LatentPart& part, const D
 }  // namespace
 
 AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment,
-                           const QueryMoments& query_moments, const FromMlaOptions& options) {
+                           const QueryMoments& query_moments, const HeadEffects& effects,
+                           const FromMlaOptions& options) {
   const LatentBranch& branch = only_branch(source);
   const Index n = source.nope_dim;
   const Index p = source.rope_dim;
@@ -122,13 +123,18 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
       const MatrixD asked = queries.middleRows(h * (n + p), n);
-      keys +=
-          up.topRows(n).transpose() * (query_moments.of(h).after(asked) * asked.transpose()) * up.topRows(n);
+      const double effect = effects.known() ? effects.score_effect(h) * scale * scale : 1;
+      keys += effect * (up.topRows(n).transpose() * (query_moments.of(h).after(asked) * asked.transpose()) *
+                        up.topRows(n));
       const MatrixD through = out.o.middleCols(h * w, w) * up.bottomRows(w);
-      values += through.transpose() * through;
+      values += (effects.known() ? effects.mass_square(h) : 1) * (through.transpose() * through);
     }
-    keys = normalised(symmetric(keys), covariance);
-    values = normalised(symmetric(values), covariance);
+    keys = symmetric(keys);
+    values = symmetric(values);
+    if (!effects.known()) {
+      keys = normalised(keys, covariance);
+      values = normalised(values, covariance);
+    }
     const Directions directions = directions_of(keys, values, covariance, group, options);
     out.key.middleRows(p + group.first, group.rank) = directions.down * latent;
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {

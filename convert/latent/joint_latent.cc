@@ -52,10 +52,11 @@ MatrixD around(const Blocks& blocks, const MatrixD& m) {
   return 0.5 * (out + out.transpose());
 }
 
-// Scales a metric so that it gives variance weight² in all to what it measures; nothing is measured when the
-// variance is rounding against that of `whole`, the undiminished map. covariance: of what it measures.
-void normalise(Metric& metric, const Eigen::Ref<const MatrixD>& covariance, const MatrixD& whole,
-               MomentRef input, double weight) {
+// Multiplies a metric by weight or, where it is to be balanced, so that it gives variance weight² in all to
+// what it measures; nothing is measured when the variance is rounding against that of `whole`, the
+// undiminished map. covariance: of what it measures.
+void weigh(Metric& metric, const Eigen::Ref<const MatrixD>& covariance, const MatrixD& whole, MomentRef input,
+           double weight, bool balanced) {
   double variance = 0;
   double total = 0;
   Index row = 0;
@@ -65,7 +66,10 @@ void normalise(Metric& metric, const Eigen::Ref<const MatrixD>& covariance, cons
     total += (root * second_moment(whole.middleRows(row, d), input)).cwiseProduct(root).sum();
     row += d;
   }
-  const double factor = variance > rounding * total ? weight / std::sqrt(variance) : 0;
+  double factor = 0;
+  if (variance > rounding * total) {
+    factor = balanced ? weight / std::sqrt(variance) : weight;
+  }
   for (MatrixD& block : metric.root) {
     block *= factor;
   }
@@ -86,6 +90,7 @@ struct HeadRange {
 Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey& key, const HeadRange& range,
                  bool value, bool output_metric) {
   const Index d = maps.head_dim;
+  const HeadEffects& effects = moments.effects;
   Metric out;
   for (Index g = 0; g < range.keys; g += d) {
     MatrixD squared = MatrixD::Zero(d, d);
@@ -97,10 +102,11 @@ Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey&
         squared.setIdentity();
       } else if (value) {
         const MatrixD o = maps.output_of(h);
-        squared += o.transpose() * o;
+        squared += (effects.known() ? effects.mass_square(h) : 1) * (o.transpose() * o);
       } else if (key.nope_dim() > 0) {
-        squared += second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
-                                 moments.queries().of(h));
+        const double effect = effects.known() ? effects.score_effect(h) * maps.scale * maps.scale : 1;
+        squared += effect * second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
+                                          moments.queries().of(h));
       }
     }
     SymmetricRoot block = backend().symmetric_root(squared, metric_floor);
@@ -142,13 +148,14 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   }
 
   // M is block-diagonal with one d x d block per group and kind: keys, then values.
+  const bool balanced = !options.output_metric || !moments.effects.known();
   Metric metric;
   for (const bool value : {false, true}) {
     Metric part = metric_of(maps, moments, key, {first_head, head_count, first_key, keys}, value,
                             options.output_metric);
-    normalise(part, value ? covariance.bottomRightCorner(keys, keys) : felt_keys,
-              (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(),
-              value ? (split ? options.value_weight : 1.0) : options.lambda);
+    const double weight = value && split ? options.value_weight : 1;
+    weigh(part, value ? covariance.bottomRightCorner(keys, keys) : felt_keys,
+          (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(), weight, balanced);
     std::move(part.root.begin(), part.root.end(), std::back_inserter(metric.root));
     std::move(part.inverse.begin(), part.inverse.end(), std::back_inserter(metric.inverse));
   }

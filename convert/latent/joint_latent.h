@@ -7,7 +7,6 @@ namespace relatent {
 
 struct JointLatentOptions {
   Index rank = 0;
-  double lambda = 1;  // weight of key errors against value errors
   // false: A_K = A_V = 1, a PCA of balanced keys and values.
   bool output_metric = true;
   // false: S = E[y yᵀ] and nothing is shifted, for engines that have no bias to carry the mean.
@@ -21,12 +20,15 @@ struct JointLatentOptions {
   Index head_count = 0;
 };
 
-// To first order an error in a key matters as q̃ · δk and one in a value as W_O δv, so with
-//   A_K² = blockdiag_κ Σ_{h in κ} E[q̃_h q̃_hᵀ],  A_V² = blockdiag_κ Σ_{h in κ} W_{O,h}ᵀ W_{O,h},
-//   M = blockdiag(λ A_K / √tr(A_K S_rr A_K), A_V / √tr(A_V S_vv A_V)),
+// To first order errors of a head's scores and values reach the layer's output as HeadEffects (maps.h) says,
+// κ_h and β_h, so with g a group and s the scale of scores
+//   A_K² = blockdiag_g Σ_{h in g} κ_h s² E[q̃_h q̃_hᵀ],  A_V² = blockdiag_g Σ_{h in g} β_h W_{O,h}ᵀ W_{O,h},
+//   M = blockdiag(A_K, A_V),
 // the latent is the rank leading eigenvectors P of M S M: down = Pᵀ M Y, up = M⁻¹ P. S is the covariance of
 // y = [r; v]: a constant in a leftover key cancels in the softmax, and one in a value comes out of the
 // attention unchanged, as value_shift. q̃ = content_query q. rank ≤ 2 K' d, K' the groups that the heads read.
+// Where the effects are not known, all are 1 and
+//   M = blockdiag(A_K / √tr(A_K S_rr A_K), A_V / √tr(A_V S_vv A_V)).
 //
 // With a key_rank, the first coordinates are the leading eigenvectors of that M S M with A_V scaled by
 // value_weight, keys are what they tell of r, and the rest are the leading eigenvectors of what they leave of

@@ -44,12 +44,12 @@ VectorD expected_gain(const RmsNorm& norm, const VectorD& square) {
   return out;
 }
 
-// W of E|y - W x̃|² at its least. cross: E[y x̃ᵀ].
-MatrixD nearest_maps(const Moments& moments, const MatrixD& cross) {
+// W of E|y - W x̃|² at its least. moment: E[x̃ x̃ᵀ], cross: E[y x̃ᵀ].
+MatrixD nearest_maps(MomentRef moment, const MatrixD& cross) {
   if (cross.size() == 0) {
     throw std::logic_error("linear_stand_in: nothing is known of the normalised heads");
   }
-  return backend().ridge_solve(moments.input().matrix(), cross.transpose(), stand_in_ridge).transpose();
+  return backend().ridge_solve(moment.matrix(), cross.transpose(), stand_in_ridge).transpose();
 }
 
 VectorD falling_mass(Index length) {
@@ -155,8 +155,10 @@ double fold_biases(const Moments& moments, const MatrixD& spread, LayerMaps& map
 
 Moments moments_of(const LayerMoments& layer) {
   Moments out;
-  out.second = with_constant(layer.second_moment, layer.mean);
+  out.second = with_constant(layer.received_moment, layer.received_mean);
+  out.equal = with_constant(layer.second_moment, layer.mean);
   out.distance_mass = layer.distance_mass;
+  out.effects = {layer.mass_square, layer.score_effect};
   if (layer.normed_heads) {
     const NormedHeadMoments& heads = *layer.normed_heads;
     const Index d = heads.query_moment.cols();
@@ -175,11 +177,20 @@ Moments moments_of(const LayerMoments& layer) {
   return out;
 }
 
+Moments with_equal_weights(Moments moments) {
+  if (moments.equal.size() > 0) {
+    moments.second = std::move(moments.equal);
+    moments.equal = {};
+  }
+  return moments;
+}
+
 Moments normed_moments_of(const LayerMoments& layer) {
   const NormedHeadMoments& heads = *layer.normed_heads;
   Moments out;
   out.second = with_constant(heads.feature_moment, heads.feature_mean);
   out.distance_mass = layer.distance_mass;
+  out.effects = {layer.mass_square, layer.score_effect};
   const Index d = heads.query_moment.cols();
   for (Index first = 0; first < heads.query_mean.size(); first += d) {
     out.query.push_back(
@@ -222,10 +233,11 @@ Moments normed_moments_without_data(const RmsNorm& input_norm, const GqaAttentio
 
 GqaAttention linear_stand_in(GqaAttention attention, const Moments& moments) {
   const Stage stage("linear stand-in");
-  const MatrixD map = nearest_maps(moments, moments.normed_cross);
   const Index queries = attention.heads * attention.head_dim;
-  attention.q = linear_of(map.topRows(queries));
-  attention.k = linear_of(map.bottomRows(map.rows() - queries));
+  const Index known = std::min(queries, moments.normed_cross.rows());
+  attention.q = linear_of(nearest_maps(moments.asking(), moments.normed_cross.topRows(known)));
+  attention.k = linear_of(
+      nearest_maps(moments.input(), moments.normed_cross.bottomRows(moments.normed_cross.rows() - known)));
   attention.q_norm = {};
   attention.k_norm = {};
   return attention;
@@ -234,7 +246,7 @@ GqaAttention linear_stand_in(GqaAttention attention, const Moments& moments) {
 double stand_in_error(const Moments& moments, Index keys) {
   const Stage stage("linear stand-in");
   const MatrixD cross = moments.normed_cross.bottomRows(keys);
-  const MatrixD map = nearest_maps(moments, cross);
+  const MatrixD map = nearest_maps(moments.input(), cross);
   // E|k̂ - W x̃|² = E|k̂|² - 2 <W, E[k̂ x̃ᵀ]> + <W E[x̃ x̃ᵀ], W>
   const double square = moments.normed_square.tail(keys).sum();
   const double whole = square - cross.rightCols<1>().squaredNorm();

@@ -107,24 +107,46 @@ class QueryMoments {
   const std::vector<MatrixD>* each_ = nullptr;
 };
 
+// What errors of a head's attention do to the layer's output, to first order: E_t |Σ_n p_tn W_O,h δv_n|² is
+// β E|W_O,h δv|², and E_t |Σ_n p_tn W_O,h (v_n - o_t) δs_tn|² is κ E δs², for errors that are independent.
+struct HeadEffects {
+  VectorD mass_square;   // [H], β = E_t Σ_n p_tn²
+  VectorD score_effect;  // [H], κ = E_t Σ_n p_tn² |W_O,h (v_n - o_t)|²
+
+  bool known() const { return mass_square.size() > 0; }
+};
+
 struct Moments {
-  MatrixD second;    // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1]
+  // [D + 1, D + 1], E[x̃ x̃ᵀ] of x̃ = [x; 1], tokens weighted by the attention that they receive where that is
+  // known: what keys and values are made of.
+  MatrixD second;
   VectorD diagonal;  // [D + 1], instead: its entries when it has no others
-  // [H, T]: mean attention mass at distance Δ, rows summing to 1.
+  // [D + 1, D + 1]: the same with equal weights, for queries; empty where it is no other.
+  MatrixD equal{};
+  // [H, T]: attention mass at distance Δ, of the first key where that is known to be left out.
   MatrixD distance_mass;
+  HeadEffects effects{};
   // [D]: E[x] where x̃ = [x; 0] says nothing of it; empty otherwise.
   VectorD mean{};
   // With normed heads, per head E[q̃ q̃ᵀ] of q̃ = [q̂_h; 1], [d + 1, d + 1].
   std::vector<MatrixD> query{};
-  // Of a source with normed heads, on its input: E[q̂ x̃ᵀ], then E[k̂ x̃ᵀ], [(H + K) d, D + 1].
+  // Of a source with normed heads, on its input: E[q̂ x̃ᵀ] with equal weights, then E[k̂ x̃ᵀ] with those of
+  // `second`, [(H + K) d, D + 1].
   MatrixD normed_cross{};
   VectorD normed_square{};  // E[q̂²], then E[k̂²], [(H + K) d]
 
-  QueryMoments queries() const& { return query.empty() ? QueryMoments(input()) : QueryMoments(query); }
+  QueryMoments queries() const& { return query.empty() ? QueryMoments(asking()) : QueryMoments(query); }
   QueryMoments queries() const&& = delete;
+  // What keys and values are made of.
   MomentRef input() const& { return diagonal.size() > 0 ? MomentRef(diagonal) : MomentRef(second); }
   MomentRef input() const&& = delete;
+  // What queries are made of.
+  MomentRef asking() const& { return equal.size() > 0 ? MomentRef(equal) : input(); }
+  MomentRef asking() const&& = delete;
 };
+
+// Every token counts once for keys and values too.
+Moments with_equal_weights(Moments moments);
 
 Moments moments_of(const LayerMoments& layer);
 // The same of f in the place of x. The layer has normed_heads.
@@ -137,7 +159,8 @@ Moments moments_without_data(const RmsNorm& input_norm, Index heads, Index lengt
 Moments normed_moments_without_data(const RmsNorm& input_norm, const GqaAttention& attention, Index length);
 
 // For engines whose latents read nothing but the layer's input: queries and keys without their norms, as the
-// linear maps (with biases) of x nearest to q̂ and k̂ in least squares over the calibration tokens.
+// linear maps (with biases) of x nearest to q̂ and k̂ in least squares over the calibration tokens, for k̂ by
+// the attention that they receive.
 GqaAttention linear_stand_in(GqaAttention attention, const Moments& moments);
 // What it misses of how the keys vary, E|k̂ - W x̃|² / E|k̂ - E k̂|². keys: K d.
 double stand_in_error(const Moments& moments, Index keys);

@@ -31,7 +31,12 @@ MatrixC mean_rotation(const LayerMaps& maps, const Moments& moments) {
   MatrixC gamma = moments.distance_mass.cast<Complex>() * turns;
   const VectorD mass = moments.distance_mass.rowwise().sum();
   for (Index h = 0; h < maps.heads; ++h) {
-    gamma.row(h) /= std::max(mass(h), 1e-300);
+    // A head that sees nothing but the first key has no distance to forget.
+    if (mass(h) > 0) {
+      gamma.row(h) /= mass(h);
+    } else {
+      gamma.row(h).setOnes();
+    }
   }
   // Exactly, so that nothing is lost of what does not rotate and it never competes for the rotary key.
   for (Index f = 0; f < maps.pairs(); ++f) {
@@ -40,6 +45,12 @@ MatrixC mean_rotation(const LayerMaps& maps, const Moments& moments) {
     }
   }
   return gamma;
+}
+
+// κ of the header.
+VectorD effect_shares(const LayerMaps& maps, const Moments& moments) {
+  const double mean = moments.effects.known() ? moments.effects.score_effect.mean() : 0;
+  return mean > 0 ? VectorD(moments.effects.score_effect / mean) : VectorD(VectorD::Ones(maps.heads));
 }
 
 // Weights of which none is 0.
@@ -89,8 +100,9 @@ Concentration concentrate(const LayerMaps& maps, const Moments& moments, const D
   RowsD keys(maps.k.rows(), maps.k.cols());
   copy_tiled(maps.k, keys);
   VectorD query_energy(maps.heads * d);
+  const VectorD effect = effect_shares(maps, moments);
   for (Index h = 0; h < maps.heads; ++h) {
-    query_energy.segment(h * d, d) = moments.queries().of(h).energies(maps.query_of(h));
+    query_energy.segment(h * d, d) = effect(h) * moments.queries().of(h).energies(maps.query_of(h));
   }
 
   Concentration out;

@@ -29,7 +29,8 @@ MatrixD constant_spread(const LayerMaps& maps, const Moments& moments);
 // Per frequency f, the combinations z = e^H D k_f of the K group keys by how much score variance is lost when
 // their rotation is dropped: eigenpairs of D C_f D with C_f = E[k_f k_f^H] (Hermitian: a complex combination
 // commutes with the rotation, and unlike a real one it can align the phases of different groups) and D² =
-// diag_κ Σ_{h in κ} E|q_hf|² loss_hf.
+// diag_g Σ_{h in g} κ_h E|q_hf|² loss_hf, with κ of HeadEffects (maps.h) in units of the layer's mean, 1
+// where it is not known.
 struct Concentration {
   std::vector<VectorD> loss;  // per frequency [K], largest first: scale² times the eigenvalues
   std::vector<MatrixC> read;  // per frequency [K, K]: row c gives z_c from the K keys

@@ -99,14 +99,8 @@ JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const
   double ratio = 1;
   if (options.balance > 0 && left > 0) {
     const VectorD norms = moment.diagonal().cwiseMax(0).cwiseSqrt();
-    const double value_norm = norms.tail(keys).mean();
-    double key_norm = norms.head(left).mean();
-    if (options.columns == TransmlaOptions::Columns::head) {
-      // Row i of leftoverᵀ gives head coordinate i from the leftover ones.
-      const MatrixD back = key.leftover.transpose();
-      const MatrixD half = back * moment.topLeftCorner(left, left);
-      key_norm = half.cwiseProduct(back).rowwise().sum().cwiseMax(0).cwiseSqrt().mean();
-    }
+    const double value_norm = norms.tail(left).mean();
+    const double key_norm = norms.head(left).mean();
     if (key_norm > 0 && value_norm > 0) {
       ratio = key_norm / (options.balance * value_norm);
     }

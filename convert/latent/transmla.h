@@ -9,11 +9,8 @@ struct TransmlaOptions {
   Index rope_dim = 0;  // divides head_dim; the list keeps every (head_dim / rope_dim)-th frequency
   Index fold = 1;      // neighbouring frequencies that share one PCA; a multiple of head_dim / rope_dim that
                        // divides head_dim / 2
-  double balance =
-      1;  // keys are divided by (mean key norm) / (balance * mean value norm); 0 turns balancing off
-  // Whose columns the key norm is a mean over: the leftover keys as heads see them, or the coordinates of the
-  // PCA, as in the authors' code. The first weighs keys less.
-  enum class Columns { head, pca } columns = Columns::head;
+  // Keys are divided by (mean key norm) / (balance * mean value norm); 0 turns balancing off.
+  double balance = 1;
 };
 
 // Throws Error (usage) naming the option when the sizes do not fit together.
@@ -34,8 +31,8 @@ TransmlaKey transmla_rotary_key(const LayerMaps& maps, const Moments& moments,
                                 const TransmlaOptions& options);
 
 // Balanced key-value PCA: leading eigenvectors of E[y yᵀ], y = [leftover k / ratio; v], where ratio brings
-// the mean root mean square of the leftover's columns to `balance` times that of the values. rank ≤ 2 K d -
-// rope_dim.
+// the mean root mean square of the leftover's coordinates to `balance` times that of the values, but for the
+// first rope_dim of them, which the authors' code leaves out. rank ≤ 2 K d - rope_dim.
 JointLatent transmla_latent(const LayerMaps& maps, const Moments& moments, const TransmlaKey& key,
                             const TransmlaOptions& options, Index rank);
 

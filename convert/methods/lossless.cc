@@ -12,12 +12,12 @@ class Lossless final : public ConversionMethod {
  public:
   Lossless(const ConvertPlan& plan, const ConvertInputs& inputs) : plan_(plan), inputs_(inputs) {}
 
-  Rotary rotary() const override {
+  std::vector<Rotary> rotaries() const override {
     const ModelConfig& config = inputs_.source.config();
     if (config.latent) {
-      return config.rotary;
+      return {config.rotary};
     }
-    return lossless_rotary(converted_rotary(inputs_), plan_.lossless->components);
+    return {lossless_rotary(converted_rotary(inputs_), plan_.lossless->components)};
   }
 
   LatentAttention convert(Index layer_idx, Moments moments) const override {

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "convert/latent/maps.h"
 #include "convert/model/attention.h"
@@ -19,9 +20,9 @@ class ConversionMethod {
   ConversionMethod& operator=(const ConversionMethod&) = delete;
   virtual ~ConversionMethod() = default;
 
-  // The list of rotary frequencies that all converted layers share. Layers that are carried are no business
-  // of a method, but of next().
-  virtual Rotary rotary() const = 0;
+  // The list of rotary frequencies that all converted layers share, or one for each of them in their order.
+  // Layers that are carried are no business of a method, but of next().
+  virtual std::vector<Rotary> rotaries() const = 0;
 
   // No layer depends on another.
   virtual bool independent() const { return true; }

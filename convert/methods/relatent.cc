@@ -70,10 +70,14 @@ RelatentConversion::RelatentConversion(const Model& source, std::function<Moment
     if (options.plain_list) {
       const auto frequencies = static_cast<Index>(source_rotary().rotating_pairs());
       PlainList list = allocate_plain(concentrations_, options.rope_dim, frequencies, options.list_stride);
-      components_ = std::move(list.components);
+      components_ = {std::move(list.components)};
       list_stride_ = list.stride;
+    } else if (options.layer_lists) {
+      for (const Concentration& layer : concentrations_) {
+        components_.push_back(allocate_components({layer}, options.rope_dim));
+      }
     } else {
-      components_ = allocate_components(concentrations_, options.rope_dim);
+      components_ = {allocate_components(concentrations_, options.rope_dim)};
     }
   }
   if (sequences.count > 0 && options.uses_tokens()) {
@@ -117,8 +121,12 @@ RelatentConversion::PreparedLayer RelatentConversion::prepare(GqaAttention atten
       out.moments.diagonal(out.moments.diagonal.size() - 1) = 0;
     } else {
       out.moments.mean = out.moments.second.rightCols<1>().head(out.moments.second.rows() - 1);
-      out.moments.second.rightCols<1>().setZero();
-      out.moments.second.bottomRows<1>().setZero();
+      for (MatrixD* moment : {&out.moments.second, &out.moments.equal}) {
+        if (moment->size() > 0) {
+          moment->rightCols<1>().setZero();
+          moment->bottomRows<1>().setZero();
+        }
+      }
     }
   }
   return out;
@@ -129,9 +137,9 @@ DroppedRotation RelatentConversion::dropped(const LayerMaps& maps, const Moments
 }
 
 RotaryKey RelatentConversion::key_of(const PreparedLayer& prepared) const {
-  return rotary_key(*prepared.maps,
-                    concentrations_[static_cast<std::size_t>(converted_.before(prepared.layer_idx))],
-                    dropped(*prepared.maps, prepared.moments), components_);
+  const Index place = converted_.before(prepared.layer_idx);
+  return rotary_key(*prepared.maps, concentrations_[static_cast<std::size_t>(place)],
+                    dropped(*prepared.maps, prepared.moments), components_of(place));
 }
 
 std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
@@ -141,7 +149,6 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
   for (Index g = 0; g < partition.groups; ++g) {
     JointLatentOptions latent;
     latent.rank = options_.rank / partition.groups;
-    latent.lambda = options_.lambda;
     latent.output_metric = options_.output_metric;
     latent.centred = affine();
     if (partition.parts > 1) {
@@ -166,10 +173,9 @@ AbsorbedAttention RelatentConversion::absorbed(const Attention& attention,
   options.partition = fitted_partition();
   options.rank = options_.rank / options.partition.groups;
   options.key_rank = options_.key_rank;
-  options.lambda = options_.lambda;
   options.value_weight = options_.value_weight;
   return from_mla(std::get<LatentAttention>(attention), prepared.moments.input(), prepared.queries(),
-                  options);
+                  prepared.moments.effects, options);
 }
 
 LatentAttention RelatentConversion::closed(const Attention& attention, const PreparedLayer& prepared) const {
@@ -183,7 +189,7 @@ LatentAttention RelatentConversion::closed(const Attention& attention, const Pre
     out = to_latent_attention(absorbed(attention, prepared), prepared.moments.input(), prepared.queries());
   }
   if (options_.q_rank) {
-    compress_query(out, prepared.moments.input(), *options_.q_rank);
+    compress_query(out, prepared.moments.asking(), *options_.q_rank);
   }
   keep_query(attention, out);
   if (prepared.maps) {
@@ -239,8 +245,15 @@ void RelatentConversion::finish(const AttentionHalf& layer, LatentAttention& con
   streams_->finish_attention(layer, converted, options_.fit.refit, options_.fit.output_ridge);
 }
 
-Rotary RelatentConversion::rotary() const {
-  return source_.config().gqa ? kept_rotary(source_rotary(), components_) : source_rotary();
+std::vector<Rotary> RelatentConversion::rotaries() const {
+  if (!source_.config().gqa) {
+    return {source_rotary()};
+  }
+  std::vector<Rotary> out;
+  for (const std::vector<Index>& components : components_) {
+    out.push_back(kept_rotary(source_rotary(), components));
+  }
+  return out;
 }
 
 LatentAttention RelatentConversion::convert(Index layer_idx, Moments moments) const {

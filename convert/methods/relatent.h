@@ -23,11 +23,11 @@ class RelatentConversion final : public ConversionMethod {
  public:
   // moments gives what is known of a layer's input, for any layer and more than once. sequences are the
   // tokens to fit on; empty for none. Reads the attention of every layer that is converted once to allocate
-  // the rotary components, which they share because an engine keeps one list of frequencies.
+  // the rotary components, which they share where an engine keeps one list of frequencies.
   RelatentConversion(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
                      const RelatentOptions& options);
 
-  Rotary rotary() const override;
+  std::vector<Rotary> rotaries() const override;
   // Without tokens no layer depends on another. Branches are numbered as latent/partition.h says.
   bool independent() const override { return !streams_; }
   LatentAttention convert(Index layer_idx, Moments moments) const override;
@@ -70,6 +70,10 @@ class RelatentConversion final : public ConversionMethod {
   std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
                                       const RotaryKey& key) const;
   RotaryKey key_of(const PreparedLayer& prepared) const;
+  // place: of the layer among those converted.
+  const std::vector<Index>& components_of(Index place) const {
+    return components_[components_.size() > 1 ? static_cast<std::size_t>(place) : 0];
+  }
   // What the closed forms make; slices are cut from a single latent.
   Partition fitted_partition() const {
     return options_.order == LatentOrder::shared ? options_.partition : Partition{};
@@ -90,7 +94,8 @@ class RelatentConversion final : public ConversionMethod {
   RelatentOptions options_;
   LayerSet converted_;
   std::vector<Concentration> concentrations_;  // of every converted layer of a grouped-query source
-  std::vector<Index> components_;              // rotary components kept per frequency
+  // Rotary components kept per frequency: those of all layers, or of each of them.
+  std::vector<std::vector<Index>> components_;
   Index list_stride_ = 1;
   std::unique_ptr<TwinStreams> streams_;
   Index next_ = 0;

@@ -33,11 +33,6 @@ void check_sizes(const CalibrationFile& calibration, const Model& source) {
   check("hidden_size", config.hidden_size, header.hidden_size);
   check("num_attention_heads", config.num_attention_heads, header.num_attention_heads);
   const bool normed = normalises_keys(config);
-  if (normed && header.head_dim == 0) {
-    fail_input({calibration.path(), "", "has no moments of normalised queries and keys",
-                "a calibration of this checkpoint by this version of relatent", "one of an earlier version",
-                "run `relatent calibrate` again"});
-  }
   check("num_key_value_heads", normed ? config.gqa->num_key_value_heads : 0, header.num_key_value_heads);
   check("head_dim", normed ? config.gqa->head_dim : 0, header.head_dim);
 }

@@ -31,10 +31,10 @@ constexpr Method chosen_method(std::optional<Method> named, bool calibrated) {
 struct RelatentOptions {
   Index rank = 0;                    // of all groups together; a multiple of the groups
   Index rope_dim = 0;                // even, 2 ... K d; at most d for a plain list
-  double lambda = 1;                 // of joint_latent.h
   bool expected_rotation = true;     // false: a dropped rotation is replaced by 1
   bool output_metric = true;         // false: the latent is a PCA of balanced keys and values
   bool plain_list = false;           // frequencies as an engine with a geometric list can hold them
+  bool layer_lists = false;          // each layer has frequencies of its own
   std::optional<Index> list_stride;  // of a plain list: every how many-th frequency it holds; none = the best
   // For engines that normalise the latent and know no biases: so many extra latent coordinates steady the
   // norm. Needs tokens.
@@ -77,6 +77,7 @@ struct ConvertOptions {
   std::optional<Index> rank;
   std::optional<Index> rope_dim;
   std::optional<double> kv_budget;
+  bool one_list = false;  // layers share their rotary frequencies where they need not
   // The latent as it is stored and the rotary key, as an engine's kernels want them; --to mla only.
   // Coordinates that the rank leaves over hold nothing (or steady the norm, where the engine normalises).
   // Rank none = as large as fits.
@@ -88,7 +89,6 @@ struct ConvertOptions {
   // transmla only.
   std::optional<Index> fold;  // none = try them and keep the best
   double balance = 1;
-  TransmlaOptions::Columns balance_columns = TransmlaOptions::Columns::head;
   std::optional<Index> q_rank;
   // relatent only; its sizes are filled in from the plan, and what it computes in from here: none = as the
   // calibration was, where this processor can.

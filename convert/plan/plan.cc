@@ -252,6 +252,12 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
   if (!fits) {
     const Index in_flight = std::min(layers_at_once(plan.layer_bytes), config.num_hidden_layers);
     plan.memory_bytes = std::max(largest_cast, static_cast<std::uint64_t>(in_flight) * plan.layer_bytes);
+    if (options.method == Method::transmla) {
+      // The second calibration: its stream and what the layer reads of it.
+      const Sequences all = inputs.calibration->sequences();
+      plan.memory_bytes = std::max(largest_cast, plan.layer_bytes) + streams_disk(config, all) / 2;
+      plan.resume_bytes = streams_disk(config, all) / 2;
+    }
     return;
   }
   const Sequences sequences = fit_sequences(options, inputs);
@@ -295,6 +301,7 @@ RelatentOptions relatent_options(const ConvertOptions& options, const ConvertInp
   const ModelConfig& config = inputs.source.config();
   const EngineTraits traits = inputs.engine->traits();
   out.plain_list = has_plain_list(options, *inputs.engine);
+  out.layer_lists = inputs.engine->traits().layer_frequencies && !out.plain_list && !options.one_list;
   out.partition = inputs.partition;
   out.key_rank = shape.shared_ranks.empty() ? 0 : shape.shared_ranks.front();
   out.query_bias = traits.query_bias;

@@ -60,8 +60,6 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("--max-nats", options.max_nats);
   add("--fold", options.fold);
   add("--balance", options.balance);
-  add("--balance-columns",
-      std::string_view(options.balance_columns == TransmlaOptions::Columns::pca ? "pca" : "head"));
   add("--q-rank", options.q_rank);
   add("--norm-coordinates", options.norm_coordinates);
   add("--pad-rank", options.pad_rank);
@@ -72,10 +70,10 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("--max-shard-size", options.max_shard_bytes);
   add("--held-out", options.held_out);
   const RelatentOptions& own = options.relatent;
-  add("--lambda", own.lambda);
   add("--no-expected-rotation", !own.expected_rotation);
   add("--no-output-metric", !own.output_metric);
   add("--plain-list", own.plain_list);
+  add("--one-list", options.one_list);
   add("--order", order_name(own.order));
   add("value weight", own.value_weight);
   const FitOptions& fit = own.fit;

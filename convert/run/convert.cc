@@ -31,7 +31,7 @@ constexpr const char* measured_entry = "measured";
 // Nothing is written for a layer that is carried.
 using WriteLayer = std::function<void(Index, const std::optional<LatentAttention>&)>;
 
-// What engines write once for all layers must be what each of them has, but for layers that do not rotate.
+// What engines write must be what the layer has, but where it does not rotate.
 void check_rotary(const Rotary& all, const LatentAttention& layer) {
   const Rotary& found = layer.rotary;
   const bool still = found.rotating_pairs() == 0 && found.attention_factor == 1 &&
@@ -102,8 +102,9 @@ std::map<std::string, std::string> write_output(const ConvertPlan& plan, const C
                                                 WorkFolder& work, const LayerProgress& progress,
                                                 ConvertReport& report) {
   std::unique_ptr<ConversionMethod> method = make_method(plan, inputs, report.fold);
-  const Rotary rotary = method->rotary();
-  ConvertedOutput output(plan, inputs, rotary, work);
+  const std::vector<Rotary> rotaries = method->rotaries();
+  const LayerSet converted = converted_layers(inputs);
+  ConvertedOutput output(plan, inputs, rotaries, work);
   // One layer at least is converted again, so that there is progress to report.
   const Index layers = inputs.source.config().num_hidden_layers;
   const Index done = std::min(output.layers_done(), layers - 1);
@@ -116,7 +117,8 @@ std::map<std::string, std::string> write_output(const ConvertPlan& plan, const C
   output.keep_layers(first);
   const WriteLayer write = [&](Index layer_idx, const std::optional<LatentAttention>& attention) {
     if (attention) {
-      check_rotary(rotary, *attention);
+      const Index place = rotaries.size() > 1 ? converted.before(layer_idx) : 0;
+      check_rotary(rotaries[static_cast<std::size_t>(place)], *attention);
       output.write_layer(layer_idx, *attention);
     }
     progress(layer_idx + 1, layers);

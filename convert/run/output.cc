@@ -70,8 +70,8 @@ std::vector<PlacedTensor> places_of(const ConvertPlan& plan) {
 
 }  // namespace
 
-ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, const Rotary& rotary,
-                                 WorkFolder& work)
+ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs,
+                                 const std::vector<Rotary>& rotaries, WorkFolder& work)
     : plan_(plan),
       inputs_(inputs),
       work_(work),
@@ -79,24 +79,27 @@ ConvertedOutput::ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& i
       copy_clock_(std::min(record_every, plan.options.save.every)),
       layer_clock_(std::min(record_every, plan.options.save.every)),
       state_clock_(plan.options.save.every) {
-  open_writer(rotary);
+  open_writer(rotaries);
 }
 
 std::filesystem::path ConvertedOutput::state_file() const {
   return work_.file(state_name);
 }
 
-void ConvertedOutput::open_writer(const Rotary& rotary) {
+void ConvertedOutput::open_writer(const std::vector<Rotary>& rotaries) {
   const Model& source = inputs_.source;
   const Engine& engine = *inputs_.engine;
-  OutputPlan output{
-      work_.output(),
-      {},
-      engine.config(source.checkpoint().config(), source.config(), plan_.shape, rotary, plan_.dtype),
-      &source.folder("converted"),
-      plan_.side_files,
-      plan_.options.max_shard_bytes,
-      plan_.options.pre_tokenizer};
+  OutputPlan output{work_.output(),
+                    {},
+                    engine.config(source.checkpoint().config(), source.config(), plan_.shape,
+                                  rotaries.front(), plan_.dtype),
+                    &source.folder("converted"),
+                    plan_.side_files,
+                    plan_.options.max_shard_bytes,
+                    plan_.options.pre_tokenizer};
+  if (rotaries.size() > 1) {
+    engine.put_layer_rotaries(rotaries, source.config(), plan_.shape, output.config);
+  }
   for (const PlannedTensor& tensor : plan_.tensors) {
     output.tensors.push_back(tensor.spec);
   }

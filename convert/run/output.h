@@ -20,8 +20,8 @@ namespace relatent {
 class ConvertedOutput {
  public:
   // New weight files, or those of the run that is continued. Plan, inputs and work must outlive it.
-  // rotary: the list that all layers share. Throws Error (input) when the engine has no place for it.
-  ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, const Rotary& rotary,
+  // rotaries: ConversionMethod::rotaries. Throws Error (input) when the engine has no place for them.
+  ConvertedOutput(const ConvertPlan& plan, const ConvertInputs& inputs, const std::vector<Rotary>& rotaries,
                   WorkFolder& work);
 
   // Layers that the run which is continued has written.
@@ -49,7 +49,7 @@ class ConvertedOutput {
   std::map<std::string, std::string> checksums() const;
 
  private:
-  void open_writer(const Rotary& rotary);
+  void open_writer(const std::vector<Rotary>& rotaries);
   // The first so many tensors that are copied or cast, and those of the first layers.
   std::vector<const PlannedTensor*> done(Index copied, Index layers) const;
   // Whether what counts as done is on the disk as it was written.

@@ -144,7 +144,7 @@ EDITS: dict[str, dict[str, Edit]] = {
     "initializer_range": {"doubled": scaled("initializer_range", 2)},
     "first_k_dense_replace": {"one": put_for("first_k_dense_replace", 1)},
     "routed_scaling_factor": {"doubled": scaled("routed_scaling_factor", 2)},
-    "layout_version": {"the next": put_for("layout_version", 2)},
+    "layout_version": {"the next": put_for("layout_version", 3)},
     "latent_form": {
         "another": mapped("latent_form", lambda old: "gla" if old != "gla" else "tpla")
     },

@@ -9,9 +9,8 @@ that names it), or write the bytes that it writes from the undamaged one, where 
 place that means nothing. Never may it die, hang, blame itself or write something else.
 
 The kinds are numbers that are changed under their checksum, the structure of the file, its
-attributes, its raw bytes, and forgeries. A forgery has checksums that are right, or says that it is
-of a version without them, so it may be taken for another calibration: then the output must have
-finite numbers.
+attributes, its raw bytes, and forgeries. A forgery has checksums that are right, so it may be taken for
+another calibration: then the output must have finite numbers.
 """
 
 import random
@@ -28,7 +27,10 @@ import numpy as np
 import harness
 from harness import HEADS, HIDDEN, INPUT, LAYERS, Outcome, Table, Tiny
 
-MOMENTS = ("second_moment", "mean", "distance_mass")
+MOMENTS = (
+    *("second_moment", "mean", "received_moment", "received_mean"),
+    *("distance_mass", "mass_square", "score_effect"),
+)
 Edit = Callable[[h5py.File, random.Random], str]
 
 # A file must not make the program ask for more than its own few kB would excuse.
@@ -324,7 +326,8 @@ STRUCTURE: tuple[Edit, ...] = (
 NAMES = {
     "/": (
         *("format", "format_version", "creator", "source_fingerprint", "source_config"),
-        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "compute"),
+        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "compute"),
     ),
     "layer": ("tokens",),
     "dataset": ("checksum", "dimensions", "unit"),
@@ -418,20 +421,38 @@ def stamped(file: h5py.File, name: str) -> None:
     file[name].attrs.create("checksum", np.bytes_(text.encode()), dtype="S32")
 
 
-def unstamped(file: h5py.File) -> None:
-    """As a file of the version that had no checksums."""
-    file["/"].attrs.create("format_version", np.int64(1))
-    names = [f"/layers/{i:05}/{kind}" for i in range(LAYERS) for kind in MOMENTS]
-    for name in ("/tokens", *names):
-        if name in file and "checksum" in file[name].attrs:
-            del file[name].attrs["checksum"]
+def bound(file: h5py.File) -> None:
+    """The checksum of the whole that belongs to the checksums of its parts."""
+    parts = bytearray()
+
+    def add_text(text: bytes) -> None:
+        parts.extend(len(text).to_bytes(8, "little") + text)
+
+    for name in ("source_fingerprint", "source_config", "model_type", "compute"):
+        add_text(bytes(file.attrs[name]))
+    for name in (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim"),
+    ):
+        parts.extend(int(file.attrs[name]).to_bytes(8, "little"))
+    add_text(bytes(file["/tokens"].attrs["checksum"]))
+    for i in range(LAYERS):
+        layer = file[f"/layers/{i:05}"]
+        parts.extend(int(layer.attrs["tokens"]).to_bytes(8, "little"))
+        for kind in MOMENTS:
+            add_text(bytes(layer[kind].attrs["checksum"]))
+    file.attrs.create("checksum", np.bytes_(harness.xxh3(bytes(parts)).encode()), dtype="S32")
 
 
 def forged_moments(file: h5py.File, chance: random.Random) -> str:
     """A moment and a mean that could be those of some tokens, and need not be sound."""
     layer = any_layer(chance)
-    second, mean = file[f"{layer}/second_moment"], file[f"{layer}/mean"]
-    way = chance.choice(("large", "small", "rank 1", "zero", "dead inputs", "point masses"))
+    which = chance.choice(("", "received_"))
+    second = file[f"{layer}/{which or 'second_'}moment"]
+    mean = file[f"{layer}/{which}mean"]
+    way = chance.choice(
+        ("large", "small", "rank 1", "zero", "dead inputs", "point masses", "effects")
+    )
     if way in ("large", "small"):
         factor = 10.0 ** chance.uniform(1, 30) if way == "large" else 10.0 ** -chance.uniform(1, 30)
         second[...] = second[...] * factor**2
@@ -456,8 +477,13 @@ def forged_moments(file: h5py.File, chance: random.Random) -> str:
         point = np.zeros(mass.shape)
         point[:, chance.randrange(mass.shape[1])] = 1
         mass[...] = point
+    if way == "effects":
+        effect = file[f"{layer}/score_effect"]
+        effect[...] = chance.choice((0.0, 1e-30, 1e30)) * np.ones(effect.shape)
+        file[f"{layer}/mass_square"][...] = 10.0 ** -chance.uniform(0, 30)
     for name in MOMENTS:
         stamped(file, f"{layer}/{name}")
+    bound(file)
     return f"moments: {way}"
 
 
@@ -465,13 +491,8 @@ def forged_numbers(file: h5py.File, chance: random.Random) -> str:
     name = any_dataset(chance)
     what = change_numbers(file, name, chance)
     stamped(file, name)
+    bound(file)
     return f"numbers: {what}"
-
-
-def forged_version(file: h5py.File, chance: random.Random) -> str:
-    what = change_numbers(file, any_dataset(chance), chance)
-    unstamped(file)
-    return f"version 1: {what}"
 
 
 def forged_tokens(file: h5py.File, chance: random.Random) -> str:
@@ -497,10 +518,11 @@ def forged_tokens(file: h5py.File, chance: random.Random) -> str:
             name = f"/layers/{layer:05}/distance_mass"
             replaced(file, name, np.full((HEADS, wanted), 1 / wanted))
             stamped(file, name)
+    bound(file)
     return f"tokens: {way}"
 
 
-FORGERIES: tuple[Edit, ...] = (forged_moments, forged_numbers, forged_version, forged_tokens)
+FORGERIES: tuple[Edit, ...] = (forged_moments, forged_numbers, forged_tokens)
 
 # Raw bytes
 

@@ -53,6 +53,7 @@ class Sizes:
     rope: dict[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
+    rope_lists: list[dict[str, Any]] = field(default_factory=list)  # the last for the first layer
 
     layers = 2
     hidden = 48
@@ -66,6 +67,14 @@ class Sizes:
     normed_head = 12
 
     def config(self) -> dict[str, Any]:
+        lists = {
+            "rope_lists": self.rope_lists,
+            "latent_rope_lists": [*reversed(range(self.layers))],
+            "layout_version": 2,
+        }
+        return self.plain_config() | (lists if self.rope_lists else {})
+
+    def plain_config(self) -> dict[str, Any]:
         return {
             "architectures": ["RelatentForCausalLM"],
             "model_type": "relatent",
@@ -210,6 +219,7 @@ RANDOM = {
     "replicated norm over shared": Sizes(SHARING, [3, 8], norm="replicated", q_rank=22, bias=True),
     "normed heads": Sizes(SHARING, [3, 8], bias=True, qk_norm="head"),
     "normed width": Sizes(UNEVEN, qk_norm="width", tied=True, rope=STRETCHED),
+    "frequencies by layer": Sizes(UNEVEN, rope_lists=[STRETCHED, {**STRETCHED, "rope_theta": 9.0}]),
     "rotary keys alone": Sizes(SHARING, [3, 8], norm="replicated", nope=0),
 }
 
@@ -421,12 +431,18 @@ def test_gradients(tmp_path: Path) -> None:
         ({"latent_branches": [branch(0, 6, 21, 0)]}, "no shared latent 0"),
         ({"latent_norm": "layer"}, "latent_norm"),
         ({"latent_norm": "replicated"}, "latent_norm_rank"),
-        ({"layout_version": 2}, "layout_version is 2, and this code reads 1"),
+        ({"layout_version": 3}, r"layout_version is 3, and this code reads \(1, 2\)"),
         ({"latent_features": "nested"}, "latent_features must be one of .*, not 'nested'"),
+        ({"latent_rope_lists": [0, 0]}, "latent_rope_lists must name one of rope_lists"),
+        ({"rope_lists": [STRETCHED], "latent_rope_lists": [0]}, "for each layer of latents"),
+        ({"rope_lists": [STRETCHED], "latent_rope_lists": [0, None]}, "for each layer of latents"),
         ({"layers": [None]}, "layers has 1 entries for 2 layers"),
         ({"layers": [None, {"kv_lora_rank": 21}]}, "an entry of layers must be null or grouped-query"),
     ],
-    ids=["rank", "heads", "shared", "norm", "norm rank", "version", "features", "layers", "layer"],
+    ids=[
+        *("rank", "heads", "shared", "norm", "norm rank", "version", "features"),
+        *("no lists", "few lists", "no list", "layers", "layer"),
+    ],
 )
 def test_bad_config(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     folder = RANDOM["uneven groups"].write(tmp_path)

@@ -26,7 +26,7 @@ MOMENTS = (0.05, 0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 # Options that decide nothing of the result, or stand for others.
 SILENT = {
     *("--help", "--output", "--threads", "--calibration", "--resume", "--save-every", "--dry-run"),
-    *("--json", "--quiet", "--version"),
+    *("--json", "--quiet", "--version", "--effort"),
 }
 
 Make = Callable[[Path], tuple]

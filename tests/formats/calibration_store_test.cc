@@ -63,6 +63,10 @@ LayerMoments random_layer(std::int64_t hidden, std::mt19937& random) {
   moments.second_moment = x * x.transpose() / 30;
   moments.second_moment.triangularView<Eigen::StrictlyUpper>() = moments.second_moment.transpose();
   moments.mean = x.rowwise().mean();
+  moments.received_moment = moments.second_moment * 1.25;
+  moments.received_mean = moments.mean * 0.5;
+  moments.mass_square = random_matrix(kHeads, 1, random).cwiseAbs2().cwiseMin(0.9).array() + 0.01;
+  moments.score_effect = random_matrix(kHeads, 1, random).cwiseAbs();
   moments.distance_mass = random_matrix(kHeads, kLength, random).cwiseAbs();
   moments.distance_mass.array().colwise() /= moments.distance_mass.rowwise().sum().array().eval();
   return moments;
@@ -87,6 +91,10 @@ void expect_same(const LayerMoments& found, const LayerMoments& expected) {
   EXPECT_EQ(found.tokens, expected.tokens);
   EXPECT_EQ(found.second_moment, expected.second_moment);
   EXPECT_EQ(found.mean, expected.mean);
+  EXPECT_EQ(found.received_moment, expected.received_moment);
+  EXPECT_EQ(found.received_mean, expected.received_mean);
+  EXPECT_EQ(found.mass_square, expected.mass_square);
+  EXPECT_EQ(found.score_effect, expected.score_effect);
   EXPECT_EQ(found.distance_mass, expected.distance_mass);
 }
 
@@ -231,13 +239,15 @@ TEST(CalibrationStore, LayoutIsAsDocumented) {
   write_store(folder / "c.h5", 5, 2);
   const hid_t file = H5Fopen((folder / "c.h5").c_str(), H5F_ACC_RDONLY, H5P_DEFAULT);
   ASSERT_GE(file, 0);
-  for (const char* name :
-       {"format", "format_version", "creator", "source_fingerprint", "source_config", "model_type",
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "compute", "checksum"}) {
+  for (const char* name : {"format", "format_version", "creator", "source_fingerprint", "source_config",
+                           "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                           "num_key_value_heads", "head_dim", "compute", "checksum"}) {
     EXPECT_GT(H5Aexists(file, name), 0) << name;
   }
   for (const char* name :
-       {"/tokens", "/layers/00000/second_moment", "/layers/00001/mean", "/layers/00001/distance_mass"}) {
+       {"/tokens", "/layers/00000/second_moment", "/layers/00001/mean", "/layers/00000/received_moment",
+        "/layers/00001/received_mean", "/layers/00001/distance_mass", "/layers/00001/mass_square",
+        "/layers/00001/score_effect"}) {
     EXPECT_GT(H5Aexists_by_name(file, name, "dimensions", H5P_DEFAULT), 0) << name;
     EXPECT_GT(H5Aexists_by_name(file, name, "unit", H5P_DEFAULT), 0) << name;
     H5O_info_t info{};
@@ -294,7 +304,11 @@ TEST(CalibrationWriter, RefusesMisuse) {
              spoilt([](LayerMoments& m) { m.second_moment.resize(5, 4); }),
              spoilt([](LayerMoments& m) { m.second_moment.resize(4, 5); }),
              spoilt([](LayerMoments& m) { m.mean.resize(6); }),
+             spoilt([](LayerMoments& m) { m.received_moment.resize(4, 4); }),
+             spoilt([](LayerMoments& m) { m.received_mean.resize(0); }),
              spoilt([](LayerMoments& m) { m.distance_mass.resize(kLength, kHeads); }),
+             spoilt([](LayerMoments& m) { m.mass_square.resize(kHeads + 1); }),
+             spoilt([](LayerMoments& m) { m.score_effect.resize(0); }),
          }) {
       EXPECT_THROW(writer.add_layer(bad), std::invalid_argument);
     }
@@ -391,8 +405,11 @@ TEST(CalibrationFile, RefusesBadAttributes) {
        [](hid_t file) { replace_text(file, "format", "relatent-calibration", true); },
        {"attribute format", "fixed-length text"}},
       {"newer",
-       [](hid_t file) { set_number(file, "format_version", 5); },
-       {"format_version", "newer", "found 5"}},
+       [](hid_t file) { set_number(file, "format_version", 6); },
+       {"format_version", "newer", "found 6"}},
+      {"earlier",
+       [](hid_t file) { set_number(file, "format_version", 4); },
+       {"format_version", "earlier", "calibrate` again", "found 4"}},
       {"version 0",
        [](hid_t file) { set_number(file, "format_version", 0); },
        {"format_version", "at least 1"}},
@@ -585,6 +602,11 @@ TEST(CalibrationFile, RefusesNumbersThatNoTokensHave) {
       {[](LayerMoments& m) { m.second_moment(1, 3) = m.second_moment(3, 1) = 100; }, "diagonal allows"},
       {[](LayerMoments& m) { m.second_moment.setZero(); }, "mean is above"},
       {[](LayerMoments& m) { m.mean(2) = 10; }, "mean is above"},
+      {[](LayerMoments& m) { m.received_moment(1, 3) += 1e-9; }, "received_moment is not symmetric"},
+      {[](LayerMoments& m) { m.received_mean(2) = 10; }, "received_mean is above what received_moment"},
+      {[](LayerMoments& m) { m.mass_square(0) = 1.01; }, "mass_square"},
+      {[](LayerMoments& m) { m.mass_square(1) = 0; }, "mass_square"},
+      {[](LayerMoments& m) { m.score_effect(1) = -1e-9; }, "score_effect has a negative"},
       {[](LayerMoments& m) { m.distance_mass *= 2; }, "no distribution"},
       {[](LayerMoments& m) {
          m.distance_mass(1, 2) -= 2;

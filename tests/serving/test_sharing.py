@@ -80,10 +80,10 @@ def test_the_same_devices_are_refused(bench, plugin: ModuleType, form: str) -> N
 
 
 REFUSED = {
-    "layout_version": ({"layout_version": 2}, "layout_version 2"),
+    "layout_version": ({"layout_version": 3}, "layout_version 3"),
     "latent_features": ({"latent_features": "squares"}, "latent_features 'squares'"),
     "layers": ({"layers": [{}, {}]}, "lists layers"),
-    "rope_lists": ({"rope_lists": [{}]}, "rope_lists"),
+    "rope lists": ({"latent_rope_lists": [0, 1]}, "latent_rope_lists must name one of rope_lists"),
     "no_rope_layers": ({"no_rope_layers": [0, 1]}, "no_rope_layers"),
     "residual_multiplier": ({"residual_multiplier": 0.22}, "residual_multiplier 0.22"),
     "logits_scaling": ({"logits_scaling": 8.0}, "logits_scaling 8.0"),

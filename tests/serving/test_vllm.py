@@ -189,7 +189,7 @@ def with_changes(bench: conftest.Workbench, folder: Path, changes: dict[str, Any
 @pytest.mark.parametrize(
     ("changes", "words"),
     (
-        ({"layout_version": 2}, "layout_version 2"),
+        ({"layout_version": 3}, "layout_version 3"),
         ({"quantization_config": {"quant_method": "fp8"}}, "unquantised"),
     ),
     ids=("layout", "quantised"),

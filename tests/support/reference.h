@@ -94,9 +94,8 @@ inline MatrixD attend_by_the_book(Index length, Index window,
   return out;
 }
 
-// attention_forward of a grouped-query layer; mass [heads, length], when given, receives the attention per
-// distance.
-inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD* mass = nullptr) {
+// attention_forward of a grouped-query layer; sums, when given, are added to.
+inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, AttentionSums* sums = nullptr) {
   const Index d = a.head_dim;
   std::vector<VectorD> q;
   std::vector<VectorD> k;
@@ -118,6 +117,7 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
   MatrixD out(x.rows(), a.heads * d);
   for (Index h = 0; h < a.heads; ++h) {
     const Index g = h * a.kv_heads / a.heads;
+    MatrixD weights = MatrixD::Zero(x.rows(), x.rows());
     out.middleCols(h * d, d) = attend_by_the_book(
         x.rows(), a.window.value_or(0),
         [&](Index m, Index n) {
@@ -125,11 +125,21 @@ inline MatrixD mix_by_the_book(const GqaAttention& a, const MatrixF& x, MatrixD*
           return capped(static_cast<double>(a.scale) * score, a.softcap);
         },
         [&](Index n) -> VectorD { return at(v, n).segment(g * d, d); },
-        [&](Index m, Index n, double weight) {
-          if (mass != nullptr) {
-            (*mass)(h, m - n) += weight;
-          }
-        });
+        [&](Index m, Index n, double weight) { weights(m, n) = weight; });
+    if (sums == nullptr) {
+      continue;
+    }
+    const MatrixD through = a.o.weight.middleCols(h * d, d).cast<double>();
+    sums->received += weights.colwise().sum().transpose();
+    sums->mass_square(h) += weights.squaredNorm();
+    for (Index m = 0; m < x.rows(); ++m) {
+      const VectorD mixed = out.row(m).segment(h * d, d).transpose();
+      for (Index n = 0; n <= m; ++n) {
+        sums->distance_mass(h, m - n) += n > 0 ? weights(m, n) : 0;
+        sums->score_effect(h) +=
+            weights(m, n) * weights(m, n) * (through * (at(v, n).segment(g * d, d) - mixed)).squaredNorm();
+      }
+    }
   }
   return out;
 }

@@ -30,9 +30,10 @@ inline LayerSample trained_layer(Index layer_idx, Index length = 128, Index coun
   const MatrixD columns = with_ones(x);
   out.moments.second = columns * columns.transpose() / static_cast<double>(x.rows());
   out.x = x.topRows(length);
-  DistanceMass mass{MatrixD::Zero(out.attention.heads, length)};
-  attention_forward(out.attention, out.x, RotaryTable(out.attention.rotary, length), &mass);
-  out.moments.distance_mass = mass.sum / static_cast<double>(length);
+  AttentionSums sums(out.attention.heads, length);
+  attention_forward(out.attention, out.x, RotaryTable(out.attention.rotary, length), &sums);
+  out.moments.distance_mass =
+      sums.distance_mass.array().colwise() / sums.distance_mass.rowwise().sum().array();
   return out;
 }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "convert/compute/cpu/products.h"
+#include "linalg/decompose.h"
+#include "linalg/moments.h"
 #include "linalg/stages.h"
 
 namespace relatent {
@@ -18,13 +20,77 @@ struct SoftmaxShape {
   std::optional<Index> window{};
 };
 
-// out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. mass_by_age,
-// when given, receives the attention mass with Δ counted down: its entry T - 1 - Δ. scratch is reused between
-// calls.
+// Of R_h² no direction is dropped; below this part of the largest they are raised to it.
+constexpr double root_floor = 1e-12;
+
+// AttentionSums of one head.
+class HeadSums {
+ public:
+  // v: [length, v size] of the head; root: R_h, or empty.
+  HeadSums(const ConstRows& v, const MatrixF* root)
+      : by_age_(VectorF::Zero(v.rows())), received_(VectorF::Zero(v.rows())), root_(root) {
+    if (root_ != nullptr) {
+      seen_.noalias() = v * *root_;
+      seen_square_ = seen_.rowwise().squaredNorm();
+    }
+  }
+
+  // The weights of queries `first` ... on keys `from` ..., zero where a query sees none, and what they mix of
+  // v.
+  void add(const MatrixF& weights, const MatrixF& mixed, Index first, Index from) {
+    const Index length = by_age_.size();
+    const Index width = weights.cols();
+    const Index skipped = from == 0 ? 1 : 0;
+    for (Index i = 0; i < weights.rows(); ++i) {
+      const Index visible = first + i - from + 1;
+      received_.segment(from, visible) += weights.row(i).head(visible).transpose();
+      // Of key n the age is first + i - n.
+      by_age_.segment(length - visible + skipped, visible - skipped) +=
+          weights.row(i).segment(skipped, visible - skipped).transpose();
+    }
+    const MatrixF square = weights.cwiseAbs2();
+    const VectorF sums = square.rowwise().sum();
+    mass_square_ += sums.cast<double>().sum();
+    if (root_ == nullptr) {
+      return;
+    }
+    const MatrixF output = mixed * *root_;
+    const MatrixF values = square * seen_.middleRows(from, width);
+    const VectorF squares = square * seen_square_.segment(from, width);
+    const VectorF effect = squares - 2 * output.cwiseProduct(values).rowwise().sum() +
+                           output.rowwise().squaredNorm().cwiseProduct(sums);
+    score_effect_ += effect.cwiseMax(0).cast<double>().sum();
+  }
+
+  void add_to(AttentionSums& sums, Index head, double share) const {
+    sums.distance_mass.row(head) += share * by_age_.reverse().cast<double>().transpose();
+    sums.received += share * received_.cast<double>();
+    sums.mass_square(head) += share * mass_square_;
+    sums.score_effect(head) += share * score_effect_;
+  }
+
+ private:
+  VectorF by_age_;  // at length - 1 - Δ
+  VectorF received_;
+  const MatrixF* root_;
+  MatrixF seen_;  // R_h v
+  VectorF seen_square_;
+  double mass_square_ = 0;
+  double score_effect_ = 0;
+};
+
+std::optional<HeadSums> head_sums(const AttentionSums* sums, Index head, const ConstRows& v) {
+  if (sums == nullptr) {
+    return std::nullopt;
+  }
+  return HeadSums(v, sums->roots != nullptr ? &(*sums->roots)[static_cast<std::size_t>(head)] : nullptr);
+}
+
+// out += softmax(scale q kᵀ, causal) v for one head; q [T, d], k [T, d], v [T, w], out [T, w]. scratch is
+// reused between calls.
 void attend(const ConstRows& q, const ConstRows& k, const ConstRows& v, SoftmaxShape shape, MatrixF& scratch,
-            double* mass_by_age, Rows out) {
+            HeadSums* sums, Rows out) {
   const Index length = q.rows();
-  VectorF mass = VectorF::Zero(mass_by_age != nullptr ? length : 0);
   for (Index first = 0; first < length; first += query_block) {
     const Index rows = std::min(query_block, length - first);
     const Index cols = first + rows;
@@ -46,14 +112,14 @@ void attend(const ConstRows& q, const ConstRows& k, const ConstRows& v, SoftmaxS
       row *= 1.0F / row.sum();
       scratch.row(i).head(lowest).setZero();
       scratch.row(i).tail(width - (m + 1 - from)).setZero();
-      if (mass_by_age != nullptr) {
-        mass.segment(length - 1 - m + from + lowest, row.size()).array() += row.transpose();
-      }
     }
-    out.middleRows(first, rows).noalias() += scratch * v.middleRows(from, width);
-  }
-  for (Index i = 0; i < mass.size(); ++i) {
-    mass_by_age[i] += static_cast<double>(mass(i));
+    if (sums == nullptr) {
+      out.middleRows(first, rows).noalias() += scratch * v.middleRows(from, width);
+      continue;
+    }
+    const MatrixF mixed = scratch * v.middleRows(from, width);
+    out.middleRows(first, rows) += mixed;
+    sums->add(scratch, mixed, first, from);
   }
 }
 
@@ -69,9 +135,40 @@ MatrixF keys_and_values(const Linear& k, const RmsNorm& k_norm, const Linear& v,
 
 }  // namespace
 
+AttentionSums::AttentionSums(Index heads, Index length, const std::vector<MatrixF>* the_roots)
+    : distance_mass(MatrixD::Zero(heads, length)),
+      received(VectorD::Zero(length)),
+      mass_square(VectorD::Zero(heads)),
+      score_effect(VectorD::Zero(heads)),
+      roots(the_roots) {}
+
+std::vector<MatrixF> output_roots(const Attention& attention) {
+  const Linear& o = output_projection(attention);
+  const auto* gqa = std::get_if<GqaAttention>(&attention);
+  const Index heads = std::visit([](const auto& kind) { return kind.heads; }, attention);
+  const Index size = gqa != nullptr ? gqa->head_dim : std::get<LatentAttention>(attention).v_dim;
+  std::vector<MatrixF> out;
+  for (Index h = 0; h < heads; ++h) {
+    // W_{O,h}ᵀ. A packed weight cannot be read, but multiplied with.
+    MatrixF of_head;
+    if (o.packed) {
+      MatrixF unit = MatrixF::Zero(size, heads * size);
+      unit.middleCols(h * size, size).setIdentity();
+      of_head = product({{}, {}, o.packed}, unit);
+    } else {
+      of_head = o.weight.middleCols(h * size, size).transpose();
+    }
+    MatrixD square = MatrixD::Zero(size, size);
+    square.selfadjointView<Eigen::Lower>().rankUpdate(of_head.cast<double>());
+    mirror_lower(square);
+    out.emplace_back(symmetric_root(square, root_floor).root.cast<float>());
+  }
+  return out;
+}
+
 MatrixF attention_forward(const GqaAttention& attention, const MatrixF& x, const RotaryTable& table,
-                          DistanceMass* mass) {
-  return attention_forward(attention, project(attention, x, table), mass);
+                          AttentionSums* sums) {
+  return attention_forward(attention, project(attention, x, table), sums);
 }
 
 GqaProjections project_unrotated(const GqaAttention& attention, const MatrixF& x) {
@@ -93,21 +190,20 @@ GqaProjections project(const GqaAttention& attention, const MatrixF& x, const Ro
 }
 
 MatrixF attention_forward(const GqaAttention& attention, const GqaProjections& projections,
-                          DistanceMass* mass) {
+                          AttentionSums* sums) {
   const Stage stage("attention");
   const Index d = attention.head_dim;
   const auto& [q, k, v] = projections;
   MatrixF out = MatrixF::Zero(q.rows(), attention.heads * d);
   MatrixF scratch;
-  VectorD by_age(mass != nullptr ? q.rows() : 0);
   for (Index h = 0; h < attention.heads; ++h) {
     const Index g = attention.group_of(h);
-    by_age.setZero();
+    std::optional<HeadSums> here = head_sums(sums, h, v.middleCols(g * d, d));
     attend(q.middleCols(h * d, d), k.middleCols(g * d, d), v.middleCols(g * d, d),
-           {attention.scale, attention.softcap, attention.window}, scratch,
-           mass != nullptr ? by_age.data() : nullptr, out.middleCols(h * d, d));
-    if (mass != nullptr) {
-      mass->sum.row(h) += by_age.reverse().transpose();
+           {attention.scale, attention.softcap, attention.window}, scratch, here ? &*here : nullptr,
+           out.middleCols(h * d, d));
+    if (here) {
+      here->add_to(*sums, h, 1);
     }
   }
   return out;
@@ -163,7 +259,7 @@ MatrixF query_features(const LatentAttention& attention, const MatrixF& x) {
 }
 
 MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table,
-                          DistanceMass* mass) {
+                          AttentionSums* sums) {
   const Stage stage("attention");
   const Index n = attention.nope_dim;
   const Index p = attention.rope_dim;
@@ -184,7 +280,6 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
   MatrixF scratch;
   MatrixF key(inputs.rows(), n + p);
   key.rightCols(p) = rotary_key;
-  VectorD by_age(mass != nullptr ? inputs.rows() : 0);
   for (const LatentBranch& branch : attention.branches) {
     MatrixF latent = product(branch.down, inputs);
     if (branch.shared) {
@@ -204,16 +299,16 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
     for (Index i = 0; i < branch.head_count; ++i) {
       const Index h = branch.first_head + i;
       key.leftCols(n) = expanded.middleCols(i * (n + w), n);
-      by_age.setZero();
+      std::optional<HeadSums> here = head_sums(sums, h, expanded.middleCols(i * (n + w) + n, w));
       attend(q.middleCols(h * (n + p), n + p), key, expanded.middleCols(i * (n + w) + n, w),
-             {attention.scale, attention.softcap}, scratch, mass != nullptr ? by_age.data() : nullptr,
+             {attention.scale, attention.softcap}, scratch, here ? &*here : nullptr,
              out.middleCols(h * w, w));
-      if (mass != nullptr) {
-        const auto share = static_cast<double>(std::count_if(
+      if (here) {
+        const auto branches = static_cast<double>(std::count_if(
             attention.branches.begin(), attention.branches.end(), [&](const LatentBranch& other) {
               return h >= other.first_head && h < other.first_head + other.head_count;
             }));
-        mass->sum.row(h) += by_age.reverse().transpose() / share;
+        here->add_to(*sums, h, 1 / branches);
       }
     }
   }
@@ -221,8 +316,8 @@ MatrixF attention_forward(const LatentAttention& attention, const MatrixF& x, co
 }
 
 MatrixF attention_forward(const Attention& attention, const MatrixF& x, const RotaryTable& table,
-                          DistanceMass* mass) {
-  return std::visit([&](const auto& kind) { return attention_forward(kind, x, table, mass); }, attention);
+                          AttentionSums* sums) {
+  return std::visit([&](const auto& kind) { return attention_forward(kind, x, table, sums); }, attention);
 }
 
 MlaProjections project(const LatentAttention& attention, const MatrixF& x, const RotaryTable& table) {

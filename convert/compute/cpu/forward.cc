@@ -26,37 +26,45 @@ double squared(const MatrixF& m) {
   return m.cast<double>().squaredNorm();
 }
 
-Index heads_of(const Attention& attention) {
-  return std::visit([](const auto& kind) { return kind.heads; }, attention);
+// Of the weight that a token has in the moments of what keys and values are made of, the part that every
+// token has; the rest goes by the root of the attention that it receives.
+constexpr double equal_weight = 0.1;
+
+// Roots of the weights of a sequence's tokens, whose mean is 1.
+VectorF weight_roots(const VectorD& received) {
+  const VectorD root = received.cwiseMax(0).cwiseSqrt();
+  const double mean = root.mean();
+  VectorD weight = VectorD::Ones(root.size());
+  if (mean > 0) {
+    weight = equal_weight + (1 - equal_weight) * root.array() / mean;
+  }
+  return weight.cwiseSqrt().cast<float>();
 }
 
 // Sums for the moments of normalised queries and keys, and of values.
 class NormedHeadSums {
  public:
   // rows: of a batch.
-  NormedHeadSums(const GqaAttention& attention, Index rows, Index hidden)
-      : attention_(attention),
-        features_(rows, 2 * attention.kv_heads * attention.head_dim),
-        queries_(rows, attention.heads * attention.head_dim) {
-    const Index d = attention.head_dim;
+  NormedHeadSums(Index heads, Index kv_heads, Index head_dim, Index rows, Index hidden)
+      : head_dim_(head_dim), features_(rows, 2 * kv_heads * head_dim), queries_(rows, heads * head_dim) {
     sums_.feature_moment = MatrixD::Zero(features_.cols(), features_.cols());
     sums_.feature_mean = VectorD::Zero(features_.cols());
-    sums_.query_moment = MatrixD::Zero(queries_.cols(), d);
+    sums_.query_moment = MatrixD::Zero(queries_.cols(), head_dim);
     sums_.query_mean = VectorD::Zero(queries_.cols());
-    sums_.cross = MatrixD::Zero(queries_.cols() + features_.cols() / 2, hidden);
+    query_cross_ = MatrixD::Zero(queries_.cols(), hidden);
+    key_cross_ = MatrixD::Zero(features_.cols() / 2, hidden);
   }
 
-  // Rows first ... of the batch; callable from several threads for different rows.
-  void keep(Index first, const GqaProjections& projections) {
-    queries_.middleRows(first, projections.q.rows()) = projections.q;
-    features_.middleRows(first, projections.k.rows()) << projections.k, projections.v;
+  // Rows first ... of the batch: q̂ and f. Callable from several threads for different rows.
+  void keep(Index first, const MatrixF& queries, const MatrixF& features) {
+    queries_.middleRows(first, queries.rows()) = queries;
+    features_.middleRows(first, features.rows()) = features;
   }
 
-  // Adds the first so many rows of the batch; inputs: the same rows of x.
-  void add(Index rows, const MatrixF& inputs) {
-    const Index d = attention_.head_dim;
-    add_second_moment(features_.topRows(rows), sums_.feature_moment);
-    sums_.feature_mean += features_.topRows(rows).cast<double>().colwise().sum().transpose();
+  // Adds the queries of the first rows of the batch; inputs: the same rows of x.
+  void add_queries(const MatrixF& inputs) {
+    const Index rows = inputs.rows();
+    const Index d = head_dim_;
     sums_.query_mean += queries_.topRows(rows).cast<double>().colwise().sum().transpose();
     for (Index first = 0; first < queries_.cols(); first += d) {
       MatrixD of_head = MatrixD::Zero(d, d);
@@ -64,9 +72,17 @@ class NormedHeadSums {
       mirror_lower(of_head);
       sums_.query_moment.middleRows(first, d) += of_head;
     }
-    MatrixF normed(rows, sums_.cross.rows());
-    normed << queries_.topRows(rows), features_.block(0, 0, rows, features_.cols() / 2);
-    add_cross_moment(normed, inputs, sums_.cross);
+    add_cross_moment(queries_.topRows(rows), inputs, query_cross_);
+  }
+
+  // The same of keys and values; roots: of the rows' weights, inputs times which are given.
+  void add_features(const VectorF& roots, const MatrixF& inputs) {
+    const Index rows = inputs.rows();
+    const Index keys = features_.cols() / 2;
+    features_.topRows(rows).array().colwise() *= roots.array();
+    add_second_moment(features_.topRows(rows), sums_.feature_moment);
+    sums_.feature_mean += features_.topRows(rows).transpose().cast<double>() * roots.cast<double>();
+    add_cross_moment(features_.block(0, 0, rows, keys), inputs, key_cross_);
   }
 
   NormedHeadMoments mean(double tokens) && {
@@ -75,16 +91,55 @@ class NormedHeadSums {
     sums_.feature_mean /= tokens;
     sums_.query_moment /= tokens;
     sums_.query_mean /= tokens;
+    sums_.cross.resize(query_cross_.rows() + key_cross_.rows(), key_cross_.cols());
+    sums_.cross << query_cross_, key_cross_;
     sums_.cross /= tokens;
     return std::move(sums_);
   }
 
  private:
-  const GqaAttention& attention_;
+  Index head_dim_;
   MatrixF features_;
   MatrixF queries_;
   NormedHeadMoments sums_;
+  MatrixD query_cross_;
+  MatrixD key_cross_;
 };
+
+std::optional<NormedHeadSums> normed_head_sums(const Attention& attention, Index rows, Index hidden) {
+  if (const auto* gqa = std::get_if<GqaAttention>(&attention)) {
+    return gqa->normed() ? std::optional<NormedHeadSums>(std::in_place, gqa->heads, gqa->kv_heads,
+                                                         gqa->head_dim, rows, hidden)
+                         : std::nullopt;
+  }
+  const auto& latent = std::get<LatentAttention>(attention);
+  if (!latent.normed_heads) {
+    return std::nullopt;
+  }
+  const NormedHeads& heads = *latent.normed_heads;
+  return std::optional<NormedHeadSums>(std::in_place, latent.heads, heads.k.out() / heads.head_dim,
+                                       heads.head_dim, rows, hidden);
+}
+
+// The heads' outputs, as attention_forward has them; of normalised heads q̂ and f are kept.
+MatrixF observed_outputs(const Attention& attention, const MatrixF& x, const RotaryTable& table, Index row,
+                         std::optional<NormedHeadSums>& normed_heads, AttentionSums& sums) {
+  const auto* gqa = std::get_if<GqaAttention>(&attention);
+  if (!normed_heads) {
+    return attention_forward(attention, x, table, &sums);
+  }
+  if (gqa == nullptr) {
+    const auto& latent = std::get<LatentAttention>(attention);
+    normed_heads->keep(row, query_features(latent, x), key_features(*latent.normed_heads, x));
+    return attention_forward(latent, x, table, &sums);
+  }
+  GqaProjections projections = project_unrotated(*gqa, x);
+  MatrixF features(x.rows(), 2 * projections.k.cols());
+  features << projections.k, projections.v;
+  normed_heads->keep(row, projections.q, features);
+  rotate(*gqa, table, projections);
+  return attention_forward(*gqa, projections, &sums);
+}
 
 }  // namespace
 
@@ -163,7 +218,8 @@ void add_mlp(const MlpHalf& half, Stream& stream, Index first, Index count) {
 LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
   const Stage stage("observe");
   const RotaryTable table(rotary_of(layer.attention), stream.length());
-  const Index heads = heads_of(layer.attention);
+  const std::vector<MatrixF> roots = output_roots(layer.attention);
+  const auto heads = static_cast<Index>(roots.size());
   const Index hidden = stream.hidden().cols();
   const Index length = stream.length();
   const Index batch = sequences_at_once(length);
@@ -171,55 +227,65 @@ LayerMoments observe(const Layer& layer, Stream& stream, bool last) {
   out.tokens = stream.count() * length;
   out.second_moment = MatrixD::Zero(hidden, hidden);
   out.mean = VectorD::Zero(hidden);
+  out.received_moment = MatrixD::Zero(hidden, hidden);
+  out.received_mean = VectorD::Zero(hidden);
   out.distance_mass = MatrixD::Zero(heads, length);
+  out.mass_square = VectorD::Zero(heads);
+  out.score_effect = VectorD::Zero(heads);
   MatrixF inputs(std::min(batch, stream.count()) * length, hidden);
-  const auto* gqa = std::get_if<GqaAttention>(&layer.attention);
-  std::optional<NormedHeadSums> normed_heads;
-  if (gqa != nullptr && gqa->normed()) {
-    normed_heads.emplace(*gqa, inputs.rows(), hidden);
-  }
-  // The heads' outputs, as attention_forward has them.
-  const auto attend = [&](Index row, const MatrixF& x, DistanceMass& mass) {
-    if (!normed_heads) {
-      return attention_forward(layer.attention, x, table, &mass);
-    }
-    GqaProjections projections = project_unrotated(*gqa, x);
-    normed_heads->keep(row, projections);
-    rotate(*gqa, table, projections);
-    return attention_forward(*gqa, projections, &mass);
-  };
+  std::optional<NormedHeadSums> normed_heads = normed_head_sums(layer.attention, inputs.rows(), hidden);
   for (Index first = 0; first < stream.count(); first += batch) {
     const Index count = std::min(batch, stream.count() - first);
-    std::vector<DistanceMass> mass(static_cast<std::size_t>(count), {MatrixD::Zero(heads, length)});
-    MatrixD sums(count, hidden);
+    const Index rows = count * length;
+    std::vector<AttentionSums> sums(static_cast<std::size_t>(count), AttentionSums(heads, length, &roots));
+    MatrixD means(count, hidden);
+    MatrixD received_means(count, hidden);
+    VectorF weights(rows);  // roots of them
     for_sequences(count, [&](Index i) {
-      DistanceMass& here = mass[static_cast<std::size_t>(i)];
-      auto rows = stream.sequence(first + i);
-      const MatrixF x = normed(layer.input_norm, rows);
+      AttentionSums& here = sums[static_cast<std::size_t>(i)];
+      auto sequence = stream.sequence(first + i);
+      const MatrixF x = normed(layer.input_norm, sequence);
       inputs.middleRows(i * length, length) = x;
-      sums.row(i) = x.cast<double>().colwise().sum();
-      const MatrixF outputs = attend(i * length, x, here);
+      const MatrixF outputs = observed_outputs(layer.attention, x, table, i * length, normed_heads, here);
+      const VectorF root = weight_roots(here.received);
+      weights.segment(i * length, length) = root;
+      means.row(i) = x.cast<double>().colwise().sum();
+      received_means.row(i) = root.cast<double>().cwiseAbs2().transpose() * x.cast<double>();
       if (!last) {
-        rows += attention_output(output_projection(layer.attention), layer.attention_output_norm, outputs);
+        sequence +=
+            attention_output(output_projection(layer.attention), layer.attention_output_norm, outputs);
       }
     });
     if (!last) {
       add_mlp(layer, stream, first, count);
     }
+    add_second_moment(inputs.topRows(rows), out.second_moment);
     if (normed_heads) {
-      normed_heads->add(count * length, inputs.topRows(count * length));
+      normed_heads->add_queries(inputs.topRows(rows));
     }
-    add_second_moment(inputs.topRows(count * length), out.second_moment);
-    out.mean += sums.colwise().sum().transpose();
-    for (const DistanceMass& m : mass) {
-      out.distance_mass += m.sum;
+    inputs.topRows(rows).array().colwise() *= weights.head(rows).array();
+    add_second_moment(inputs.topRows(rows), out.received_moment);
+    if (normed_heads) {
+      normed_heads->add_features(weights, inputs.topRows(rows));
+    }
+    out.mean += means.colwise().sum().transpose();
+    out.received_mean += received_means.colwise().sum().transpose();
+    for (const AttentionSums& here : sums) {
+      out.distance_mass += here.distance_mass;
+      out.mass_square += here.mass_square;
+      out.score_effect += here.score_effect;
     }
   }
   const auto tokens = static_cast<double>(out.tokens);
-  out.second_moment /= tokens;
-  mirror_lower(out.second_moment);
+  for (MatrixD* moment : {&out.second_moment, &out.received_moment}) {
+    *moment /= tokens;
+    mirror_lower(*moment);
+  }
   out.mean /= tokens;
+  out.received_mean /= tokens;
   out.distance_mass /= tokens;
+  out.mass_square /= tokens;
+  out.score_effect /= tokens;
   if (normed_heads) {
     out.normed_heads = std::move(*normed_heads).mean(tokens);
   }

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSIONS = (1, 2)
 LATENT_NORMS = ("none", "branch", "replicated")
 LATENT_FEATURES = ("hidden", "normed_heads")
 QK_NORMS = ("head", "width")
@@ -72,6 +72,9 @@ class RelatentConfig(PreTrainedConfig):
     What attention and MLPs add to the stream is multiplied by `residual_multiplier`, and logits are
     divided by `logits_scaling`, as in Granite's configurations.
 
+    `latent_rope_lists` (None: every layer of latents rotates by `rope_parameters`) names for each
+    layer of latents one of `rope_lists`, and has None for the others.
+
     What this code does not know it refuses rather than runs wrongly. `layout_version` (absent: 1)
     counts the changes of names, shapes and meanings that older code cannot read. `latent_features`
     is what the latents are projections of: "hidden", the layer's normalised input; or
@@ -106,9 +109,10 @@ class RelatentConfig(PreTrainedConfig):
         normed_head_dim: int | None = None,
         normed_bias: bool = False,
         qk_norm: str | None = None,
-        layout_version: int = LAYOUT_VERSION,
+        layout_version: int = 1,
         layers: list[dict[str, Any] | None] | None = None,
         rope_lists: list[dict[str, Any]] | None = None,
+        latent_rope_lists: list[int | None] | None = None,
         no_rope_layers: list[int] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
@@ -176,6 +180,7 @@ class RelatentConfig(PreTrainedConfig):
         self.layers = layers
         self.no_rope_layers = no_rope_layers
         self.rope_lists = list(rope_lists or [])
+        self.latent_rope_lists = latent_rope_lists
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
         self.mlp_only_layers = list(mlp_only_layers or [])
@@ -229,9 +234,9 @@ class RelatentConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check_layout(self) -> None:
-        if self.layout_version != LAYOUT_VERSION:
+        if self.layout_version not in LAYOUT_VERSIONS:
             raise ValueError(
-                f"layout_version is {self.layout_version!r}, and this code reads {LAYOUT_VERSION}"
+                f"layout_version is {self.layout_version!r}, and this code reads {LAYOUT_VERSIONS}"
             )
         if self.latent_features not in LATENT_FEATURES:
             raise ValueError(
@@ -271,6 +276,17 @@ class RelatentConfig(PreTrainedConfig):
             or set(self.no_rope_layers) - {0, 1}
         ):
             raise ValueError(f"no_rope_layers must be 0 or 1 for each of {self.num_hidden_layers}")
+        if self.latent_rope_lists is not None:
+            latent = [self.carried_layer(layer) is None for layer in range(self.num_hidden_layers)]
+            fits = len(self.latent_rope_lists) == self.num_hidden_layers and all(
+                rope_list in range(len(self.rope_lists)) if is_latent else rope_list is None
+                for rope_list, is_latent in zip(self.latent_rope_lists, latent)
+            )
+            if not fits:
+                raise ValueError(
+                    "latent_rope_lists must name one of rope_lists for each layer of latents, and "
+                    "be null for the others"
+                )
         if self.layers is None:
             return
         if len(self.layers) != self.num_hidden_layers:

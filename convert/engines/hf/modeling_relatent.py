@@ -593,11 +593,16 @@ class RelatentModel(RelatentPreTrainedModel):
         self.rotary_emb = RelatentRotaryEmbedding(
             config.rope_parameters, config.qk_rope_head_dim, longest
         )
-        # Of the layers that are not latent, which all have the same head size.
+        # Layers of latents have one size of rotary keys, the others one of heads.
         carried = next(filter(None, config.layers or []), None)
+        of_latents = set(config.latent_rope_lists or [])
         self.rotary_embs = nn.ModuleList(
-            RelatentRotaryEmbedding(rope, carried["head_dim"], longest)
-            for rope in config.rope_lists
+            RelatentRotaryEmbedding(
+                rope,
+                config.qk_rope_head_dim if index in of_latents else carried["head_dim"],
+                longest,
+            )
+            for index, rope in enumerate(config.rope_lists)
         )
         self.gradient_checkpointing = False
         self.post_init()
@@ -660,16 +665,20 @@ class RelatentModel(RelatentPreTrainedModel):
         latent_positions = self.rotary_emb(position_ids)
         # Multiplied by 1 + 0i.
         unrotated = tuple(map(torch.full_like, latent_positions, (1.0, 0.0)))
-        carried_positions = [rotary(position_ids) for rotary in self.rotary_embs]
+        listed_positions = [rotary(position_ids) for rotary in self.rotary_embs]
         hidden_states = inputs_embeds
         all_hidden_states = [hidden_states]
         for layer_idx, layer in enumerate(self.layers):
             carried = self.config.carried_layer(layer_idx)
             sliding = carried is not None and carried["sliding_window"] is not None
             if carried is not None:
-                positions = carried_positions[carried["rope_list"]]
+                positions = listed_positions[carried["rope_list"]]
+            elif not self.config.rotates(layer_idx):
+                positions = unrotated
+            elif self.config.latent_rope_lists is not None:
+                positions = listed_positions[self.config.latent_rope_lists[layer_idx]]
             else:
-                positions = latent_positions if self.config.rotates(layer_idx) else unrotated
+                positions = latent_positions
             hidden_states = layer(
                 hidden_states,
                 positions,

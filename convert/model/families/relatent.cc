@@ -1,8 +1,10 @@
 // Our own layout of the canonical latent form (engines/relatent.h): any branches, each map in a tensor of its
 // own.
 #include <algorithm>
+#include <map>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "convert/model/config_ranges.h"
 #include "convert/model/families/family.h"
@@ -208,8 +210,8 @@ void parse_features(const ConfigReader& in, Index heads, LatentGeometry& latent)
 // The branches of a relatent model (engines/relatent.h writes them).
 void parse_branches(const ConfigReader& in, Index heads, LatentGeometry& latent) {
   // What a later layout may say, and this reader would get wrong.
-  if (in.size_or("layout_version", 1) != 1) {
-    in.complain("layout_version", "1, the layout that this version reads");
+  if (in.size_or("layout_version", 1) > 2) {
+    in.complain("layout_version", "1 or 2, the layouts that this version reads");
   }
   parse_features(in, heads, latent);
   latent.form = in.text("latent_form");
@@ -300,20 +302,38 @@ std::optional<ExpertsGeometry> parse_own_experts(const ConfigReader& in, Index n
   return out;
 }
 
-// A list of rotary frequencies that layers name by its index.
-Rotary parse_rope_list(const ConfigReader& in, Index index, Index head_dim) {
-  const Json* lists = in.find("rope_lists");
-  if (lists == nullptr || !lists->is_array() || index >= static_cast<Index>(lists->size()) ||
-      !lists->at(static_cast<std::size_t>(index)).is_object()) {
-    in.complain("rope_lists", "a list of rope parameters, with one of index " + std::to_string(index) +
-                                  " that `layers` names");
+// `rope_lists`, lists of rotary frequencies that layers name by their index, put into other_rotaries when
+// they are named.
+class RopeLists {
+ public:
+  explicit RopeLists(const ConfigReader& in) : in_(in) {}
+
+  // The place in other_rotaries of a list for heads of this size.
+  Index place_of(Index index, Index size, ModelConfig& out) {
+    if (const auto known = places_.find({index, size}); known != places_.end()) {
+      return known->second;
+    }
+    const Json* lists = in_.find("rope_lists");
+    if (lists == nullptr || !lists->is_array() || index >= static_cast<Index>(lists->size()) ||
+        !lists->at(static_cast<std::size_t>(index)).is_object()) {
+      in_.complain("rope_lists", "a list of rope parameters, with one of index " + std::to_string(index) +
+                                     " that a layer names");
+    }
+    const auto place = static_cast<Index>(out.other_rotaries.size());
+    out.other_rotaries.push_back(parse_rotary(
+        with_rope_parameters(in_, lists->at(static_cast<std::size_t>(index))), size, in_.path()));
+    places_[{index, size}] = place;
+    return place;
   }
-  return parse_rotary(with_rope_parameters(in, lists->at(static_cast<std::size_t>(index))), head_dim,
-                      in.path());
-}
+
+ private:
+  const ConfigReader& in_;
+  std::map<std::pair<Index, Index>, Index> places_;
+};
 
 // A layer that the config lists by itself: grouped-query attention as the source had it.
-void parse_layer(const ConfigReader& in, const Json& entry, AttentionSpec& spec, ModelConfig& out) {
+void parse_layer(const ConfigReader& in, const Json& entry, RopeLists& lists, AttentionSpec& spec,
+                 ModelConfig& out) {
   if (!entry.is_object()) {
     in.complain("layers", "a list of objects and nulls");
   }
@@ -342,16 +362,11 @@ void parse_layer(const ConfigReader& in, const Json& entry, AttentionSpec& spec,
     in.complain("layers", "grouped-query layers of the same sizes and biases");
   }
   out.gqa = gqa;
-  const Index list = layer.count("rope_list");
-  while (static_cast<Index>(out.other_rotaries.size()) <= list) {
-    out.other_rotaries.push_back(
-        parse_rope_list(in, static_cast<Index>(out.other_rotaries.size()), gqa.head_dim));
-  }
-  spec.rotary = list;
+  spec.rotary = lists.place_of(layer.count("rope_list"), gqa.head_dim, out);
 }
 
 // `layers`: null for a layer as the rest of the config has it.
-void parse_layers(const ConfigReader& in, ModelConfig& out) {
+void parse_layers(const ConfigReader& in, RopeLists& lists, ModelConfig& out) {
   const Json* layers = in.find("layers");
   if (layers == nullptr) {
     return;
@@ -365,11 +380,36 @@ void parse_layers(const ConfigReader& in, ModelConfig& out) {
     if (layers->at(i).is_null()) {
       any_latent = true;
     } else {
-      parse_layer(in, layers->at(i), out.attention[i], out);
+      parse_layer(in, layers->at(i), lists, out.attention[i], out);
     }
   }
   if (!any_latent) {
     in.complain("layers", "null for one layer at least, whose attention is latent");
+  }
+}
+
+// `latent_rope_lists`: for every layer of latents the list by which it rotates.
+void parse_latent_rope_lists(const ConfigReader& in, Index size, RopeLists& lists, ModelConfig& out) {
+  const Json* named = in.find("latent_rope_lists");
+  if (named == nullptr) {
+    return;
+  }
+  if (!named->is_array() || static_cast<Index>(named->size()) != out.num_hidden_layers) {
+    in.complain("latent_rope_lists",
+                "a list with an index into rope_lists, or null for a layer that is not "
+                "latent, for each of the " +
+                    std::to_string(out.num_hidden_layers) + " layers");
+  }
+  for (Index i = 0; i < out.num_hidden_layers; ++i) {
+    const Json& index = named->at(static_cast<std::size_t>(i));
+    if (!out.is_latent(i) && index.is_null()) {
+      continue;
+    }
+    if (!out.is_latent(i) || !index.is_number_integer() || index.get<Index>() < 0) {
+      in.complain("latent_rope_lists", "an index for layer " + std::to_string(i) +
+                                           (out.is_latent(i) ? "" : ", which is not latent: null"));
+    }
+    out.attention[static_cast<std::size_t>(i)].rotary = lists.place_of(index.get<Index>(), size, out);
   }
 }
 
@@ -422,7 +462,9 @@ void parse_relatent(const ConfigReader& in, ModelConfig& out) {
   LatentGeometry latent = parse_latent(in, out);
   parse_branches(in, out.num_attention_heads, latent);
   out.rotary = parse_rotary(in.json(), latent.qk_rope_head_dim, in.path());
-  parse_layers(in, out);
+  RopeLists lists(in);
+  parse_layers(in, lists, out);
+  parse_latent_rope_lists(in, latent.qk_rope_head_dim, lists, out);
   parse_unrotated_latents(in, out);
   if (in.has("first_k_dense_replace")) {
     out.experts = parse_own_experts(in, out.num_hidden_layers);

@@ -290,7 +290,6 @@ void write_stores(const Seeds& seeds) {
   seeds.write("calibration_store", "newest", newest_store(2));
   // More members than lie in the header of a group.
   seeds.write("calibration_store", "layers", newest_store(12));
-  seeds.write("calibration_store", "first_version", first_version_store());
   // Choices of every kind of change; see calibration_contents.cc.
   for (int kind = 0; kind < 8; ++kind) {
     std::string choices;

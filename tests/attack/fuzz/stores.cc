@@ -1,6 +1,9 @@
 #include "tests/attack/fuzz/stores.h"
 
+#include <array>
+
 #include "formats/calibration_store.h"
+#include "formats/hash.h"
 #include "formats/hdf5.h"
 #include "tests/attack/fuzz/fuzz.h"
 
@@ -22,7 +25,11 @@ LayerMoments some_moments() {
   moments.tokens = 8;
   moments.second_moment = MatrixD::Identity(3, 3) * 2 + MatrixD::Ones(3, 3) * 0.5;
   moments.mean = VectorD::Constant(3, 0.25);
+  moments.received_moment = moments.second_moment;
+  moments.received_mean = moments.mean;
   moments.distance_mass = MatrixD::Constant(2, 4, 0.25);
+  moments.mass_square = VectorD::Constant(2, 0.5);
+  moments.score_effect = VectorD::Constant(2, 3);
   return moments;
 }
 
@@ -30,41 +37,27 @@ Sequences some_sequences() {
   return {.count = 2, .length = 4, .tokens = {1, 2, 3, 4, 5, 6, 7, 8}};
 }
 
-void write_first_version(const std::filesystem::path& path) {
+constexpr std::array<const char*, 7> kLayerDatasets = {"second_moment", "mean",          "received_moment",
+                                                       "received_mean", "distance_mass", "mass_square",
+                                                       "score_effect"};
+
+// The checksum of a dataset's bytes, which it is given.
+std::string stamp(const hdf5::Reading& reading, const hdf5::Writing& writing, hid_t parent,
+                  const char* name) {
   using hdf5::Handle;
-  const hdf5::LibraryLock lock;
-  const hdf5::Writing writing(path);
-  const CalibrationHeader header = some_header(2);
-  const Handle file = writing.create_file();
-  writing.add_text(file.get(), "format", "relatent-calibration");
-  writing.add_number(file.get(), "format_version", 1);
-  writing.add_text(file.get(), "source_fingerprint", header.source_fingerprint);
-  writing.add_text(file.get(), "source_config", header.source_config);
-  writing.add_text(file.get(), "model_type", header.model_type);
-  writing.add_number(file.get(), "hidden_size", header.hidden_size);
-  writing.add_number(file.get(), "num_hidden_layers", header.num_hidden_layers);
-  writing.add_number(file.get(), "num_attention_heads", header.num_attention_heads);
-  writing.add_text(file.get(), "compute", header.compute);
-  const auto put = [&](hid_t parent, const char* name, hid_t stored, hid_t type,
-                       const std::vector<std::int64_t>& shape, const void* values) {
-    const Handle dataset = writing.add_dataset(parent, name, {stored, "", shape}, {}, "");
-    writing.require(H5Dwrite(dataset.get(), type, H5S_ALL, H5S_ALL, H5P_DEFAULT, values) >= 0, name);
-  };
-  put(file.get(), "tokens", H5T_STD_I32LE, H5T_NATIVE_INT32, {2, 4}, some_sequences().tokens.data());
-  const Handle layers = writing.add_group(file.get(), "layers");
-  const LayerMoments moments = some_moments();
-  for (const char* name : {"00000", "00001"}) {
-    const Handle layer = writing.add_group(layers.get(), name);
-    writing.add_number(layer.get(), "tokens", moments.tokens);
-    const auto put_floats = [&](const char* what, const std::vector<std::int64_t>& shape,
-                                const double* values) {
-      put(layer.get(), what, H5T_IEEE_F64LE, H5T_NATIVE_DOUBLE, shape, values);
-    };
-    // The first is symmetric, the last constant: the order of their numbers does not matter.
-    put_floats("second_moment", {3, 3}, moments.second_moment.data());
-    put_floats("mean", {3}, moments.mean.data());
-    put_floats("distance_mass", {2, 4}, moments.distance_mass.data());
+  const Handle dataset = reading.dataset(parent, name, name);
+  const Handle type(H5Dget_type(dataset.get()), H5Tclose);
+  const Handle space(H5Dget_space(dataset.get()), H5Sclose);
+  const hssize_t elements = H5Sget_simple_extent_npoints(space.get());
+  if (elements < 0 || elements > 4096) {
+    return "";
   }
+  std::vector<std::byte> bytes(static_cast<std::size_t>(elements) * H5Tget_size(type.get()));
+  H5Dread(dataset.get(), type.get(), H5S_ALL, H5S_ALL, H5P_DEFAULT, bytes.data());
+  H5Adelete(dataset.get(), "checksum");
+  std::string out = checksum_of(bytes);
+  writing.add_text(dataset.get(), "checksum", out);
+  return out;
 }
 
 }  // namespace
@@ -79,8 +72,29 @@ std::string newest_store(std::int64_t layers) {
   });
 }
 
-std::string first_version_store() {
-  return written(write_first_version);
+void bind_again(hid_t file, const std::filesystem::path& path) {
+  reads([&] {
+    const hdf5::Reading reading(path, std::filesystem::file_size(path));
+    const hdf5::Writing writing(path);
+    Hasher bound;
+    for (const char* name : {"source_fingerprint", "source_config", "model_type", "compute"}) {
+      bound.add_text(reading.text(file, name));
+    }
+    for (const char* name :
+         {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}) {
+      bound.add_number(static_cast<std::uint64_t>(reading.number(file, name, 0)));
+    }
+    bound.add_text(stamp(reading, writing, file, "tokens"));
+    for (const char* name : {"layers/00000", "layers/00001"}) {
+      const hdf5::Handle layer(H5Gopen2(file, name, H5P_DEFAULT), H5Gclose);
+      bound.add_number(static_cast<std::uint64_t>(reading.number(layer.get(), "tokens", 0)));
+      for (const char* dataset : kLayerDatasets) {
+        bound.add_text(stamp(reading, writing, layer.get(), dataset));
+      }
+    }
+    H5Adelete(file, "checksum");
+    writing.add_text(file, "checksum", bound.hexadecimal());
+  });
 }
 
 void touch_store(const std::filesystem::path& path) {

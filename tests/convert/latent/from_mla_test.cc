@@ -74,7 +74,7 @@ LatentAttention written(const MlaSample& sample, const AbsorbedAttention& absorb
 
 // How far the converted layer is from the source.
 double lost(const MlaSample& sample, const FromMlaOptions& options) {
-  const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment, options);
+  const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment, {}, options);
   return relative_error(output_of(written(sample, absorbed), sample.x),
                         output_by_the_book(sample.layer, sample.x));
 }
@@ -114,7 +114,8 @@ TEST(FromMla, IsTheAbsorbedLayer) {
           FromMlaOptions{.partition = {1, 4}, .rank = 9, .key_rank = 4},
           FromMlaOptions{.partition = {2, 2}, .rank = 6, .key_rank = 2}}) {
       SCOPED_TRACE(name_of(options));
-      const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment, options);
+      const AbsorbedAttention absorbed =
+          from_mla(sample.layer, sample.moment, sample.query_moment, {}, options);
       EXPECT_EQ(absorbed.rank(), options.partition.groups * options.rank);
       ASSERT_EQ(static_cast<Index>(absorbed.groups.size()), options.partition.groups);
       Index coordinates = 0;
@@ -220,55 +221,86 @@ Losses losses_of(const MlaSample& sample, const AbsorbedAttention& a, const Late
   return {missing.key / all.key, missing.value / all.value};
 }
 
-// M² = λ² A_K² + A_V², each divided by its trace against S, in the eigenvalues of S^½ M² S^½.
-VectorD optimum_of(const MlaSample& sample, const LatentGroup& group, double lambda) {
+// How the heads of a group see latents as keys and as values, and the latents' covariance.
+struct Metrics {
+  MatrixD keys;
+  MatrixD values;
+  MatrixD covariance;
+};
+
+Metrics metrics_of(const MlaSample& sample, const LatentGroup& group, const HeadEffects& effects) {
   const LatentAttention& source = sample.layer;
   const Index n = source.nope_dim;
   const Index p = source.rope_dim;
   const Index w = source.v_dim;
   const MatrixD latents = latents_by_the_book(sample);
-  const MatrixD covariance = latents * latents.transpose() / static_cast<double>(latents.cols());
   const MatrixD asked = product(source.q, query_features(source, sample.x)).cast<double>();
-  MatrixD keys = MatrixD::Zero(8, 8);
-  MatrixD values = MatrixD::Zero(8, 8);
+  Metrics out{MatrixD::Zero(8, 8), MatrixD::Zero(8, 8),
+              latents * latents.transpose() / static_cast<double>(latents.cols())};
   for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
     const MatrixD up = source.branches[0].up.middleRows(h * (n + w), n + w).cast<double>();
-    const MatrixD wanted = asked.middleCols(h * (n + p), n) * up.topRows(n);
-    keys += wanted.transpose() * wanted;
+    const MatrixD wanted =
+        static_cast<double>(source.scale) * asked.middleCols(h * (n + p), n) * up.topRows(n);
     const MatrixD through = source.o.weight.middleCols(h * w, w).cast<double>() * up.bottomRows(w);
-    values += through.transpose() * through;
+    out.keys += (effects.known() ? effects.score_effect(h) : 1) * wanted.transpose() * wanted /
+                static_cast<double>(asked.rows());
+    out.values += (effects.known() ? effects.mass_square(h) : 1) * through.transpose() * through;
   }
-  keys /= (keys * covariance).trace();
-  values /= (values * covariance).trace();
-  const MatrixD root = symmetric_root(covariance, 0).root;
-  return symmetric_eigenpairs(root * (lambda * lambda * keys + values) * root).values;
+  return out;
 }
 
-// Without a norm the covariance is that of the latents themselves.
+// The eigenvalues of S^½ M² S^½.
+VectorD losses_of(const MatrixD& metric, const MatrixD& covariance) {
+  const MatrixD root = symmetric_root(covariance, 0).root;
+  return symmetric_eigenpairs(root * metric * root).values;
+}
+
+// Without a norm the covariance is that of the latents themselves. Effects that are not known: each metric
+// divided by its trace against it.
 TEST(FromMla, LosesTheLeastWeighedError) {
   const MlaSample sample = mla_sample(5, false, true);
-  for (const double lambda : {0.3, 1.0, 3.0}) {
-    for (const Index rank : {1, 3, 5, 7}) {
-      for (const Index groups : {1, 2, 4}) {
-        const AbsorbedAttention absorbed =
-            from_mla(sample.layer, sample.moment, sample.query_moment,
-                     {.partition = {groups, 1}, .rank = rank, .lambda = lambda});
-        for (const LatentGroup& group : absorbed.groups) {
-          const Losses losses = losses_of(sample, absorbed, group);
-          const double expected = optimum_of(sample, group, lambda).tail(8 - rank).sum();
-          // Sums of float32 queries and latents.
-          EXPECT_NEAR((lambda * lambda * losses.key + losses.value) / expected, 1, 1e-4)
-              << lambda << " " << rank << " " << groups;
-        }
+  for (const Index rank : {1, 3, 5, 7}) {
+    for (const Index groups : {1, 2, 4}) {
+      const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment, {},
+                                                  {.partition = {groups, 1}, .rank = rank});
+      for (const LatentGroup& group : absorbed.groups) {
+        const Losses losses = losses_of(sample, absorbed, group);
+        const auto [keys, values, covariance] = metrics_of(sample, group, {});
+        const double expected =
+            losses_of(keys / (keys * covariance).trace() + values / (values * covariance).trace(), covariance)
+                .tail(8 - rank)
+                .sum();
+        // Sums of float32 queries and latents.
+        EXPECT_NEAR((losses.key + losses.value) / expected, 1, 1e-4) << rank << " " << groups;
       }
     }
+  }
+}
+
+TEST(FromMla, WithKnownEffectsLosesTheLeastErrorOfTheOutput) {
+  const MlaSample sample = mla_sample(5, false, true);
+  Random random(51);
+  const HeadEffects effects{random.matrix_d(6, 1).cwiseAbs(), random.matrix_d(6, 1).cwiseAbs()};
+  for (const Index rank : {1, 3, 5, 7}) {
+    const AbsorbedAttention absorbed =
+        from_mla(sample.layer, sample.moment, sample.query_moment, effects, {.partition = {}, .rank = rank});
+    const LatentGroup& group = absorbed.groups.front();
+    const auto [keys, values, covariance] = metrics_of(sample, group, effects);
+    const MatrixD metric = keys + values;
+    // All latents as the kept ones tell of them.
+    const MatrixD all = latents_by_the_book(sample);
+    const MatrixD kept = absorbed.latent_of(group) * with_ones(sample.x);
+    const MatrixD told = ridge_solve(kept * kept.transpose(), kept * all.transpose(), 0).transpose() * kept;
+    const MatrixD missed = all - told;
+    const double found = (metric * missed * missed.transpose()).trace() / static_cast<double>(all.cols());
+    EXPECT_NEAR(found / losses_of(metric, covariance).tail(8 - rank).sum(), 1, 1e-4) << rank;
   }
 }
 
 // Scores of a source with parts read the shared coordinates alone.
 TEST(FromMla, KeysAreInWhatIsShared) {
   const MlaSample sample = mla_sample(6, true, true);
-  const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment,
+  const AbsorbedAttention absorbed = from_mla(sample.layer, sample.moment, sample.query_moment, {},
                                               {.partition = {2, 2}, .rank = 7, .key_rank = 3});
   for (Index h = 0; h < 6; ++h) {
     const LatentGroup& group = testing_support::group_of(absorbed, h);
@@ -307,12 +339,12 @@ TEST(FromMla, RefusesWhatIsNotMla) {
   const FromMlaOptions options{.partition = {1, 1}, .rank = 4};
   for (const std::string form : {"gla", "tpla"}) {
     const LatentAttention layer = random_latent(random, {.name = "", .form = form}, hidden);
-    EXPECT_THROW(from_mla(layer, moment, moment, options), std::logic_error);
+    EXPECT_THROW(from_mla(layer, moment, moment, {}, options), std::logic_error);
     EXPECT_THROW(mla_value_map(layer), std::logic_error);
   }
   const LatentAttention biased = random_latent(
       random, {.name = "", .form = "mla", .branches = 1, .bias = true, .norm = LatentNorm::branch}, hidden);
-  EXPECT_THROW(from_mla(biased, moment, moment, options), std::logic_error);
+  EXPECT_THROW(from_mla(biased, moment, moment, {}, options), std::logic_error);
 }
 
 // Scores and values in latent space: the layer's own output.

@@ -23,8 +23,10 @@ using testing_support::kFloatNoise;
 using testing_support::layer_sample;
 using testing_support::LayerSample;
 using testing_support::output_of;
+using testing_support::Random;
 using testing_support::relative_error;
 using testing_support::trained_layer;
+using testing_support::with_ones;
 
 // A rotary key of `pairs` components, the rest of the keys left over.
 RotaryKey some_key(const LayerSample& sample, Index pairs) {
@@ -173,15 +175,75 @@ TEST(JointLatent, AttentionErrorOfATrainedLayerFallsWithTheRank) {
   EXPECT_GT(before, 1e-4);
 }
 
-TEST(JointLatent, LambdaTradesKeysForValues) {
-  const LayerSample sample = layer_sample(4);
+// Errors in the output to first order, of heads whose effects are known: Σ_h κ s² E|q̃ · δk|² and
+// Σ_h β E|W_O δv|².
+Errors weighed_errors_of(const LayerSample& sample, const RotaryKey& key, const JointLatent& latent) {
+  const LayerMaps& maps = sample.maps;
+  const Index d = maps.head_dim;
+  const auto lost = [&](const MatrixD& map, const MatrixD& found) {
+    return second_moment(centred(map, sample.moments) - found, sample.moments);
+  };
+  const MatrixD lost_r = lost(key.residual * maps.k, latent.key_up * latent.down);
+  const MatrixD lost_v = lost(maps.v, latent.value_up * latent.down);
+  Errors out;
+  for (Index h = 0; h < maps.heads; ++h) {
+    const Index g = maps.group_of(h) * d;
+    const MatrixD query = second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
+                                        sample.moments.asking());
+    const MatrixD o = maps.output_of(h);
+    out.key += sample.moments.effects.score_effect(h) * maps.scale * maps.scale *
+               (query * lost_r.block(g, g, d, d)).trace();
+    out.value +=
+        sample.moments.effects.mass_square(h) * (o * lost_v.block(g, g, d, d) * o.transpose()).trace();
+  }
+  return out;
+}
+
+// No map of that rank loses less: its loss is the sum of the smallest
+// eigenvalues of metric times covariance. Queries have moments of their own.
+TEST(JointLatent, WithKnownEffectsLosesTheLeastErrorOfTheOutput) {
+  LayerSample sample = layer_sample(3, {.kv_bias = true});
+  const LayerMaps& maps = sample.maps;
+  const Index keys = maps.key_dim();
+  Random random(31);
+  sample.moments.effects = {random.matrix_d(maps.heads, 1).cwiseAbs(),
+                            random.matrix_d(maps.heads, 1).cwiseAbs()};
+  const MatrixD others = with_ones(random.matrix(50, maps.k.cols() - 1));
+  sample.moments.equal = others * others.transpose() / 50;
+  const RotaryKey key = some_key(sample, keys / 4);
+  MatrixD y(2 * keys, maps.k.cols());
+  y << key.residual * maps.k, maps.v;
+  const MatrixD covariance = second_moment(centred(y, sample.moments), sample.moments);
+  MatrixD metric = MatrixD::Zero(2 * keys, 2 * keys);
+  const HeadEffects& effects = sample.moments.effects;
+  metric.topLeftCorner(keys, keys) = by_group(maps, [&](Index h) {
+    return MatrixD(effects.score_effect(h) * maps.scale * maps.scale *
+                   second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
+                                 sample.moments.asking()));
+  });
+  metric.bottomRightCorner(keys, keys) = by_group(maps, [&](Index h) {
+    const MatrixD o = maps.output_of(h);
+    return MatrixD(effects.mass_square(h) * o.transpose() * o);
+  });
+  const MatrixD root = symmetric_root(covariance, 0).root;
+  const VectorD losses = symmetric_eigenpairs(root * metric * root).values;
+  for (const Index rank : {keys / 8, keys / 2, keys, 3 * keys / 2}) {
+    const Errors errors =
+        weighed_errors_of(sample, key, joint_latent(maps, sample.moments, key, {.rank = rank}));
+    EXPECT_NEAR(errors.key + errors.value, losses.tail(2 * keys - rank).sum(), 1e-9 * losses.sum()) << rank;
+  }
+}
+
+// Where errors of scores do more, keys get more of the latent.
+TEST(JointLatent, EffectsTradeKeysForValues) {
+  LayerSample sample = layer_sample(4);
   const RotaryKey key = some_key(sample, 3);
-  Errors before{2, 0};
-  for (const double lambda : {0.1, 0.5, 1.0, 2.0, 10.0}) {
-    const JointLatent latent = joint_latent(sample.maps, sample.moments, key, {.rank = 8, .lambda = lambda});
-    const Errors errors = errors_of(sample, key, latent);
-    EXPECT_LT(errors.key, before.key) << lambda;
-    EXPECT_GT(errors.value, before.value) << lambda;
+  Errors before{INFINITY, 0};
+  for (const double effect : {0.01, 0.1, 1.0, 10.0, 100.0}) {
+    sample.moments.effects = {VectorD::Ones(sample.maps.heads), VectorD::Constant(sample.maps.heads, effect)};
+    const Errors errors = errors_of(sample, key, joint_latent(sample.maps, sample.moments, key, {.rank = 8}));
+    EXPECT_LT(errors.key, before.key) << effect;
+    EXPECT_GT(errors.value, before.value) << effect;
     before = errors;
   }
 }
@@ -351,7 +413,7 @@ TEST(JointLatent, OfSomeHeadsIsThatOfTheirOwnLayer) {
        std::vector<std::pair<Index, Index>>{{0, 3}, {3, 3}, {1, 2}, {4, 1}, {0, 6}}) {
     for (const std::optional<Index> key_rank : {std::optional<Index>(), std::optional<Index>(4)}) {
       SCOPED_TRACE(std::to_string(count) + " heads from " + std::to_string(first));
-      JointLatentOptions options{.rank = 7, .lambda = 1.5, .key_rank = key_rank};
+      JointLatentOptions options{.rank = 7, .key_rank = key_rank};
       const LayerMaps own = heads_of(sample.maps, key, first, count);
       RotaryKey own_key;
       own_key.content_query.assign(key.content_query.begin() + first,

@@ -121,13 +121,28 @@ TEST(Moments, OfACalibratedLayerCoverTheConstant) {
   // Not every BLAS rounds both halves alike; what is stored is symmetric.
   layer.second_moment = 0.5 * (product + product.transpose());
   layer.mean = x.cast<double>().colwise().mean().transpose();
+  layer.received_moment = layer.second_moment * 1.5;
+  layer.received_mean = layer.mean * 1.1;
   layer.distance_mass = random.matrix_d(3, 4);
+  layer.mass_square = random.matrix_d(3, 1);
+  layer.score_effect = random.matrix_d(3, 1);
   const Moments moments = moments_of(layer);
   const MatrixD columns = with_ones(x);
-  EXPECT_LE(relative_error(moments.second, columns * columns.transpose() / 40), 16 * kEpsilon);
-  EXPECT_EQ(moments.second(5, 5), 1);
-  EXPECT_TRUE(moments.second == moments.second.transpose());
+  EXPECT_LE(relative_error(moments.asking().matrix(), columns * columns.transpose() / 40), 16 * kEpsilon);
+  EXPECT_TRUE(moments.second.topLeftCorner(5, 5) == layer.received_moment);
+  EXPECT_TRUE(moments.second.col(5).head(5) == layer.received_mean);
+  for (const MatrixD& second : {moments.second, moments.equal}) {
+    EXPECT_EQ(second(5, 5), 1);
+    EXPECT_TRUE(second == second.transpose());
+  }
   EXPECT_TRUE(moments.distance_mass == layer.distance_mass);
+  EXPECT_TRUE(moments.effects.mass_square == layer.mass_square);
+  EXPECT_TRUE(moments.effects.score_effect == layer.score_effect);
+
+  const Moments equal = with_equal_weights(moments);
+  EXPECT_TRUE(equal.input().matrix() == moments.equal);
+  EXPECT_TRUE(equal.asking().matrix() == moments.equal);
+  EXPECT_TRUE(with_equal_weights(equal).second == equal.second);
 }
 
 TEST(Moments, WithoutDataAreThoseOfUncorrelatedInputs) {

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "convert/engines/relatent.h"
@@ -223,6 +224,47 @@ TEST(LayerKinds, OwnLayoutSaysWhichLayersAreWhat) {
     EXPECT_FALSE(found.is_latent(*tensor.layer_idx) ? grouped : latent) << tensor.name;
     EXPECT_FALSE(tensor.role == Role::o_bias && *tensor.layer_idx != 1) << tensor.name;
   }
+}
+
+// Carried layers and those of latents name lists of their own sizes.
+TEST(LayerKinds, EachLayerOfLatentsMayHaveAList) {
+  const std::unique_ptr<Engine> engine = make_relatent_engine();
+  const Json source_config = tiny_config({});
+  const ModelConfig source = parse(source_config);
+  LatentShape shape = testing_support::rich_shape(6);
+  shape.carried = {LayerSet({1}), true, false};
+  std::vector<Rotary> lists = {sample_rotary(4), sample_rotary(4)};
+  lists[1].inv_freq = {0.7F, 0.03F};
+  lists[1].attention_factor = 1.5F;
+  Json config = engine->config(source_config, source, shape, lists.front(), DType::bf16);
+  EXPECT_EQ(config.at("layout_version"), 1);
+  engine->put_layer_rotaries(lists, source, shape, config);
+  EXPECT_EQ(config.at("layout_version"), 2);
+  const ModelConfig found = parse(config);
+  for (const auto& [layer, list] : {std::pair<Index, std::size_t>{0, 0}, {2, 1}}) {
+    ASSERT_EQ(found.rotary_of(layer).inv_freq.size(), 2U);
+    for (std::size_t i = 0; i < 2; ++i) {
+      EXPECT_FLOAT_EQ(found.rotary_of(layer).inv_freq[i], lists[list].inv_freq[i]) << layer;
+    }
+    EXPECT_EQ(found.rotary_of(layer).attention_factor, lists[list].attention_factor);
+  }
+  EXPECT_EQ(found.rotary_of(1).inv_freq.size(), 4U);
+
+  const auto refused = [&](const Json& named, const std::vector<std::string>& parts) {
+    Json other = config;
+    other["latent_rope_lists"] = named;
+    expect_error(ErrorKind::input, parts, [&] { parse(other); });
+  };
+  refused(3, {"latent_rope_lists", "each of the 3 layers"});
+  refused({1, nullptr}, {"latent_rope_lists", "each of the 3 layers"});
+  refused({1, 2, 1}, {"latent_rope_lists", "layer 1, which is not latent"});
+  refused({nullptr, nullptr, 1}, {"latent_rope_lists", "an index for layer 0"});
+  refused({1, nullptr, -1}, {"latent_rope_lists", "an index for layer 2"});
+  refused({1, nullptr, 3}, {"rope_lists", "one of index 3"});
+  // A list of another size.
+  refused({1, nullptr, 0}, {"factor"});
+  config["layout_version"] = 3;
+  expect_error(ErrorKind::input, {"layout_version", "1 or 2", "found 3"}, [&] { parse(config); });
 }
 
 TEST(LayerKinds, CacheOfTwoKinds) {

@@ -86,7 +86,7 @@ TEST_F(QkNormTest, FitsBringTheLogitsNearer) {
   ConvertOptions options = small(write(qwen3()), Method::weights_only);
   run(options);
   const double blind = verified().logits.rel_logit_error;
-  options.calibration = calibrated(DType::f32, 24);
+  options.calibration = calibrated(DType::f32, 96);
   run(options);
   const double closed = verified().logits.rel_logit_error;
   options.method = Method::relatent;
@@ -176,12 +176,12 @@ TEST_F(QkNormTest, EnginesWithoutNormsTakeLinearMapsOrRefuse) {
   EXPECT_LT(verified().logits.rel_logit_error, 1);
 }
 
-TEST_F(QkNormTest, AnOlderCalibrationIsRefused) {
+TEST_F(QkNormTest, ACalibrationWithoutNormalisedHeadsIsRefused) {
   write(TinyOptions{});
   const fs::path plain = calibrated();
   ConvertOptions options = small(write(qwen3()), Method::relatent);
   options.calibration = plain;
-  expect_error(ErrorKind::input, {"moments.h5", "normalised queries and keys", "relatent calibrate"},
+  expect_error(ErrorKind::input, {"moments.h5", "num_key_value_heads", "relatent calibrate"},
                [&] { open_inputs(options); });
 }
 

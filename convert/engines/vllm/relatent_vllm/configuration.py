@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSIONS = (1, 2)
 LATENT_FEATURES = ("hidden", "normed_heads")
 QK_NORMS = ("head", "width")
 LATENT_NORMS = ("none", "branch", "replicated")
@@ -35,6 +35,9 @@ class RelatentConfig(PreTrainedConfig):
     none) followed by `rank` numbers of its own. Heads that several branches serve add up what they
     read.
 
+    `latent_rope_lists` (None: all layers rotate by `rope_parameters`) names for each layer one of
+    `rope_lists`.
+
     `latent_norm` is "none"; "branch", an RMSNorm on every branch's latent; or "replicated", where
     the root mean square of `latent_norm_rank` further projections divides all latents.
 
@@ -64,7 +67,7 @@ class RelatentConfig(PreTrainedConfig):
         qk_nope_head_dim: int = 128,
         qk_rope_head_dim: int = 64,
         v_head_dim: int = 128,
-        layout_version: int = LAYOUT_VERSION,
+        layout_version: int = 1,
         latent_form: str = "mla",
         latent_features: str = "hidden",
         latent_branches: list[dict[str, int | None]] | None = None,
@@ -77,6 +80,7 @@ class RelatentConfig(PreTrainedConfig):
         qk_norm: str | None = None,
         layers: list[dict[str, Any] | None] | None = None,
         rope_lists: list[dict[str, Any]] | None = None,
+        latent_rope_lists: list[int | None] | None = None,
         no_rope_layers: list[int] | None = None,
         attention_bias: bool = False,
         first_k_dense_replace: int | None = None,
@@ -146,6 +150,7 @@ class RelatentConfig(PreTrainedConfig):
         self.qk_norm = qk_norm
         self.layers = layers
         self.rope_lists = list(rope_lists or [])
+        self.latent_rope_lists = latent_rope_lists
         self.no_rope_layers = no_rope_layers
         self.attention_bias = attention_bias
         self.first_k_dense_replace = first_k_dense_replace
@@ -198,11 +203,11 @@ class RelatentConfig(PreTrainedConfig):
 
 def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
     """Raises ValueError, in one sentence, for anything that this package cannot serve exactly."""
-    version = getattr(config, "layout_version", LAYOUT_VERSION)
-    if version != LAYOUT_VERSION:
+    version = getattr(config, "layout_version", 1)
+    if version not in LAYOUT_VERSIONS:
         raise ValueError(
             f"config.json has layout_version {version!r}, and this reader knows only "
-            f"{LAYOUT_VERSION}"
+            f"{LAYOUT_VERSIONS}"
         )
     features = getattr(config, "latent_features", "hidden")
     if features not in LATENT_FEATURES:
@@ -215,10 +220,6 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
     if getattr(config, "layers", None) is not None:
         raise ValueError(
             "config.json lists layers that differ in size or kind, which this reader does not know"
-        )
-    if getattr(config, "rope_lists", None):
-        raise ValueError(
-            "config.json has rope_lists, and this reader rotates every layer by rope_parameters"
         )
     for key, plain in PLAIN.items():
         found = getattr(config, key, plain)
@@ -240,6 +241,7 @@ def check_layout(config: PreTrainedConfig, quantization: Any = None) -> None:
     if config.hidden_act != "silu":
         raise ValueError(f"hidden_act must be 'silu', not {config.hidden_act!r}")
     _check_rope(config.rope_parameters)
+    _check_rope_lists(config)
     _check_latents(config)
     if any(config.has_experts(layer) for layer in range(config.num_hidden_layers)):
         _check_experts(config)
@@ -261,6 +263,17 @@ def _check_rope(rope: dict[str, Any] | None) -> None:
         raise ValueError(f"rope_type must be one of {ROPE_TYPES}, not {kind!r}")
     if kind == "longrope" and rope["short_factor"] != rope["long_factor"]:
         raise ValueError("short_factor and long_factor of rope_type longrope must be equal")
+
+
+def _check_rope_lists(config: PreTrainedConfig) -> None:
+    lists = getattr(config, "rope_lists", None) or []
+    for rope in lists:
+        _check_rope(rope)
+    named = getattr(config, "latent_rope_lists", None)
+    if named is None:
+        return
+    if len(named) != config.num_hidden_layers or not set(named) <= set(range(len(lists))):
+        raise ValueError("latent_rope_lists must name one of rope_lists for each layer")
 
 
 def _check_latents(config: PreTrainedConfig) -> None:

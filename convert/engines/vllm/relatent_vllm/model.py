@@ -98,7 +98,12 @@ class RelatentModel(nn.Module):
             if group.is_last_rank
             else PPMissingLayer()
         )
-        self.rotary_emb = RelatentRotaryEmbedding(config)
+        # One list of frequencies for all layers, or one for each of them.
+        named = config.latent_rope_lists
+        lists = [config.rope_parameters] if named is None else config.rope_lists
+        self.rotary_embs = nn.ModuleList(RelatentRotaryEmbedding(config, rope) for rope in lists)
+        self.list_of_layer = [0] * config.num_hidden_layers if named is None else named
+        self.lists_here = sorted(set(self.list_of_layer[self.start_layer : self.end_layer]))
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
@@ -123,9 +128,10 @@ class RelatentModel(nn.Module):
         else:
             hidden_states = intermediate_tensors["hidden_states"]
             residual = intermediate_tensors["residual"]
-        cos, sin = self.rotary_emb(positions)
-        for layer in islice(self.layers, self.start_layer, self.end_layer):
-            hidden_states, residual = layer(hidden_states, residual, cos, sin)
+        turns = {index: self.rotary_embs[index](positions) for index in self.lists_here}
+        lists = islice(self.list_of_layer, self.start_layer, self.end_layer)
+        for layer, index in zip(islice(self.layers, self.start_layer, self.end_layer), lists):
+            hidden_states, residual = layer(hidden_states, residual, *turns[index])
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
         hidden_states, _ = self.norm(hidden_states, residual)

@@ -1,6 +1,7 @@
 """Rotation by explicit frequencies, in float32 whatever the type of the model."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,9 +9,8 @@ from torch import nn
 from .configuration import RelatentConfig
 
 
-def rope_frequencies(config: RelatentConfig) -> tuple[list[float], float]:
+def rope_frequencies(config: RelatentConfig, rope: dict[str, Any]) -> tuple[list[float], float]:
     """Angle per position of every rotary pair, and the factor on cosines and sines."""
-    rope = config.rope_parameters
     size = config.qk_rope_head_dim
     # Models are put together on other devices, where the arithmetic may differ.
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size
@@ -37,11 +37,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class RelatentRotaryEmbedding(nn.Module):
-    """Cosines and sines of positions."""
+    """Cosines and sines of positions, by one list of frequencies."""
 
-    def __init__(self, config: RelatentConfig):
+    def __init__(self, config: RelatentConfig, rope: dict[str, Any]):
         super().__init__()
-        frequencies, self.factor = rope_frequencies(config)
+        frequencies, self.factor = rope_frequencies(config, rope)
         self.register_buffer(
             "frequencies", torch.tensor(frequencies, dtype=torch.float32), persistent=False
         )

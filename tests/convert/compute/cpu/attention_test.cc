@@ -79,24 +79,33 @@ TEST(GqaAttention, MixesHeadsByTheBook) {
       const GqaAttention attention = testing_support::random_gqa(random, sample);
       const MatrixF x = sample_inputs(random, length, sample.hidden);
       const RotaryTable table(attention.rotary, length + 3);
-      MatrixD expected_mass = MatrixD::Zero(sample.heads, length);
-      const MatrixD expected = mix_by_the_book(attention, x, &expected_mass);
-      DistanceMass mass{MatrixD::Zero(sample.heads, length)};
-      const MatrixF found = attention_forward(attention, x, table, &mass);
+      AttentionSums expected_sums(sample.heads, length);
+      const MatrixD expected = mix_by_the_book(attention, x, &expected_sums);
+      const std::vector<MatrixF> roots = output_roots(attention);
+      AttentionSums sums(sample.heads, length, &roots);
+      const MatrixF found = attention_forward(attention, x, table, &sums);
       EXPECT_LE(relative_error(found, expected), kFloatNoise);
       EXPECT_TRUE(attention_forward(attention, x, table) == found);
       EXPECT_TRUE(attention_forward(Attention(attention), x, table) == found);
 
-      EXPECT_LE(relative_error(mass.sum, expected_mass), kFloatNoise);
-      for (Index h = 0; h < sample.heads; ++h) {
-        EXPECT_NEAR(mass.sum.row(h).sum(), static_cast<double>(length),
-                    static_cast<double>(length) * kFloatNoise);
+      EXPECT_LE(relative_error(sums.distance_mass, expected_sums.distance_mass), kFloatNoise);
+      EXPECT_LE(relative_error(sums.received, expected_sums.received), kFloatNoise);
+      EXPECT_LE(relative_error(sums.mass_square, expected_sums.mass_square), kFloatNoise);
+      if (sample.window == 1 || length == 1) {
+        // Every query sees one value, and an error of its score does nothing.
+        const double values = project(attention, x, table).v.cast<double>().squaredNorm();
+        EXPECT_LE(sums.score_effect.maxCoeff(),
+                  kFloatNoise * attention.o.weight.cast<double>().squaredNorm() * values);
+      } else {
+        EXPECT_LE(relative_error(sums.score_effect, expected_sums.score_effect), 10 * kFloatNoise);
       }
+      EXPECT_NEAR(sums.received.sum(), static_cast<double>(length * sample.heads),
+                  static_cast<double>(length * sample.heads) * kFloatNoise);
       if (sample.window && *sample.window < length) {
-        EXPECT_TRUE(mass.sum.rightCols(length - *sample.window).isZero(0));
+        EXPECT_TRUE(sums.distance_mass.rightCols(length - *sample.window).isZero(0));
       }
-      attention_forward(attention, x, table, &mass);
-      EXPECT_LE(relative_error(mass.sum, 2 * expected_mass), kFloatNoise);
+      attention_forward(attention, x, table, &sums);
+      EXPECT_LE(relative_error(sums.received, 2 * expected_sums.received), kFloatNoise);
     }
   }
 }
