@@ -123,11 +123,11 @@ AbsorbedAttention from_mla(const LatentAttention& source, MomentRef input_moment
     for (Index h = group.first_head; h < group.first_head + group.head_count; ++h) {
       const MatrixD up = branch.up.middleRows(h * (n + w), n + w).cast<double>();
       const MatrixD asked = queries.middleRows(h * (n + p), n);
-      const double effect = effects.known() ? effects.score_effect(h) * scale * scale : 1;
-      keys += effect * (up.topRows(n).transpose() * (query_moments.of(h).after(asked) * asked.transpose()) *
-                        up.topRows(n));
+      keys += effects.of_scores(h, scale) *
+              (up.topRows(n).transpose() * (query_moments.of(h).after(asked) * asked.transpose()) *
+               up.topRows(n));
       const MatrixD through = out.o.middleCols(h * w, w) * up.bottomRows(w);
-      values += (effects.known() ? effects.mass_square(h) : 1) * (through.transpose() * through);
+      values += effects.of_values(h) * (through.transpose() * through);
     }
     keys = symmetric(keys);
     values = symmetric(values);

@@ -90,7 +90,6 @@ struct HeadRange {
 Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey& key, const HeadRange& range,
                  bool value, bool output_metric) {
   const Index d = maps.head_dim;
-  const HeadEffects& effects = moments.effects;
   Metric out;
   for (Index g = 0; g < range.keys; g += d) {
     MatrixD squared = MatrixD::Zero(d, d);
@@ -102,11 +101,11 @@ Metric metric_of(const LayerMaps& maps, const Moments& moments, const RotaryKey&
         squared.setIdentity();
       } else if (value) {
         const MatrixD o = maps.output_of(h);
-        squared += (effects.known() ? effects.mass_square(h) : 1) * (o.transpose() * o);
+        squared += moments.effects.of_values(h) * (o.transpose() * o);
       } else if (key.nope_dim() > 0) {
-        const double effect = effects.known() ? effects.score_effect(h) * maps.scale * maps.scale : 1;
-        squared += effect * second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
-                                          moments.queries().of(h));
+        squared += moments.effects.of_scores(h, maps.scale) *
+                   second_moment(key.content_query[static_cast<std::size_t>(h)] * maps.query_of(h),
+                                 moments.queries().of(h));
       }
     }
     SymmetricRoot block = backend().symmetric_root(squared, metric_floor);

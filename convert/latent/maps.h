@@ -114,6 +114,12 @@ struct HeadEffects {
   VectorD score_effect;  // [H], κ = E_t Σ_n p_tn² |W_O,h (v_n - o_t)|²
 
   bool known() const { return mass_square.size() > 0; }
+  // Weight of an error in a head's values, and of one in its scores before they are scaled; 1 where nothing
+  // is known.
+  double of_values(Index head) const { return known() ? mass_square(head) : 1; }
+  double of_scores(Index head, double scale) const {
+    return known() ? score_effect(head) * scale * scale : 1;
+  }
 };
 
 struct Moments {

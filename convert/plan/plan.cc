@@ -249,15 +249,15 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
   plan.layer_bytes =
       layer_memory(config, shape, inputs.calibration.has_value(),
                    fits || inputs.partition.parts > 1 || config.latent.has_value(), attention_values);
+  if (options.method == Method::transmla) {
+    // The second calibration: its stream and what the layer reads of it.
+    plan.resume_bytes = streams_disk(config, inputs.calibration->sequences()) / 2;
+    plan.memory_bytes = std::max(largest_cast, plan.layer_bytes) + plan.resume_bytes;
+    return;
+  }
   if (!fits) {
     const Index in_flight = std::min(layers_at_once(plan.layer_bytes), config.num_hidden_layers);
     plan.memory_bytes = std::max(largest_cast, static_cast<std::uint64_t>(in_flight) * plan.layer_bytes);
-    if (options.method == Method::transmla) {
-      // The second calibration: its stream and what the layer reads of it.
-      const Sequences all = inputs.calibration->sequences();
-      plan.memory_bytes = std::max(largest_cast, plan.layer_bytes) + streams_disk(config, all) / 2;
-      plan.resume_bytes = streams_disk(config, all) / 2;
-    }
     return;
   }
   const Sequences sequences = fit_sequences(options, inputs);

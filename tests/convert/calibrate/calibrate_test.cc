@@ -32,15 +32,20 @@ using testing_support::tiny_model;
 
 void ignore(Index /*done*/, Index /*all*/) {}
 
-// What a sequence's tokens weigh for keys and values, by the attention that they receive; sums are added to.
+// What a sequence's tokens weigh for keys and values, by the attention that they receive.
+VectorD weights_of(const VectorD& received) {
+  const VectorD root = received.cwiseSqrt();
+  return 0.1 + 0.9 * root.array() / root.mean();
+}
+
+// The same of a sequence of inputs; sums are added to.
 VectorD weights_by_the_book(const GqaAttention& attention, const MatrixF& x, AttentionSums& sums) {
   AttentionSums here(attention.heads, x.rows());
   testing_support::mix_by_the_book(attention, x, &here);
   sums.distance_mass += here.distance_mass;
   sums.mass_square += here.mass_square;
   sums.score_effect += here.score_effect;
-  const VectorD root = here.received.cwiseSqrt();
-  return 0.1 + 0.9 * root.array() / root.mean();
+  return weights_of(here.received);
 }
 
 TEST(Calibrate, MomentsAreThoseOfTheModelsOwnInputs) {
@@ -130,8 +135,7 @@ TEST(Calibrate, MomentsOfNormalisedHeadsAreTheirs) {
       AttentionSums sums(6, stream.length());
       attention_forward(attention, x.middleRows(first, stream.length()),
                         RotaryTable(attention.rotary, stream.length()), &sums);
-      const VectorD root = sums.received.cwiseSqrt();
-      weights.segment(first, stream.length()) = 0.1 + 0.9 * root.array() / root.mean();
+      weights.segment(first, stream.length()) = weights_of(sums.received);
     }
     const MatrixD weighed = weights.asDiagonal() * f;
     EXPECT_LE(relative_error(found.normed_heads->feature_moment, f.transpose() * weighed / tokens),

@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "convert/compute/backend.h"
@@ -243,17 +245,24 @@ TEST_F(Relatent, EndsWithTheLastLayer) {
 
 TEST_F(Relatent, PlainListIsGeometric) {
   const std::vector<float> all = rotary_of(model_.attention(0)).inv_freq;
-  for (const Index pairs : {2, 4, 6}) {
+  Index widest = 1;
+  // This model's best lists have every frequency from the fastest; a wider one must be asked for.
+  for (const auto& [pairs, asked] : std::vector<std::pair<Index, std::optional<Index>>>{
+           {2, std::nullopt}, {4, std::nullopt}, {6, std::nullopt}, {2, 5}, {4, 2}}) {
     RelatentOptions options = sizes(48, 2 * pairs);
     options.plain_list = true;
+    options.list_stride = asked;
     RelatentConversion running = conversion(options, none_);
     const Index stride = running.list_stride();
+    EXPECT_EQ(stride, asked.value_or(stride));
     std::vector<float> expected;
     for (Index i = 0; i < pairs; ++i) {
       expected.push_back(all.at(static_cast<std::size_t>(i * stride)));
     }
     EXPECT_EQ(running.next()->rotary.inv_freq, expected);
+    widest = std::max(widest, stride);
   }
+  EXPECT_GT(widest, 1);
   EXPECT_EQ(conversion(sizes(48, 8), none_).list_stride(), 1);
   RelatentOptions options = sizes(48, 34);
   options.plain_list = true;
