@@ -69,6 +69,11 @@ def partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def unfinished_work(out: Path) -> bool:
+    """Whether there is something for --resume to do; with no journal, nothing says whose output OUT is."""
+    return not out.exists() or (partial(out) / "journal").exists()
+
+
 def contents(out: Path) -> Any:
     return support.folder_bytes(out) if out.is_dir() else out.read_bytes()
 
@@ -123,10 +128,13 @@ def test_killed(
             killed += 1
             assert not out.exists() or contents(out) == expected
             # Once more, on the way, unless the kill came when all was done.
-            if i % 2 == 1 and (not out.exists() or partial(out).exists()):
+            if i % 2 == 1 and unfinished_work(out):
                 kill_after(taken / 4, *make(out), *every, "--resume")
-        if not out.exists() or partial(out).exists():
+        if unfinished_work(out):
             support.relatent(*make(out), *every, "--resume")
+        elif partial(out).exists():
+            # Killed between the last two steps: the journal is gone, its folder was not yet. Refused and tidied.
+            support.refused(USAGE, *make(out), *every, "--resume")
         assert contents(out) == expected
         assert not partial(out).exists()
     assert killed >= len(moments) // 2
