@@ -314,9 +314,11 @@ void set_effort(const std::string& name, FitOptions& fit) {
   fit.queries = fit.keys = name != "low";
   if (name == "high") {
     fit.rounds = 4;
+    fit.output_rounds = 1;
     fit.stride = 4;
   } else if (name == "max") {
     fit.rounds = 6;
+    fit.output_rounds = 2;
     fit.stride = 1;
   }
 }
@@ -333,13 +335,20 @@ void add_relatent_options(CLI::App& command, Options& options) {
             .add_option_function<std::string>(
                 "--effort", [&own](const std::string& name) { set_effort(name, own.fit); },
                 "relatent: how long the fits may take: low leaves queries and keys as the closed forms give "
-                "them, high and max fit them on more positions and in more rounds")
+                "them, high and max fit them on more positions, in more rounds and to the layer's output")
             ->check(CLI::IsMember({"low", "default", "high", "max"})),
         fitted);
   owned(command
             .add_option("--fit-rounds", own.fit.rounds,
                         "relatent: how often queries and keys are fitted in turn")
             ->check(CLI::Range(1, 100))
+            ->capture_default_str(),
+        fitted);
+  owned(command
+            .add_option("--output-rounds", own.fit.output_rounds,
+                        "relatent: how often queries and keys are then moved together towards the layer's "
+                        "output; each takes about as long as two rounds")
+            ->check(CLI::Range(0, 100))
             ->capture_default_str(),
         fitted);
   owned(command

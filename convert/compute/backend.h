@@ -81,10 +81,18 @@ class Backend {
   virtual std::unique_ptr<FitProblem> key_problem(const AttentionSample& sample,
                                                   const AbsorbedAttention& attention, double ridge,
                                                   double score_weight) const = 0;
+  // The layer's output by queries and keys together; sample and attention must outlive it.
+  virtual std::unique_ptr<OutputProblem> output_problem(const AttentionSample& sample,
+                                                        const AbsorbedAttention& attention,
+                                                        double query_ridge, double key_ridge) const = 0;
   // Bytes that query_problems and a run of conjugate gradients hold beside sample and layer, about; the fit
   // of the keys takes less. Of each head's query [width, inputs].
   virtual std::uint64_t query_fit_bytes(Index heads, Index width, Index inputs,
                                         const SampleSize& size) const = 0;
+  // The same of an output_problem; of each head's query [width, inputs.query], the key map [width,
+  // inputs.key].
+  virtual std::uint64_t output_fit_bytes(Index heads, Index width, const FitInputs& inputs,
+                                         const SampleSize& size) const = 0;
 
   // Means over rows [first, first + count) of inputs.
   virtual MeanMoments mean_moments(const MatrixF& inputs, Index first, Index count) const = 0;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "convert/compute/absorbed_attention.h"
+#include "convert/compute/statistics.h"
 #include "linalg/matrix.h"
 
 namespace relatent {
@@ -32,6 +33,22 @@ class FitProblem {
   virtual Systems apply(const Systems& direction) const = 0;
   // An approximate inverse of that.
   virtual Systems precondition(const Systems& residual) const = 0;
+};
+
+// The layer's output as a function of all queries and the key map together, linearised where they stand: what
+// a Gauss-Newton step asks about. Unknowns: each head's query, then the key map; their error is one.
+class OutputProblem : public FitProblem {
+ public:
+  // Mean over the sampled tokens of |target - output|².
+  virtual double error() const = 0;
+  // Sums for o_proj over the sampled tokens; affine: its bias may change.
+  virtual RefitSums sums(bool affine) const = 0;
+};
+
+// Numbers that key maps and queries read.
+struct FitInputs {
+  Index key;
+  Index query;
 };
 
 // Some heads, one after the other.

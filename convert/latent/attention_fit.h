@@ -22,11 +22,12 @@ namespace relatent {
 struct FitOptions {
   bool queries = true;
   bool keys = true;
-  bool refit = true;  // o_proj, on every token once the layer is fitted
-  Index rounds = 2;   // queries and keys in turn; the last round ends with the queries
-  Index steps = 2;    // conjugate-gradient steps of a fit; the queries take one before the last round
-  Index tokens = 0;   // of the calibration that are used, whole sequences from the first; 0 = all
-  Index stride = 8;   // every how many-th position of a sequence asks
+  bool refit = true;        // o_proj, on every token once the layer is fitted
+  Index rounds = 2;         // queries and keys in turn; the last round ends with the queries
+  Index steps = 2;          // conjugate-gradient steps of a fit; the queries take one before the last round
+  Index output_rounds = 0;  // then queries and keys together against the layer's output (fit_output)
+  Index tokens = 0;         // of the calibration that are used, whole sequences from the first; 0 = all
+  Index stride = 8;         // every how many-th position of a sequence asks
   Index queries_per_unknown = 8;  // the stride shrinks until there are so many, or none is left out
   // Ridges, against the mean square of what the fitted map reads. Fewer queries than unknowns raise them.
   double query_ridge = 0.3;
@@ -78,5 +79,17 @@ void fit_keys(const AttentionSample& sample, const FitOptions& options, Absorbed
 // closed forms left, after what the last fit of the queries leaves.
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
                          AbsorbedAttention& attention);
+
+struct OutputError {
+  double before = 0;  // E|target - output|² over the sampled tokens, once o_proj suits the other fits
+  double after = 0;
+};
+
+// Gauss-Newton on what the layer puts out, under its own attention weights: each round solves for o_proj,
+// then moves all queries and the key map together by a few conjugate-gradient steps on the linearised
+// problem, or by half or a quarter of that where the error would rise. Ends early where no part of a step
+// lowers it. affine: o_proj has a bias. Leaves queries of the ranks that the written form has room for.
+OutputError fit_output(const AttentionSample& sample, const FitOptions& options, bool affine,
+                       AbsorbedAttention& attention);
 
 }  // namespace relatent

@@ -212,6 +212,9 @@ LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, PreparedL
                                    *options_.norm_coordinates);
   }
   score_error_ = fit_attention(sample, options_.fit, attention);
+  if (options_.fit.output_rounds > 0) {
+    fit_output(sample, options_.fit, affine(), attention);
+  }
   LatentAttention out = to_latent_attention(attention, sample.input_moment, asked_moments(sample));
   if (!affine() && !one_latent) {
     normalise_branches(out, sample.sampled_inputs, sample.input_moment, *options_.norm_coordinates);

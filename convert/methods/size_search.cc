@@ -62,6 +62,7 @@ SizeTrial SizeSearch::quick_trial(const CacheSizes& sizes) {
   const Index fit = std::min<Index>(sequences_.count - held, ranking_fit);
   RelatentOptions quick = options_;
   quick.fit.rounds = 1;
+  quick.fit.output_rounds = 0;
   quick.fit.queries_per_unknown = 2;
   return trial(sizes, first_sequences(sequences_, fit), last_sequences(sequences_, held), quick);
 }

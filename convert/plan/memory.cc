@@ -45,15 +45,20 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
   return out;
 }
 
-std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size) {
+std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size,
+                         bool output_fit) {
   const Index inputs = latent_inputs(config, shape) + 1;
   const Index width = shape.qk_rope_head_dim + shape.kv_lora_rank;
   const Index head_dim = config.gqa ? config.gqa->head_dim : shape.qk_nope_head_dim + shape.qk_rope_head_dim;
   const Index heads = config.num_attention_heads * head_dim;
   const Index numbers = config.num_attention_heads * width + 2 * heads + 2 * inputs;
   const Index asking = shape.normed_heads ? head_dim + 1 : inputs;
-  return static_cast<std::uint64_t>(8 * numbers * inputs) +
-         backend().query_fit_bytes(config.num_attention_heads, width, asking, size);
+  std::uint64_t largest = backend().query_fit_bytes(config.num_attention_heads, width, asking, size);
+  if (output_fit) {
+    largest = std::max(largest,
+                       backend().output_fit_bytes(config.num_attention_heads, width, {inputs, asking}, size));
+  }
+  return static_cast<std::uint64_t>(8 * numbers * inputs) + largest;
 }
 
 std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequences, Index stride,

@@ -23,8 +23,9 @@ std::uint64_t layer_memory(const ModelConfig& config, const LatentShape& shape, 
 Index layers_at_once(std::uint64_t bytes_per_layer);
 
 // Bytes that the fits of one layer hold, about: the source's attention, the absorbed form and both second
-// moments.
-std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size);
+// moments. output_fit: with that of queries and keys together.
+std::uint64_t fit_memory(const ModelConfig& config, const LatentShape& shape, const SampleSize& size,
+                         bool output_fit);
 
 // Bytes that both residual streams and one layer's sample take, about; width = p + r.
 std::uint64_t streams_memory(const ModelConfig& config, const Sequences& sequences, Index stride,

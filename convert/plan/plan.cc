@@ -266,7 +266,7 @@ void plan_cost(const ConvertInputs& inputs, std::uint64_t attention_values, Conv
                         own.fit.stride_for(sequences.count * sequences.length, config.hidden_size),
                         own.compute};
   plan.memory_bytes =
-      std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size)}) +
+      std::max({largest_cast, plan.layer_bytes, fit_memory(config, shape, size, own.fit.output_rounds > 0)}) +
       streams_memory(config, sequences, size.stride, shape.qk_rope_head_dim + shape.kv_lora_rank);
   plan.resume_bytes = streams_disk(config, sequences);
 }

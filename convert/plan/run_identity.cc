@@ -82,6 +82,7 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("--no-refit", !fit.refit);
   add("--compute", own.compute);
   add("--fit-rounds", fit.rounds);
+  add("--output-rounds", fit.output_rounds);
   add("--fit-tokens", fit.tokens);
   add("--fit-stride", fit.stride);
   add("fit steps", fit.steps);

@@ -4,6 +4,7 @@
 #include "convert/compute/cpu/key_problem.h"
 #include "convert/compute/cpu/latent_norm.h"
 #include "convert/compute/cpu/logits.h"
+#include "convert/compute/cpu/output_problem.h"
 #include "convert/compute/cpu/query_problem.h"
 #include "convert/compute/cpu/sample.h"
 #include "linalg/packed.h"
@@ -69,9 +70,19 @@ class CpuBackend final : public Backend {
                                           double ridge, double score_weight) const override {
     return make_key_problem(sample, attention, ridge, score_weight);
   }
+  std::unique_ptr<OutputProblem> output_problem(const AttentionSample& sample,
+                                                const AbsorbedAttention& attention, double query_ridge,
+                                                double key_ridge) const override {
+    return make_output_problem(sample, attention, query_ridge, key_ridge);
+  }
   std::uint64_t query_fit_bytes(Index heads, Index width, Index inputs,
                                 const SampleSize& size) const override {
     return relatent::query_fit_bytes(heads, width, inputs, size);
+  }
+
+  std::uint64_t output_fit_bytes(Index heads, Index width, const FitInputs& inputs,
+                                 const SampleSize& size) const override {
+    return relatent::output_fit_bytes(heads, width, inputs, size);
   }
 
   MeanMoments mean_moments(const MatrixF& inputs, Index first, Index count) const override {

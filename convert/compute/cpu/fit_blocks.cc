@@ -16,6 +16,35 @@ namespace {
 constexpr Index block_rows = 32;
 // Ridge of the preconditioners on the side of the scores.
 constexpr double score_side_ridge = 1e-4;
+// Heads whose curvature is held before it is added up.
+constexpr Index curvature_heads = 16;
+
+// One head's part of key_curvature, on the rotary key and its group's latent: [p + rank, p + rank].
+MatrixD head_curvature(const AttentionSample& sample, const AbsorbedAttention& attention,
+                       const LatentGroup& group, Index h, double score_weight, double value_weight) {
+  const auto at = static_cast<std::size_t>(h);
+  const Index p = attention.rope_dim();
+  const Index s = group.shared;
+  const MatrixD& query = attention.query[at];
+  MatrixD half(query.rows(), query.cols());
+  half.noalias() = query * sample.asked_moment(h);
+  const MatrixD energy = score_weight * (half * query.transpose());
+  const double share = 1 / static_cast<double>(group.parts.size());
+  MatrixD out = MatrixD::Zero(p + group.rank, p + group.rank);
+  out.topLeftCorner(p, p) = energy.topLeftCorner(p, p);
+  for (const LatentPart& part : group.parts) {
+    const auto block = energy.block(part.query, part.query, group.width(part), group.width(part));
+    const Index own = p + part.first;
+    out.block(p, p, s, s) += share * block.topLeftCorner(s, s);
+    out.block(own, own, part.rank, part.rank) += share * block.bottomRightCorner(part.rank, part.rank);
+    out.block(p, own, s, part.rank) += share * block.topRightCorner(s, part.rank);
+    out.block(own, p, part.rank, s) += share * block.bottomLeftCorner(part.rank, s);
+  }
+  const Index w = attention.v_dim();
+  const MatrixD through = attention.o.middleCols(h * w, w) * attention.value_up[at];
+  out.bottomRightCorner(group.rank, group.rank) += value_weight * (through.transpose() * through);
+  return out;
+}
 
 }  // namespace
 
@@ -238,6 +267,29 @@ void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems
     image[i].middleRows(first, rows).noalias() +=
         ridge * (scores[i].moment.middleRows(first, rows) * direction[i]);
   });
+}
+
+MatrixD key_curvature(const AttentionSample& sample, const AbsorbedAttention& attention,
+                      const VectorD& score_weight, const VectorD& value_weight) {
+  const Index p = attention.rope_dim();
+  MatrixD out = MatrixD::Zero(attention.width(), attention.width());
+  for (const LatentGroup& group : attention.groups) {
+    in_batches<MatrixD>(
+        group.head_count, 1, curvature_heads,
+        [&](Index i, Index, MatrixD& slot) {
+          const Index h = group.first_head + i;
+          slot = head_curvature(sample, attention, group, h, score_weight(h), value_weight(h));
+        },
+        [&](Index, const std::vector<MatrixD>& slots) {
+          const Index first = p + group.first;
+          for (const MatrixD& slot : slots) {
+            out.topLeftCorner(p, p) += slot.topLeftCorner(p, p);
+            out.block(first, first, group.rank, group.rank) += slot.bottomRightCorner(group.rank, group.rank);
+          }
+        });
+  }
+  average_pairs(out, p);
+  return out;
 }
 
 void average_pairs(MatrixD& moment, Index p) {

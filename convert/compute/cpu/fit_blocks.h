@@ -153,6 +153,11 @@ Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residu
 // image += ridge moment direction, of every system.
 void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
 
+// Σ_h score_weight_h E[u uᵀ] + value_weight_h value_upᵀ Oᵀ O value_up, [p + r, p + r]: the curvature seen by
+// one token's key.
+MatrixD key_curvature(const AttentionSample& sample, const AbsorbedAttention& attention,
+                      const VectorD& score_weight, const VectorD& value_weight);
+
 // The coordinates of a pair turn into one another, so they weigh the same, and none correlates with the
 // latent once the pair has turned.
 void average_pairs(MatrixD& moment, Index p);

@@ -18,8 +18,6 @@ constexpr Index key_sequences = 2;
 constexpr Index key_queries_per_unknown = 4;
 // Queries whose outputs one piece of work compares.
 constexpr Index output_rows = 256;
-// Heads whose curvature is held before it is added up.
-constexpr Index curvature_heads = 16;
 
 Index key_step(const AttentionSample& sample) {
   const Index queries = every(sample.count, key_sequences) * sample.per_sequence();
@@ -50,7 +48,8 @@ class KeyProblem final : public FitProblem {
   }
 
   Start start(const Systems& key) override {
-    sides_.push_back(score_side(score_moment()));
+    const VectorD one = VectorD::Ones(weight_.size());
+    sides_.push_back(score_side(key_curvature(sample_, attention_, weight_.cast<double>(), one)));
     return {{run(key.front(), true)}, {}};
   }
 
@@ -65,27 +64,6 @@ class KeyProblem final : public FitProblem {
   }
 
  private:
-  // Σ_h weight_h E[u uᵀ] + value_upᵀ Oᵀ O value_up, [p + r, p + r]: the curvature seen by one token's key.
-  MatrixD score_moment() const {
-    const Index p = attention_.rope_dim();
-    MatrixD out = MatrixD::Zero(attention_.width(), attention_.width());
-    for (const LatentGroup& group : attention_.groups) {
-      in_batches<MatrixD>(
-          group.head_count, 1, curvature_heads,
-          [&](Index i, Index, MatrixD& slot) { slot = curvature(group, group.first_head + i); },
-          [&](Index, const std::vector<MatrixD>& slots) {
-            const Index first = p + group.first;
-            for (const MatrixD& slot : slots) {
-              out.topLeftCorner(p, p) += slot.topLeftCorner(p, p);
-              out.block(first, first, group.rank, group.rank) +=
-                  slot.bottomRightCorner(group.rank, group.rank);
-            }
-          });
-    }
-    average_pairs(out, p);
-    return out;
-  }
-
   struct Chunk {
     const LatentGroup* group;
     QueryMaps queries;
@@ -100,32 +78,6 @@ class KeyProblem final : public FitProblem {
     std::vector<MatrixF> gradient;  // per chunk: [length, p + its group's rank]
     MatrixF sum;                    // [p + r, D + 1]
   };
-
-  // One head's, on the rotary key and its group's latent: [p + rank, p + rank].
-  MatrixD curvature(const LatentGroup& group, Index h) const {
-    const auto at = static_cast<std::size_t>(h);
-    const Index p = attention_.rope_dim();
-    const Index s = group.shared;
-    const MatrixD& query = attention_.query[at];
-    MatrixD half(query.rows(), query.cols());
-    half.noalias() = query * sample_.asked_moment(h);
-    const MatrixD energy = static_cast<double>(weight_(h)) * (half * query.transpose());
-    const double share = 1 / static_cast<double>(group.parts.size());
-    MatrixD out = MatrixD::Zero(p + group.rank, p + group.rank);
-    out.topLeftCorner(p, p) = energy.topLeftCorner(p, p);
-    for (const LatentPart& part : group.parts) {
-      const auto block = energy.block(part.query, part.query, group.width(part), group.width(part));
-      const Index own = p + part.first;
-      out.block(p, p, s, s) += share * block.topLeftCorner(s, s);
-      out.block(own, own, part.rank, part.rank) += share * block.bottomRightCorner(part.rank, part.rank);
-      out.block(p, own, s, part.rank) += share * block.topRightCorner(s, part.rank);
-      out.block(own, p, part.rank, s) += share * block.bottomLeftCorner(part.rank, s);
-    }
-    const Index w = attention_.v_dim();
-    const MatrixD through = attention_.o.middleCols(h * w, w) * attention_.value_up[at];
-    out.bottomRightCorner(group.rank, group.rank) += through.transpose() * through;
-    return out;
-  }
 
   MatrixD run(const MatrixD& key, bool against_source) const {
     MatrixD out = MatrixD::Zero(key.rows(), key.cols());

@@ -85,9 +85,18 @@ class Recording final : public Backend {
                                           double ridge, double score_weight) const override {
     return cpu("key_problem").key_problem(sample, attention, ridge, score_weight);
   }
+  std::unique_ptr<OutputProblem> output_problem(const AttentionSample& sample,
+                                                const AbsorbedAttention& attention, double query_ridge,
+                                                double key_ridge) const override {
+    return cpu("output_problem").output_problem(sample, attention, query_ridge, key_ridge);
+  }
   std::uint64_t query_fit_bytes(Index heads, Index width, Index inputs,
                                 const SampleSize& size) const override {
     return cpu("query_fit_bytes").query_fit_bytes(heads, width, inputs, size);
+  }
+  std::uint64_t output_fit_bytes(Index heads, Index width, const FitInputs& inputs,
+                                 const SampleSize& size) const override {
+    return cpu("output_fit_bytes").output_fit_bytes(heads, width, inputs, size);
   }
   MeanMoments mean_moments(const MatrixF& inputs, Index first, Index count) const override {
     return cpu("mean_moments").mean_moments(inputs, first, count);
@@ -190,6 +199,11 @@ TEST(Backend, DoesAllWorkOnTokens) {
   verify_devices(converted, sequences, 2, ignore);
   EXPECT_EQ(recorded.asked(),
             Names({"load_layer", "add_attention", "add_attention of parts", "add_mlp", "compare_logits"}));
+
+  options.relatent.fit.output_rounds = 1;
+  options.output = folder / "by output";
+  Conversion(options).run(ignore);
+  EXPECT_TRUE(contains(recorded.asked(), {"output_problem", "output_fit_bytes"}));
 
   options.engine = "deepseek";
   options.output = folder / "normed";
