@@ -23,7 +23,9 @@ OutputLayer::OutputLayer(const AttentionSample& sample_of, const AbsorbedAttenti
 
 MatrixF OutputLayer::keys_of_part(const MatrixF& z, const LatentGroup& group, const LatentPart& part) const {
   MatrixF out = gather_keys(z, group, part, attention.rope_dim(), group.first);
-  out.rowwise() -= out.colwise().mean().eval();
+  if (sample.softcap == 0) {
+    out.rowwise() -= out.colwise().mean().eval();
+  }
   return out;
 }
 

@@ -20,14 +20,14 @@ ValueColumns value_columns(const LatentGroup& group, std::size_t part);
 
 // Heads of one group that are worked on at once.
 struct HeadChunk {
-  const LatentGroup* group;
-  Heads heads;
+  const LatentGroup* group = nullptr;
+  Heads heads = {};
   QueryMaps queries;
 };
 
 // Its maps in float32. Sample and attention must outlive it.
 struct OutputLayer {
-  OutputLayer(const AttentionSample& sample, const AbsorbedAttention& attention);
+  OutputLayer(const AttentionSample& sample_of, const AbsorbedAttention& layer);
 
   const AttentionSample& sample;
   const AbsorbedAttention& attention;
@@ -36,8 +36,8 @@ struct OutputLayer {
   std::vector<MatrixF> value_up;
   std::vector<HeadChunk> chunks;  // of all groups
 
-  // The columns of z that a part's scores read, less what all keys of the sequence have in common: that
-  // shifts scores alike, and would drown the rest in rounding.
+  // The columns of z that a part's scores read; without a cap on scores, less what all keys of the sequence
+  // have in common: that shifts scores alike, and would drown the rest in rounding.
   MatrixF keys_of_part(const MatrixF& z, const LatentGroup& group, const LatentPart& part) const;
   // The layer's own attention weights over a block, stacked; slope: of the cap on its scores, where there is
   // one.
