@@ -1,4 +1,4 @@
-// Whether numbers that were read can be what a calibration holds.
+// Inside formats/: whether the numbers of a calibration can come from any tokens at all.
 #pragma once
 
 #include <string>
