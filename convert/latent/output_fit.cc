@@ -52,8 +52,10 @@ OutputError fit_output(const AttentionSample& sample, const FitOptions& options,
     return backend().output_problem(sample, at, query_ridge, key_ridge);
   };
   OutputError out;
-  for (Index round = 0; round < options.output_rounds; ++round) {
+  if (options.output_rounds > 0) {
     limit_content_rank(attention, sample.input_moment, asked_moments(sample));
+  }
+  for (Index round = 0; round < options.output_rounds; ++round) {
     if (options.refit) {
       solve_output(*problem_of(attention), affine, options.output_ridge, attention);
     }

@@ -19,6 +19,11 @@ constexpr double score_side_ridge = 1e-4;
 // Heads whose curvature is held before it is added up.
 constexpr Index curvature_heads = 16;
 
+// Of those in a block, by one of its stacked rows.
+Index keys_seen(const AttentionSample& sample, const Block& block, Index row) {
+  return sample.position(block.sequence, block.first + (row % block.rows)) + 1;
+}
+
 // One head's part of key_curvature, on the rotary key and its group's latent: [p + rank, p + rank].
 MatrixD head_curvature(const AttentionSample& sample, const AbsorbedAttention& attention,
                        const LatentGroup& group, Index h, double score_weight, double value_weight) {
@@ -139,6 +144,13 @@ MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, 
   return out;
 }
 
+void scatter_keys(const MatrixF& by_keys, const LatentGroup& group, const LatentPart& part, Index p,
+                  MatrixF& sum) {
+  sum.leftCols(p) += by_keys.leftCols(p);
+  sum.middleCols(p, group.shared) += by_keys.middleCols(p, group.shared);
+  sum.middleCols(p + part.first, part.rank) += by_keys.rightCols(part.rank);
+}
+
 void scatter_queries(const MatrixF& gradient, Index heads, const LatentGroup& group, const LatentPart& part,
                      Index p, MatrixF& sum) {
   const Index width = sum.cols() / heads;
@@ -147,6 +159,23 @@ void scatter_queries(const MatrixF& gradient, Index heads, const LatentGroup& gr
     sum.middleCols(h * width, p) += gradient.middleCols(h * (p + content), p);
     sum.middleCols(h * width + part.query, content) += gradient.middleCols(h * (p + content) + p, content);
   }
+}
+
+MatrixF key_map_gradient(const AbsorbedAttention& attention, const std::vector<KeyGradient>& gradients,
+                         const RotaryTable& table, const VectorF& shrink, const MatrixF& x) {
+  const Index p = attention.rope_dim();
+  MatrixF gradient = MatrixF::Zero(x.rows(), attention.width());
+  for (const auto& [group, by_keys] : gradients) {
+    gradient.leftCols(p) += by_keys->leftCols(p);
+    gradient.middleCols(p + group->first, group->rank) += by_keys->rightCols(group->rank);
+  }
+  rotate_in_place(reversed(table), 0, p, 1, gradient);
+  if (shrink.size() > 0) {
+    gradient.rightCols(gradient.cols() - p).array().colwise() *= shrink.array();
+  }
+  MatrixF out(gradient.cols(), x.cols());
+  out.noalias() = gradient.transpose() * x;
+  return out;
 }
 
 MatrixF stacked(const Systems& maps, Heads heads) {
@@ -197,18 +226,23 @@ void source_logits(const AttentionSample& sample, const Block& block, Heads head
   }
 }
 
-void form_weights(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& weights) {
-  source_logits(sample, block, heads, weights);
-  for (Index i = 0; i < weights.rows(); ++i) {
-    const Index seen = sample.position(block.sequence, block.first + (i % block.rows)) + 1;
-    auto row = weights.row(i).head(seen).array();
-    if (sample.softcap > 0) {
-      row = sample.softcap * (row / sample.softcap).tanh();
-    }
+void causal_softmax(const AttentionSample& sample, const Block& block, MatrixF& scores) {
+  for (Index i = 0; i < scores.rows(); ++i) {
+    const Index seen = keys_seen(sample, block, i);
+    auto row = scores.row(i).head(seen).array();
     row = (row - row.maxCoeff()).exp();
     row *= 1.0F / row.sum();
-    weights.row(i).tail(weights.cols() - seen).setZero();
+    scores.row(i).tail(scores.cols() - seen).setZero();
   }
+}
+
+void form_weights(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& weights) {
+  source_logits(sample, block, heads, weights);
+  for (Index i = 0; sample.softcap > 0 && i < weights.rows(); ++i) {
+    auto row = weights.row(i).head(keys_seen(sample, block, i)).array();
+    row = sample.softcap * (row / sample.softcap).tanh();
+  }
+  causal_softmax(sample, block, weights);
 }
 
 Eigen::Ref<const MatrixF> source_weights(const AttentionSample& sample, const Block& block, Heads heads,
@@ -249,23 +283,23 @@ ProductMap input_side(const MatrixD& moment, double added, DType compute) {
 }
 
 Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual,
-                     std::span<const ProductMap> inputs) {
+                     const std::function<const ProductMap&(std::size_t)>& inputs) {
   Systems out;
   for (const MatrixD& m : residual) {
     out.emplace_back(m.rows(), m.cols());
   }
   for_slices(residual, [&](std::size_t i, Index first, Index rows) {
     const MatrixD half = scores[i].inverse.middleRows(first, rows) * residual[i];
-    const ProductMap& map = inputs[inputs.size() > 1 ? i : 0];
-    copy_tiled(map(narrowed(half)), out[i].middleRows(first, rows));
+    copy_tiled(inputs(i)(narrowed(half)), out[i].middleRows(first, rows));
   });
   return out;
 }
 
-void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image) {
+void add_ridge(const std::vector<ScoreSide>& scores, std::span<const double> ridges, const Systems& direction,
+               Systems& image) {
   for_slices(image, [&](std::size_t i, Index first, Index rows) {
     image[i].middleRows(first, rows).noalias() +=
-        ridge * (scores[i].moment.middleRows(first, rows) * direction[i]);
+        ridges[ridges.size() > 1 ? i : 0] * (scores[i].moment.middleRows(first, rows) * direction[i]);
   });
 }
 

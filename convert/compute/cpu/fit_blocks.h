@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -65,9 +66,22 @@ MatrixF gather_keys(const MatrixF& z, const LatentGroup& group, const LatentPart
 MatrixF gather_queries(const MatrixF& u, Index heads, const LatentGroup& group, const LatentPart& part,
                        Index p);
 
+// Adds the gradient by a part's keys to that by its group's: rotary key, then the group's latent.
+void scatter_keys(const MatrixF& by_keys, const LatentGroup& group, const LatentPart& part, Index p,
+                  MatrixF& sum);
+
 // Adds the gradient by a part's queries to that by the heads' whole queries.
 void scatter_queries(const MatrixF& gradient, Index heads, const LatentGroup& group, const LatentPart& part,
                      Index p, MatrixF& sum);
+
+// Gradients by the keys of one sequence, each [length, p + its group's rank], as one by the key map: [p + r,
+// D + 1]. shrink: as keys_of has it; x: the sequence's inputs.
+struct KeyGradient {
+  const LatentGroup* group;
+  const MatrixF* by_keys;
+};
+MatrixF key_map_gradient(const AbsorbedAttention& attention, const std::vector<KeyGradient>& gradients,
+                         const RotaryTable& table, const VectorF& shrink, const MatrixF& x);
 
 // The maps of several heads, one under the other, in float32.
 MatrixF stacked(const Systems& maps, Heads heads);
@@ -89,7 +103,10 @@ void unstack_heads(const MatrixF& stack, const Block& block, Index heads, Matrix
 // The source's logits, [heads * rows, columns].
 void source_logits(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& logits);
 
-// Their softmax under the causal mask, formed.
+// Stacked scores of a block to their softmax under the causal mask.
+void causal_softmax(const AttentionSample& sample, const Block& block, MatrixF& scores);
+
+// The source's weights, formed.
 void form_weights(const AttentionSample& sample, const Block& block, Heads heads, MatrixF& weights);
 // The same as the sample keeps it, or else formed in scratch.
 Eigen::Ref<const MatrixF> source_weights(const AttentionSample& sample, const Block& block, Heads heads,
@@ -147,11 +164,12 @@ ScoreSide score_side(MatrixD moment);
 // (moment + added I)⁻¹, rounded: it only says where conjugate gradients look first.
 ProductMap input_side(const MatrixD& moment, double added, DType compute);
 
-// scores⁻¹ residual inputs of every system; inputs: an input_side for all, or one for each.
+// scores⁻¹ residual inputs of every system; inputs: the input_side of one.
 Systems precondition(const std::vector<ScoreSide>& scores, const Systems& residual,
-                     std::span<const ProductMap> inputs);
-// image += ridge moment direction, of every system.
-void add_ridge(const std::vector<ScoreSide>& scores, double ridge, const Systems& direction, Systems& image);
+                     const std::function<const ProductMap&(std::size_t)>& inputs);
+// image += ridge moment direction, of every system; ridges: one for all, or one for each.
+void add_ridge(const std::vector<ScoreSide>& scores, std::span<const double> ridges, const Systems& direction,
+               Systems& image);
 
 // Σ_h score_weight_h E[u uᵀ] + value_weight_h value_upᵀ Oᵀ O value_up, [p + r, p + r]: the curvature seen by
 // one token's key.

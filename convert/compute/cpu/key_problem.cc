@@ -55,12 +55,13 @@ class KeyProblem final : public FitProblem {
 
   Systems apply(const Systems& direction) const override {
     Systems image{run(direction.front(), false)};
-    add_ridge(sides_, ridge_, direction, image);
+    add_ridge(sides_, {&ridge_, 1}, direction, image);
     return image;
   }
 
   Systems precondition(const Systems& residual) const override {
-    return relatent::precondition(sides_, residual, {&inputs_, 1});
+    return relatent::precondition(sides_, residual,
+                                  [&](std::size_t) -> const ProductMap& { return inputs_; });
   }
 
  private:
@@ -167,9 +168,7 @@ class KeyProblem final : public FitProblem {
         }
         by_keys.topRows(block.columns).noalias() += scores.transpose() * queries;
       }
-      gradient.leftCols(p) += by_keys.leftCols(p);
-      gradient.middleCols(p, group.shared) += by_keys.middleCols(p, group.shared);
-      gradient.middleCols(p + part.first, part.rank) += by_keys.rightCols(part.rank);
+      scatter_keys(by_keys, group, part, p, gradient);
     }
     for (const Block& block : blocks) {
       const auto weights = source_weights(sample_, block, heads, scratch);
@@ -215,20 +214,12 @@ class KeyProblem final : public FitProblem {
 
   // All chunks' gradients as one, by the key map.
   void collect(Sequence& here) const {
-    const Index p = attention_.rope_dim();
-    MatrixF gradient = MatrixF::Zero(here.z.rows(), attention_.width());
+    std::vector<KeyGradient> gradients;
     for (std::size_t c = 0; c < chunks_.size(); ++c) {
-      const LatentGroup& group = *chunks_[c].group;
-      gradient.leftCols(p) += here.gradient[c].leftCols(p);
-      gradient.middleCols(p + group.first, group.rank) += here.gradient[c].rightCols(group.rank);
+      gradients.push_back({chunks_[c].group, &here.gradient[c]});
     }
-    rotate_in_place(reversed(rotations_.all), 0, p, 1, gradient);
-    if (here.shrink.size() > 0) {
-      gradient.rightCols(gradient.cols() - p).array().colwise() *= here.shrink.array();
-    }
-    const MatrixF x = sample_.inputs(here.index);
-    here.sum.resize(gradient.cols(), x.cols());
-    here.sum.noalias() = gradient.transpose() * x;
+    here.sum =
+        key_map_gradient(attention_, gradients, rotations_.all, here.shrink, sample_.inputs(here.index));
   }
 
   const AttentionSample& sample_;

@@ -35,33 +35,29 @@ Curvature curvature(const OutputLayer& layer, Index s, const MatrixF& z, const H
   MatrixF weights;
   MatrixF slope;
   for (std::size_t b = 0; b < group.parts.size(); ++b) {
-    const LatentPart& part = group.parts[b];
-    const ValueColumns columns = value_columns(group, b);
-    const MatrixF keys = layer.keys_of_part(z, group, part);
-    const MatrixF asked = gather_queries(whole, heads.count, group, part, p);
-    const auto content = z.middleCols(p + group.first + columns.first, columns.count);
-    const Index own = group.width(part);
+    const OutputPart read = layer.part(chunk, b, z, whole);
+    const Index own = group.width(read.part);
     for (const Block& block : blocks_of(layer.sample, s)) {
-      stack_heads(asked, block, heads.count, queries);
-      layer.weights_of(queries, keys.topRows(block.columns), block, weights, slope);
+      stack_heads(read.asked, block, heads.count, queries);
+      layer.weights_of(queries, read.keys.topRows(block.columns), block, weights, slope);
       for (Index row = s % curvature_rows; row < block.rows; row += curvature_rows) {
         out.rows += b == 0 ? 1 : 0;
         for (Index i = 0; i < heads.count; ++i) {
           const auto at = static_cast<std::size_t>(i);
           const VectorF weight = weights.row(i * block.rows + row);
-          MatrixF latent = content.topRows(block.columns);
+          MatrixF latent = read.content.topRows(block.columns);
           latent.rowwise() -= RowVectorF(weight.transpose() * latent);
           if (slope.size() > 0) {
             latent.array().colwise() *= slope.row(i * block.rows + row).transpose().array();
           }
           latent.array().colwise() *= weight.array();
-          const MatrixF cross = latent.transpose() * keys.topRows(block.columns);
+          const MatrixF cross = latent.transpose() * read.keys.topRows(block.columns);
           const MatrixF seen =
-              roots[static_cast<std::size_t>(heads.first + i)].middleCols(columns.first, columns.count) *
-              cross;
+              roots[static_cast<std::size_t>(heads.first + i)].middleCols(read.first, read.count) * cross;
           const MatrixD square = (seen.transpose() * seen).cast<double>();
           out.moment[at].topLeftCorner(p, p) += square.topLeftCorner(p, p);
-          out.moment[at].block(part.query, part.query, own, own) += square.bottomRightCorner(own, own);
+          out.moment[at].block(read.part.query, read.part.query, own, own) +=
+              square.bottomRightCorner(own, own);
           out.mass_square[at] += share * static_cast<double>(weight.squaredNorm());
         }
       }

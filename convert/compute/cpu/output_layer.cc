@@ -4,11 +4,6 @@
 
 namespace relatent {
 
-ValueColumns value_columns(const LatentGroup& group, std::size_t part) {
-  const LatentPart& p = group.parts[part];
-  return part == 0 ? ValueColumns{0, p.first + p.rank} : ValueColumns{p.first, p.rank};
-}
-
 OutputLayer::OutputLayer(const AttentionSample& sample_of, const AbsorbedAttention& layer)
     : sample(sample_of), attention(layer), rotations(layer.rotary, sample_of), key(layer.key.cast<float>()) {
   for (const MatrixD& up : layer.value_up) {
@@ -19,6 +14,21 @@ OutputLayer::OutputLayer(const AttentionSample& sample_of, const AbsorbedAttenti
       chunks.push_back({&group, heads, query_maps(sample, layer.query, 0, heads)});
     }
   }
+}
+
+OutputPart OutputLayer::part(const HeadChunk& chunk, std::size_t index, const MatrixF& z,
+                             const MatrixF& queries) const {
+  const LatentGroup& group = *chunk.group;
+  const LatentPart& part = group.parts[index];
+  const Index p = attention.rope_dim();
+  const Index first = index == 0 ? 0 : part.first;
+  const Index count = part.first + part.rank - first;
+  return {part,
+          first,
+          count,
+          keys_of_part(z, group, part),
+          gather_queries(queries, chunk.heads.count, group, part, p),
+          z.middleCols(p + group.first + first, count)};
 }
 
 MatrixF OutputLayer::keys_of_part(const MatrixF& z, const LatentGroup& group, const LatentPart& part) const {
@@ -38,13 +48,7 @@ void OutputLayer::weights_of(const MatrixF& queries, const Eigen::Ref<const Matr
     slope = 1 - weights.array().square();
     weights *= sample.softcap;
   }
-  for (Index i = 0; i < weights.rows(); ++i) {
-    const Index seen = sample.position(block.sequence, block.first + (i % block.rows)) + 1;
-    auto row = weights.row(i).head(seen).array();
-    row = (row - row.maxCoeff()).exp();
-    row *= 1.0F / row.sum();
-    weights.row(i).tail(weights.cols() - seen).setZero();
-  }
+  causal_softmax(sample, block, weights);
 }
 
 }  // namespace relatent

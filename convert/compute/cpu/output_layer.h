@@ -11,18 +11,22 @@
 
 namespace relatent {
 
-// The coordinates of a group that one of its parts hands on: the first part the shared ones too.
-struct ValueColumns {
-  Index first;
-  Index count;
-};
-ValueColumns value_columns(const LatentGroup& group, std::size_t part);
-
 // Heads of one group that are worked on at once.
 struct HeadChunk {
   const LatentGroup* group = nullptr;
   Heads heads = {};
   QueryMaps queries;
+};
+
+// What one part of a group's latent does for a chunk of heads in one sequence.
+struct OutputPart {
+  const LatentPart& part;
+  // The group's coordinates that it hands on: the first part the shared ones too.
+  Index first;
+  Index count;
+  MatrixF keys;                       // as keys_of_part has them
+  MatrixF asked;                      // [queries, heads * (p + shared + part)]
+  Eigen::Ref<const MatrixF> content;  // those coordinates of every token, a view of z
 };
 
 // Its maps in float32. Sample and attention must outlive it.
@@ -39,6 +43,8 @@ struct OutputLayer {
   // The columns of z that a part's scores read; without a cap on scores, less what all keys of the sequence
   // have in common: that shifts scores alike, and would drown the rest in rounding.
   MatrixF keys_of_part(const MatrixF& z, const LatentGroup& group, const LatentPart& part) const;
+  // z of one sequence, which must outlive the result, and the queries of a chunk's heads.
+  OutputPart part(const HeadChunk& chunk, std::size_t index, const MatrixF& z, const MatrixF& queries) const;
   // The layer's own attention weights over a block, stacked; slope: of the cap on its scores, where there is
   // one.
   void weights_of(const MatrixF& queries, const Eigen::Ref<const MatrixF>& keys, const Block& block,

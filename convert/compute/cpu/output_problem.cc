@@ -28,12 +28,8 @@ class CpuOutputProblem final : public OutputProblem {
         attention_(attention),
         query_ridge_(query_ridge),
         key_ridge_(key_ridge),
-        key_inputs_(input_side(sample.input_moment, key_ridge, sample.compute)),
         o_(narrowed(attention.o), sample.compute),
         o_transposed_(MatrixF(attention.o.transpose().cast<float>()), sample.compute) {
-    query_inputs_ = parallel_made(sample.by_head() ? sample.head_moments.size() : 1, [&](std::size_t h) {
-      return input_side(sample.asked_moment(static_cast<Index>(h)), query_ridge, sample.compute);
-    });
     for (const MatrixD& query : attention.query) {
       first_column_.push_back(columns_);
       columns_ += query.rows();
@@ -42,6 +38,10 @@ class CpuOutputProblem final : public OutputProblem {
 
   Start start(const Systems&) override {
     sides_ = output_curvature(layer_);
+    inputs_ = parallel_made(sample_.by_head() ? sample_.head_moments.size() : 1, [&](std::size_t h) {
+      return input_side(sample_.asked_moment(static_cast<Index>(h)), query_ridge_, sample_.compute);
+    });
+    inputs_.push_back(input_side(sample_.input_moment, key_ridge_, sample_.compute));
     Start out;
     double error = 0;
     out.residual = run(nullptr, nullptr, error);
@@ -55,7 +55,7 @@ class CpuOutputProblem final : public OutputProblem {
     for (Index first = 0; first < sample_.count; first += batch) {
       std::vector<Sequence> sequences = batch_of(first, nullptr);
       forward(nullptr, sequences);
-      compare(true, sequences);
+      compare(true, false, sequences);
       for (const Sequence& sequence : sequences) {
         out += sequence.error;
       }
@@ -97,25 +97,17 @@ class CpuOutputProblem final : public OutputProblem {
     const MatrixF key = direction.back().cast<float>();
     double ignored = 0;
     Systems image = run(&queries, &key, ignored);
-    for (std::size_t i = 0; i < image.size(); ++i) {
-      image[i].noalias() +=
-          (i + 1 < image.size() ? query_ridge_ : key_ridge_) * (sides_[i].moment * direction[i]);
-    }
+    std::vector<double> ridges(attention_.query.size(), query_ridge_);
+    ridges.push_back(key_ridge_);
+    add_ridge(sides_, ridges, direction, image);
     return image;
   }
 
   Systems precondition(const Systems& residual) const override {
-    Systems out;
-    for (const MatrixD& m : residual) {
-      out.emplace_back(m.rows(), m.cols());
-    }
-    for_slices(residual, [&](std::size_t i, Index first, Index rows) {
-      const MatrixD half = sides_[i].inverse.middleRows(first, rows) * residual[i];
-      const bool key = i + 1 == residual.size();
-      const ProductMap& map = key ? key_inputs_ : query_inputs_[query_inputs_.size() > 1 ? i : 0];
-      copy_tiled(map(narrowed(half)), out[i].middleRows(first, rows));
+    return relatent::precondition(sides_, residual, [&](std::size_t i) -> const ProductMap& {
+      const bool shared = !sample_.by_head() && i + 1 < residual.size();
+      return shared ? inputs_.front() : inputs_[std::min(i, inputs_.size() - 1)];
     });
-    return out;
   }
 
  private:
@@ -164,8 +156,8 @@ class CpuOutputProblem final : public OutputProblem {
     });
   }
 
-  // Errors of the output, or its change, back to what o_proj reads.
-  void compare(bool against_target, std::vector<Sequence>& sequences) const {
+  // Errors of the output, or its change; where they are wanted, back to what o_proj reads.
+  void compare(bool against_target, bool back, std::vector<Sequence>& sequences) const {
     const Index each = sample_.per_sequence();
     parallel_for(sequences.size(), [&](std::size_t i) {
       Sequence& here = sequences[i];
@@ -177,7 +169,9 @@ class CpuOutputProblem final : public OutputProblem {
           output.rowwise() -= attention_.o_bias.transpose().cast<float>();
           here.error += static_cast<double>(output.squaredNorm());
         }
-        here.mixed.middleRows(first, count) = o_transposed_(output);
+        if (back) {
+          here.mixed.middleRows(first, count) = o_transposed_(output);
+        }
       }
     });
   }
@@ -193,7 +187,7 @@ class CpuOutputProblem final : public OutputProblem {
     for (Index first = 0; first < sample_.count; first += batch) {
       std::vector<Sequence> sequences = batch_of(first, key_change);
       forward(change, sequences);
-      compare(change == nullptr, sequences);
+      compare(change == nullptr, true, sequences);
       MatrixF gradient(static_cast<Index>(sequences.size()) * each, columns_);
       for_chunks(sequences, [&](Sequence& here, std::size_t c) {
         const HeadChunk& chunk = layer_.chunks[c];
@@ -231,42 +225,37 @@ class CpuOutputProblem final : public OutputProblem {
     MatrixF scores;
     MatrixF latent;
     for (std::size_t b = 0; b < group.parts.size(); ++b) {
-      const LatentPart& part = group.parts[b];
-      const ValueColumns columns = value_columns(group, b);
-      const MatrixF keys = layer_.keys_of_part(here.z, group, part);
-      const MatrixF asked = gather_queries(whole, heads.count, group, part, p);
-      const auto content = here.z.middleCols(p + group.first + columns.first, columns.count);
+      const OutputPart read = layer_.part(chunk, b, here.z, whole);
       MatrixF key_change;
       MatrixF asked_change;
       if (change != nullptr) {
-        key_change = layer_.keys_of_part(here.z_change, group, part);
-        asked_change = gather_queries(whole_change, heads.count, group, part, p);
+        key_change = layer_.keys_of_part(here.z_change, group, read.part);
+        asked_change = gather_queries(whole_change, heads.count, group, read.part, p);
       }
       for (const Block& block : blocks_of(sample_, here.index)) {
-        stack_heads(asked, block, heads.count, queries);
-        layer_.weights_of(queries, keys.topRows(block.columns), block, weights, slope);
-        latent.resize(queries.rows(), columns.count);
+        stack_heads(read.asked, block, heads.count, queries);
+        layer_.weights_of(queries, read.keys.topRows(block.columns), block, weights, slope);
+        latent.resize(queries.rows(), read.count);
         if (change == nullptr) {
-          latent.noalias() = weights * content.topRows(block.columns);
+          latent.noalias() = weights * read.content.topRows(block.columns);
         } else {
           stack_heads(asked_change, block, heads.count, query_change);
           scores.resize(queries.rows(), block.columns);
-          scores.noalias() = query_change * keys.topRows(block.columns).transpose();
+          scores.noalias() = query_change * read.keys.topRows(block.columns).transpose();
           scores.noalias() += queries * key_change.topRows(block.columns).transpose();
           if (slope.size() > 0) {
             scores.array() *= slope.array();
           }
           centre(weights, scores);
-          latent.noalias() = scores * content.topRows(block.columns);
+          latent.noalias() = scores * read.content.topRows(block.columns);
           latent.noalias() +=
-              weights * here.z_change.block(0, p + group.first + columns.first, block.columns, columns.count);
+              weights * here.z_change.block(0, p + group.first + read.first, block.columns, read.count);
         }
         for (Index i = 0; i < heads.count; ++i) {
           const Index h = heads.first + i;
           here.mixed.block(block.first, h * w, block.rows, w).noalias() +=
-              latent.middleRows(i * block.rows, block.rows) * layer_.value_up[static_cast<std::size_t>(h)]
-                                                                  .middleCols(columns.first, columns.count)
-                                                                  .transpose();
+              latent.middleRows(i * block.rows, block.rows) *
+              layer_.value_up[static_cast<std::size_t>(h)].middleCols(read.first, read.count).transpose();
         }
       }
     }
@@ -288,40 +277,34 @@ class CpuOutputProblem final : public OutputProblem {
     MatrixF latent;
     MatrixF stack;
     for (std::size_t b = 0; b < group.parts.size(); ++b) {
-      const LatentPart& part = group.parts[b];
-      const ValueColumns columns = value_columns(group, b);
-      const MatrixF keys = layer_.keys_of_part(here.z, group, part);
-      const MatrixF asked = gather_queries(whole, heads.count, group, part, p);
-      const auto content = here.z.middleCols(p + group.first + columns.first, columns.count);
-      MatrixF gradient(asked.rows(), asked.cols());
-      MatrixF by_keys = MatrixF::Zero(keys.rows(), keys.cols());
+      const OutputPart read = layer_.part(chunk, b, here.z, whole);
+      MatrixF gradient(read.asked.rows(), read.asked.cols());
+      MatrixF by_keys = MatrixF::Zero(read.keys.rows(), read.keys.cols());
       for (const Block& block : blocks_of(sample_, here.index)) {
-        stack_heads(asked, block, heads.count, queries);
-        layer_.weights_of(queries, keys.topRows(block.columns), block, weights, slope);
-        latent.resize(queries.rows(), columns.count);
+        stack_heads(read.asked, block, heads.count, queries);
+        layer_.weights_of(queries, read.keys.topRows(block.columns), block, weights, slope);
+        latent.resize(queries.rows(), read.count);
         for (Index i = 0; i < heads.count; ++i) {
           const Index h = heads.first + i;
           latent.middleRows(i * block.rows, block.rows).noalias() =
               here.mixed.block(block.first, h * w, block.rows, w) *
-              layer_.value_up[static_cast<std::size_t>(h)].middleCols(columns.first, columns.count);
+              layer_.value_up[static_cast<std::size_t>(h)].middleCols(read.first, read.count);
         }
-        key_gradient.block(0, p + columns.first, block.columns, columns.count).noalias() +=
+        key_gradient.block(0, p + read.first, block.columns, read.count).noalias() +=
             weights.transpose() * latent;
         scores.resize(queries.rows(), block.columns);
-        scores.noalias() = latent * content.topRows(block.columns).transpose();
+        scores.noalias() = latent * read.content.topRows(block.columns).transpose();
         centre(weights, scores);
         if (slope.size() > 0) {
           scores.array() *= slope.array();
         }
         stack.resize(queries.rows(), queries.cols());
-        stack.noalias() = scores * keys.topRows(block.columns);
+        stack.noalias() = scores * read.keys.topRows(block.columns);
         unstack_heads(stack, block, heads.count, gradient);
         by_keys.topRows(block.columns).noalias() += scores.transpose() * queries;
       }
-      key_gradient.leftCols(p) += by_keys.leftCols(p);
-      key_gradient.middleCols(p, group.shared) += by_keys.middleCols(p, group.shared);
-      key_gradient.middleCols(p + part.first, part.rank) += by_keys.rightCols(part.rank);
-      scatter_queries(gradient, heads.count, group, part, p, out);
+      scatter_keys(by_keys, group, read.part, p, key_gradient);
+      scatter_queries(gradient, heads.count, group, read.part, p, out);
     }
     rotate_in_place(reversed(layer_.rotations.of(here.index)), 0, chunk.queries.width, heads.count, out);
     return out;
@@ -329,19 +312,11 @@ class CpuOutputProblem final : public OutputProblem {
 
   // All chunks' gradients as one, by the key map.
   void collect(Sequence& here) const {
-    const Index p = attention_.rope_dim();
-    MatrixF gradient = MatrixF::Zero(here.z.rows(), attention_.width());
+    std::vector<KeyGradient> gradients;
     for (std::size_t c = 0; c < layer_.chunks.size(); ++c) {
-      const LatentGroup& group = *layer_.chunks[c].group;
-      gradient.leftCols(p) += here.key_gradient[c].leftCols(p);
-      gradient.middleCols(p + group.first, group.rank) += here.key_gradient[c].rightCols(group.rank);
+      gradients.push_back({layer_.chunks[c].group, &here.key_gradient[c]});
     }
-    rotate_in_place(reversed(layer_.rotations.all), 0, p, 1, gradient);
-    if (here.shrink.size() > 0) {
-      gradient.rightCols(gradient.cols() - p).array().colwise() *= here.shrink.array();
-    }
-    here.sum.resize(gradient.cols(), here.x.cols());
-    here.sum.noalias() = gradient.transpose() * here.x;
+    here.sum = key_map_gradient(attention_, gradients, layer_.rotations.all, here.shrink, here.x);
   }
 
   // Adds gradientᵀ x̃ of every head's query, over a batch of sequences.
@@ -360,12 +335,12 @@ class CpuOutputProblem final : public OutputProblem {
   const AbsorbedAttention& attention_;
   double query_ridge_;
   double key_ridge_;
-  ProductMap key_inputs_;  // (input_moment + ridge)⁻¹
-  std::vector<ProductMap> query_inputs_;
   ProductMap o_;
   ProductMap o_transposed_;
   std::vector<Index> first_column_;  // of each head's query among all
   Index columns_ = 0;
+  // (moment + ridge)⁻¹ of what queries read, for all heads or for each, then of what keys read.
+  std::vector<ProductMap> inputs_;
   std::vector<ScoreSide> sides_;  // per head, then of the key
 };
 

@@ -2,7 +2,6 @@
 
 #include <Eigen/Dense>
 #include <algorithm>
-#include <span>
 #include <utility>
 #include <vector>
 
@@ -93,15 +92,15 @@ class QueryProblem final : public FitProblem {
 
   Systems apply(const Systems& direction) const override {
     Systems image = run(direction, false, [](Heads, const Slot&) {});
-    add_ridge(sides_, shared_.ridge, direction, image);
+    add_ridge(sides_, {&shared_.ridge, 1}, direction, image);
     return image;
   }
 
   Systems precondition(const Systems& residual) const override {
-    const std::span<const ProductMap> all = shared_.inputs;
     const auto first = static_cast<std::size_t>(first_head_);
-    return relatent::precondition(sides_, residual,
-                                  sample_.by_head() ? all.subspan(first, residual.size()) : all);
+    return relatent::precondition(sides_, residual, [&](std::size_t i) -> const ProductMap& {
+      return shared_.inputs[sample_.by_head() ? first + i : 0];
+    });
   }
 
  private:
