@@ -2,11 +2,13 @@
 // compiled in.
 #pragma once
 
-#include <string_view>
+#include <vector>
+
+#include "convert/engines/engine.h"
 
 namespace relatent {
 
-std::string_view hf_configuration();
-std::string_view hf_modeling();
+// modeling_relatent.py and what it imports.
+std::vector<ExtraFile> hf_files();
 
 }  // namespace relatent

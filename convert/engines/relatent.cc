@@ -215,9 +215,7 @@ class RelatentEngine final : public Engine {
     config["layout_version"] = 2;
   }
 
-  std::vector<ExtraFile> extra_files() const override {
-    return {{"configuration_relatent.py", hf_configuration()}, {"modeling_relatent.py", hf_modeling()}};
-  }
+  std::vector<ExtraFile> extra_files() const override { return hf_files(); }
 
   std::vector<std::string> readers(const ModelConfig& config) const override {
     return {plug_in_holds(config)

@@ -19,7 +19,12 @@ from faults import (
 )
 from folders import INDEX, REPORT, Damaged, Tensors, WeightFile, is_weights
 
-CODE = ("modeling_relatent.py", "configuration_relatent.py")
+CODE = (
+    "modeling_relatent.py",
+    "attention_relatent.py",
+    "layers_relatent.py",
+    "configuration_relatent.py",
+)
 PICKLE = "PK\3\4 not a model"
 TRAP = "raise SystemExit('this must not run')\n"
 

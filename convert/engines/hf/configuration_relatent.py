@@ -251,7 +251,7 @@ class RelatentConfig(PreTrainedConfig):
             if self.q_lora_rank is not None or self.latent_norm == "replicated":
                 raise ValueError("normed_heads have neither q_lora_rank nor a replicated norm")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"the activation must be one of {ACTIVATIONS}, not {self.activation!r}")
+            raise ValueError(f"activation must be one of {ACTIVATIONS}, not {self.activation!r}")
         if self.norm_placement not in NORM_PLACEMENTS:
             raise ValueError(
                 f"norm_placement must be one of {NORM_PLACEMENTS}, not {self.norm_placement!r}"
