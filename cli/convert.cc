@@ -420,7 +420,7 @@ void add_engine_options(CLI::App& command, Options& options) {
       "leaves the tokenizer out (default: found from tokenizer.json)");
   command
       .add_option("--norm-coordinates", options.convert.norm_coordinates,
-                  "deepseek, gguf, mlra: coordinates added to each latent to steady its norm (default 16)")
+                  "deepseek, gguf, mlra: coordinates added to each latent to steady its norm (default 2)")
       ->check(CLI::NonNegativeNumber);
   command.add_option("--pad-rank", options.convert.pad_rank,
                      "deepseek: add as many as bring kv_lora_rank to this, e.g. 512");

@@ -27,7 +27,7 @@ std::vector<CacheSizes> rotary_candidates(const GqaGeometry& gqa, bool plain_lis
     }
   }
   if (out.empty()) {
-    const Index size = std::max<Index>(2, std::min(most, size_step));
+    const Index size = std::max<Index>(2, std::min(most, size_step) / 2 * 2);
     out.push_back({size, total - size});
   }
   return out;
@@ -40,7 +40,7 @@ CacheSizes middle_candidate(const GqaGeometry& gqa, bool plain_list, Index total
 
 DeviceSplit::DeviceSplit(const ConvertOptions& options, const ConvertInputs& inputs)
     : partition_(inputs.partition),
-      per_device_(*options.per_device),
+      per_device_(*options.per_device - layout_elements(options, inputs)),
       step_(per_device_ < 6 * size_step ? size_step / 2 : size_step),
       moves_rotary_(inputs.source.config().gqa && !options.rope_dim),
       moves_keys_(partition_.parts > 1 && !options.key_rank) {
@@ -64,7 +64,7 @@ DeviceSplit::DeviceSplit(const ConvertOptions& options, const ConvertInputs& inp
   const std::optional<CacheSizes> first = with(rotary, keys);
   if (!first) {
     const bool room = per_device_ > rotary + keys;
-    fail_usage("--per-device " + std::to_string(per_device_) + " leaves " +
+    fail_usage("--per-device " + std::to_string(*options.per_device) + " leaves " +
                (room ? "more than a latent can hold" : "no room") + " beside a rotary key of " +
                std::to_string(rotary) +
                (partition_.parts > 1 ? " and shared coordinates of " + std::to_string(keys) : "") +

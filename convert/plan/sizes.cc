@@ -74,7 +74,7 @@ GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inpu
     fail_usage("--key-rank belongs to forms whose latents share their keys, tpla and mlra");
   }
   if (options.per_device) {
-    const Index own = *options.per_device - rope_dim - out.key_rank;
+    const Index own = *options.per_device - rope_dim - out.key_rank - layout_elements(options, inputs);
     if (own <= 0) {
       fail_usage("--per-device " + std::to_string(*options.per_device) +
                  " leaves no room for values beside a rotary key of " + std::to_string(rope_dim) +
@@ -83,9 +83,12 @@ GroupSizes choose_group(const ConvertOptions& options, const ConvertInputs& inpu
     out.rank = out.key_rank + partition.parts * own;
     return out;
   }
-  const Index total = options.rank ? *options.rank : budget_elements(*options.kv_budget, config) - rope_dim;
+  const Index layout = layout_elements(options, inputs) * partition.latents();
+  const Index total =
+      options.rank ? *options.rank : budget_elements(*options.kv_budget, config) - rope_dim - layout;
   if (!options.rank && total <= 0) {
-    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim));
+    fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " + std::to_string(rope_dim) +
+               (layout > 0 ? " and the " + std::to_string(layout) + " that the layout needs" : ""));
   }
   if (options.rank && total % partition.groups != 0) {
     fail_usage("--rank " + std::to_string(total) + " does not divide into " +
@@ -311,8 +314,7 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
     fail_usage(given + " and --rope-dim " + std::to_string(*options.rope_dim) + " contradict each other");
   }
   options.rope_dim = shape.rotary;
-  const Index own = traits.normed_latent ? options.norm_coordinates.value_or(default_norm_coordinates)
-                                         : traits.own_coordinates;
+  const Index own = layout_elements(options, inputs);
   const Index room = shape.latent - own;
   if (room < 1 || options.rank.value_or(1) > room) {
     fail_usage(given + " has room for a rank of " + std::to_string(std::max<Index>(0, room)) +
@@ -325,7 +327,8 @@ void fit_to_shape(const ConvertInputs& inputs, ConvertOptions& options) {
     const Index full = 2 * keys - (options.method == Method::transmla ? shape.rotary : 0);
     options.rank = std::min(room, full);
     if (options.kv_budget) {
-      options.rank = std::min(*options.rank, budget_elements(*options.kv_budget, config) - shape.rotary);
+      options.rank =
+          std::min(*options.rank, budget_elements(*options.kv_budget, config) - shape.rotary - own);
       if (*options.rank < 1) {
         fail_usage("--kv-budget leaves no room for a latent beside a rotary key of " +
                    std::to_string(shape.rotary));
@@ -384,6 +387,15 @@ Index budget_elements(double budget, const ModelConfig& config) {
     fail_usage("--kv-budget must lie above 0 and at most at 1");
   }
   return static_cast<Index>(std::floor(budget * static_cast<double>(config.cache_elements())));
+}
+
+Index layout_elements(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const EngineTraits traits = inputs.engine->traits();
+  if (!inputs.source.config().gqa) {
+    return 0;
+  }
+  return traits.normed_latent ? options.norm_coordinates.value_or(default_norm_coordinates)
+                              : traits.own_coordinates;
 }
 
 ConvertOptions with_engine_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {

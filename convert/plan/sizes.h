@@ -13,10 +13,14 @@
 namespace relatent {
 
 // Extra latent coordinates for engines that normalise the latent.
-inline constexpr Index default_norm_coordinates = 16;
+inline constexpr Index default_norm_coordinates = 2;
 
 // Elements per token and layer that a budget leaves. Throws Error (usage) unless it lies in (0, 1].
 Index budget_elements(double budget, const ModelConfig& config);
+
+// Of these, what each latent of a grouped-query source stores for the layout and not for a head to read: the
+// constant one, or what steadies the norm.
+Index layout_elements(const ConvertOptions& options, const ConvertInputs& inputs);
 
 // The options with what the engine's layout decides of the sizes: the rank and the rotary key of a shape that
 // kernels have, the frequencies of a fixed base, the rank of a layout that has one size only. Throws Error

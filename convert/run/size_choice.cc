@@ -60,14 +60,15 @@ std::optional<Sought> sought(const ConvertOptions& options, const ConvertInputs&
                                                                  : std::nullopt;
 }
 
-// The numbers that a budget leaves for the latent and the rotary key.
-Index budgeted(const ConvertOptions& options, const ModelConfig& config) {
-  const Index total = budget_elements(*options.kv_budget, config) / size_step * size_step;
-  if (total < 2 * size_step) {
+// The numbers that a budget leaves for what heads read of the latent, and for the rotary key.
+Index budgeted(const ConvertOptions& options, const ConvertInputs& inputs) {
+  const Index total = budget_elements(*options.kv_budget, inputs.source.config()) / size_step * size_step;
+  const Index read = total - layout_elements(options, inputs);
+  if (total < 2 * size_step || read <= size_step) {
     fail_usage("--kv-budget leaves less than " + std::to_string(2 * size_step) +
                " numbers: give --rope-dim and --rank for a cache that small");
   }
-  return total;
+  return read;
 }
 
 ConvertOptions with_sizes(const ConvertOptions& options, const ConvertInputs& inputs,
@@ -110,7 +111,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   SizeTrial chosen;
   switch (*what) {
     case Sought::rotary:
-      chosen = search.rotary_for(budgeted(options, inputs.source.config()));
+      chosen = search.rotary_for(budgeted(options, inputs));
       break;
     case Sought::split:
       chosen = search.split_for(DeviceSplit(options, inputs));
@@ -140,7 +141,7 @@ SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inpu
   OpenSizes open;
   CacheSizes assumed;
   if (what == Sought::rotary) {
-    const Index total = budgeted(options, config);
+    const Index total = budgeted(options, inputs);
     open.all_tried = true;
     open.candidates = rotary_candidates(*config.gqa, plain, total);
     assumed = middle_candidate(*config.gqa, plain, total);

@@ -8,6 +8,11 @@ documentation of this machine: manuals, READMEs and licences, and the docstrings
 
 makes FOLDER/SmolLM2-135M, FOLDER/calibration.npy and FOLDER/validation.npy, or leaves alone what is
 there. Needs numpy, gguf and tokenizers; about 100 MB are fetched.
+
+    python tests/bench/smollm2.py FOLDER --more DIRECTORY...
+
+also makes FOLDER/more.npy from the texts and manuals below these directories, without what
+validation.npy has: text to heal with, or for long calibrations.
 """
 
 import argparse
@@ -24,7 +29,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,7 @@ MOST_ALIKE = 8
 # Of the documents; the rest is for calibration.
 VALIDATION_SHARE = 0.25
 MOST_TOKENS = 400_000
+MOST_MORE_TOKENS = 16_000_000
 
 
 def fetch_gguf(folder: Path) -> Path:
@@ -190,6 +196,22 @@ def docstrings(source: str) -> str:
     return "\n\n".join(text for text in found if text)
 
 
+def read_document(path: Path, clean: Callable[[str], str]) -> str | None:
+    """Its first part; None where it is short or no text."""
+    raw = path.read_bytes()
+    try:
+        raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
+        text = clean(raw.decode("utf-8")).strip()[:LONGEST]
+    except (UnicodeDecodeError, OSError, EOFError):
+        return None
+    return text if len(text) >= SHORTEST else None
+
+
+def is_for_validation(text: str) -> bool:
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
+    return digest < VALIDATION_SHARE * 2**32
+
+
 def documents() -> Iterator[str]:
     """Texts of the documentation on this machine, each of them once, in an order of their own."""
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -210,13 +232,8 @@ def documents() -> Iterator[str]:
             family = re.split(r"[-_.:]", stem)[0].lower()
             if alike[family] >= MOST_ALIKE:
                 continue
-            raw = path.read_bytes()
-            try:
-                raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-                text = clean(raw.decode("utf-8")).strip()[:LONGEST]
-            except (UnicodeDecodeError, OSError, EOFError):
-                continue
-            if len(text) >= SHORTEST:
+            text = read_document(path, clean)
+            if text:
                 alike[family] += 1
                 texts[hashlib.sha256(text.encode()).hexdigest()] = text
     order = sorted(texts)
@@ -232,12 +249,41 @@ def write_tokens(model: Path, folder: Path) -> None:
     end = tokenizer.token_to_id("<|endoftext|>")
     kept: dict[str, list[int]] = {"calibration": [], "validation": []}
     for text in documents():
-        digest = int(hashlib.sha256(text.encode()).hexdigest()[:8], 16)
-        name = "validation" if digest < VALIDATION_SHARE * 2**32 else "calibration"
+        name = "validation" if is_for_validation(text) else "calibration"
         if len(kept[name]) < MOST_TOKENS:
             kept[name] += [*tokenizer.encode(text).ids, end]
     for name, ids in kept.items():
         np.save(folder / f"{name}.npy", np.array(ids[:MOST_TOKENS], dtype=np.uint16))
+
+
+def more_documents(roots: list[Path]) -> list[str]:
+    """Texts below `roots`, each once and none that could be in validation.npy, in mixed order."""
+    kinds = ("README*", "NEWS*", "*.txt*", "*.rst*", "*.md*", "*.pod", "*.[1-9]", "*.[1-9].gz")
+    paths = {path for root in roots for kind in kinds for path in root.rglob(kind)}
+    texts: dict[str, str] = {}
+    for path in sorted(paths):
+        if not path.is_file():
+            continue
+        manual = path.parent.name.startswith("man")
+        text = read_document(path, man_text if manual else str)
+        if text and not is_for_validation(text):
+            texts[hashlib.sha256(text.encode()).hexdigest()] = text
+    order = sorted(texts)
+    random.Random(0).shuffle(order)
+    return [texts[key] for key in order]
+
+
+def write_more_tokens(model: Path, roots: list[Path], file: Path) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    end = tokenizer.token_to_id("<|endoftext|>")
+    ids: list[int] = []
+    for text in more_documents(roots):
+        ids += [*tokenizer.encode(text).ids, end]
+        if len(ids) >= MOST_MORE_TOKENS:
+            break
+    np.save(file, np.array(ids[:MOST_MORE_TOKENS], dtype=np.uint16))
 
 
 def prepare(folder: Path) -> tuple[Path, Path, Path]:
@@ -258,7 +304,13 @@ def prepare(folder: Path) -> tuple[Path, Path, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    for path in prepare(parser.parse_args().folder):
+    parser.add_argument("--more", type=Path, nargs="+", metavar="DIRECTORY")
+    options = parser.parse_args()
+    made = prepare(options.folder)
+    if options.more:
+        made = (*made, options.folder / "more.npy")
+        write_more_tokens(made[0], options.more, made[-1])
+    for path in made:
         print(path)
 
 
