@@ -65,10 +65,16 @@ void tell_candidates(const ConvertPlan& plan, OpenText& out) {
   for (const CacheSizes& sizes : plan.open->candidates) {
     out.tried += (out.tried.empty() ? "" : ", ") + sizes_text(sizes);
   }
+  if (plan.open->weights_add_one) {
+    out.tried += ", and the rotary key at which frequencies cease to matter";
+  }
   out.tried += "; the one that loses least on held-out calibration tokens is taken";
   // Of two the second.
-  const bool middle = plan.open->candidates.size() > 2;
-  out.planned = sizes_text(planned) + (middle ? ", the one in the middle" : ", the second of them");
+  const std::size_t count = plan.open->candidates.size();
+  out.planned = sizes_text(planned);
+  if (count > 1) {
+    out.planned += count > 2 ? ", the one in the middle" : ", the second of them";
+  }
 }
 
 // The smallest cache that loses little enough.
@@ -141,6 +147,7 @@ Json open_json(const ConvertPlan& plan) {
   put("kv_rank", &CacheSizes::rank);
   put("key_rank", &CacheSizes::key_rank);
   out["candidates"] = Json(nullptr);
+  out["weights_add_one"] = open.weights_add_one;
   if (open.all_tried) {
     out["candidates"] = Json::array();
     for (const CacheSizes& sizes : open.candidates) {

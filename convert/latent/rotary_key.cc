@@ -206,6 +206,24 @@ PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_di
   return best;
 }
 
+Index worthwhile_frequencies(const std::vector<Concentration>& layers, Index frequencies) {
+  std::vector<double> first(static_cast<std::size_t>(frequencies));
+  std::vector<double> second(first.size());
+  for (std::size_t f = 0; f < first.size(); ++f) {
+    for (const Concentration& layer : layers) {
+      first[f] += layer.loss[f](0);
+      second[f] += layer.loss[f].size() > 1 ? layer.loss[f](1) : 0;
+    }
+  }
+  auto middle = second.begin() + static_cast<std::ptrdiff_t>(second.size() / 2);
+  std::nth_element(second.begin(), middle, second.end());
+  Index out = frequencies;
+  while (out > 1 && !(first[static_cast<std::size_t>(out - 1)] > *middle)) {
+    --out;
+  }
+  return out;
+}
+
 Rotary kept_rotary(const Rotary& source, const std::vector<Index>& components) {
   Rotary out;
   out.attention_factor = source.attention_factor;

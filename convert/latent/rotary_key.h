@@ -55,6 +55,12 @@ struct PlainList {
 PlainList allocate_plain(const std::vector<Concentration>& layers, Index rope_dim, Index frequencies,
                          std::optional<Index> given = std::nullopt);
 
+// How many frequencies from the fastest a plain list had better hold: up to the last one whose first
+// combination keeps more than the second ones do (their median), which is what a larger list of another kind
+// would hold instead. Models use a few slow frequencies much and those behind them hardly, so that one
+// frequency more or less can be worth more than many coordinates of the latent.
+Index worthwhile_frequencies(const std::vector<Concentration>& layers, Index frequencies);
+
 // The frequencies of components[f] combinations of every frequency f.
 Rotary kept_rotary(const Rotary& source, const std::vector<Index>& components);
 

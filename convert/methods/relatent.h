@@ -38,6 +38,10 @@ class RelatentConversion final : public ConversionMethod {
 
   // Of a plain list: every how many-th frequency of the source is kept.
   Index list_stride() const { return list_stride_; }
+  // The rotary key that a plain list is best spent on (worthwhile_frequencies), of a grouped-query source.
+  Index worthwhile_rope_dim() const {
+    return 2 * worthwhile_frequencies(concentrations_, static_cast<Index>(source_rotary().rotating_pairs()));
+  }
   // Score error of the layer converted last (zeros when queries are not fitted).
   const ScoreError& score_error() const { return score_error_; }
 

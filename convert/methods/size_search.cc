@@ -67,9 +67,24 @@ SizeTrial SizeSearch::quick_trial(const CacheSizes& sizes) {
   return trial(sizes, first_sequences(sequences_, fit), last_sequences(sequences_, held), quick);
 }
 
+std::vector<CacheSizes> SizeSearch::with_worthwhile(std::vector<CacheSizes> candidates) const {
+  RelatentOptions options = options_;
+  options.rope_dim = candidates.front().rope_dim;
+  const Index total = options.rope_dim + candidates.front().rank;
+  const Index size = RelatentConversion(source_, moments_, {}, options).worthwhile_rope_dim();
+  const auto at = std::find_if(candidates.begin(), candidates.end(),
+                               [&](const CacheSizes& one) { return one.rope_dim >= size; });
+  if (size < total && (at == candidates.end() || at->rope_dim != size)) {
+    candidates.insert(at, {size, total - size});
+  }
+  return candidates;
+}
+
 SizeTrial SizeSearch::rotary_for(Index total) {
-  const std::vector<CacheSizes> candidates =
-      rotary_candidates(*source_.config().gqa, options_.plain_list, total);
+  std::vector<CacheSizes> candidates = rotary_candidates(*source_.config().gqa, options_.plain_list, total);
+  if (options_.plain_list && !options_.list_stride) {
+    candidates = with_worthwhile(std::move(candidates));
+  }
   if (candidates.size() == 1) {
     return {candidates.front(), std::numeric_limits<double>::quiet_NaN()};
   }

@@ -23,8 +23,9 @@ class SizeSearch {
   // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
   void take_over(std::vector<SizeTrial> trials) { earlier_trials_ = std::move(trials); }
 
-  // The best of the rotary_candidates for a cache of `total` numbers, tried with fewer tokens and no key fit,
-  // which rank them well enough. One candidate is taken untried.
+  // The best of the rotary_candidates for a cache of `total` numbers, tried with fewer tokens, which rank
+  // them well enough. One candidate is taken untried. Of a plain list the size at which its frequencies cease
+  // to be worthwhile (rotary_key.h) is tried too.
   SizeTrial rotary_for(Index total);
 
   // Shared coordinates and then the rotary key moved in steps as long as it helps, ranked like rotary sizes.
@@ -40,6 +41,8 @@ class SizeSearch {
  private:
   SizeTrial trial(const CacheSizes& sizes, const Sequences& fit, const Sequences& held_out,
                   const RelatentOptions& options);
+  // With the sizes at which a plain list is best spent.
+  std::vector<CacheSizes> with_worthwhile(std::vector<CacheSizes> candidates) const;
   // The same with the few tokens that rank sizes.
   SizeTrial quick_trial(const CacheSizes& sizes);
 

@@ -23,6 +23,7 @@ struct SizeTrial : CacheSizes {
 struct OpenSizes {
   std::vector<CacheSizes> candidates;  // one of which trials will choose
   bool all_tried = false;              // else as many as the search takes
+  bool weights_add_one = false;        // a further one, which the weights decide
   Index step = size_step;              // from one to the next, where not all are tried
 };
 

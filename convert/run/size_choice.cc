@@ -143,6 +143,7 @@ SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inpu
   if (what == Sought::rotary) {
     const Index total = budgeted(options, inputs);
     open.all_tried = true;
+    open.weights_add_one = plain && !options.relatent.list_stride;
     open.candidates = rotary_candidates(*config.gqa, plain, total);
     assumed = middle_candidate(*config.gqa, plain, total);
   } else if (what == Sought::split) {
@@ -158,7 +159,7 @@ SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inpu
     assumed = middle_candidate(*config.gqa, plain, range.over() ? range.whole() : range.next());
   }
   out.options = with_sizes(options, inputs, assumed);
-  if (open.candidates.size() > 1) {
+  if (open.candidates.size() > 1 || open.weights_add_one) {
     out.open = std::move(open);
   }
   return out;

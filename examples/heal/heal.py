@@ -35,7 +35,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # What a step moves a weight by at most, about, relative to the size that weights have at its place.
-DEFAULT_RATE = 3e-3
+DEFAULT_RATE = 5e-3
 # Share of the steps that the rate rises in.
 WARM_UP = 0.03
 FIRST_MOMENT, SECOND_MOMENT = 0.9, 0.95
@@ -60,7 +60,7 @@ def arguments() -> argparse.Namespace:
     add("--validation", type=Path, help=".npy of token ids to report on, never trained on")
     add("--validation-sequences", type=int, default=64, metavar="N")
     add("--length", type=int, default=1024, metavar="N", help="tokens of a sequence")
-    add("--batch", type=int, default=16, metavar="N", help="sequences of a step")
+    add("--batch", type=int, default=8, metavar="N", help="sequences of a step")
     add("--steps", type=int, metavar="N", help="steps (default: all tokens once)")
     add(
         "--rate", type=float, default=DEFAULT_RATE, help="largest step, relative to a tensor's size"

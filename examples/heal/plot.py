@@ -15,13 +15,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def curve(place: str) -> tuple[list[float], list[float]]:
+PANELS = {"nats": "nats lost per token", "kl": "KL(source || healed) per token"}
+
+
+def rows_of(place: str) -> list[dict[str, float]]:
     path = Path(place)
     path = path / "healing_report.json" if path.is_dir() else path
-    rows = json.loads(path.read_text())["validation"]
+    rows: list[dict[str, float]] = json.loads(path.read_text())["validation"]
     if not rows:
         raise SystemExit(f"plot: {path} has no figures: heal with --validation")
-    return [row["tokens"] for row in rows], [row["nats"] for row in rows]
+    return rows
 
 
 def main() -> None:
@@ -30,18 +33,22 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help=".svg or .png")
     options = parser.parse_args()
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for run in options.runs:
-        name, _, place = run.rpartition("=")
-        tokens, nats = curve(place)
-        axes.plot(tokens, nats, marker="o", markersize=3, label=name or place)
-    # The start has no tokens, so the scale is linear up to the first measurement after it.
-    axes.set_xscale("symlog", linthresh=3e5)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens trained on")
-    axes.set_ylabel("nats lost per token")
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(10, 4.2), layout="constrained")
+    for axes, (key, label) in zip(panels, PANELS.items()):
+        for run in options.runs:
+            name, _, place = run.rpartition("=")
+            rows = rows_of(place)
+            tokens = [row["tokens"] for row in rows]
+            values = [row[key] for row in rows]
+            axes.plot(tokens, values, marker="o", markersize=3, label=name or place)
+        # No tokens at the start, and below the source's loss at the end: linear around zero.
+        axes.set_xscale("symlog", linthresh=1e5)
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_xlabel("tokens trained on")
+        axes.set_ylabel(label)
+        axes.grid(True, alpha=0.3)
+    panels[-1].legend(loc="lower left")
     figure.savefig(options.output)
 
 

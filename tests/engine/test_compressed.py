@@ -62,8 +62,8 @@ def test_sizes_are_as_asked(bench, source: Path) -> None:
     head = before.get("head_dim", before["hidden_size"] // before["num_attention_heads"])
     config = json.loads((convert(bench, source, "transmla") / "config.json").read_text())
     assert config["qk_rope_head_dim"] == head
-    # One more coordinate keeps the latent's norm constant.
-    assert config["kv_lora_rank"] == before["num_key_value_heads"] * head - head + 1
+    # Half of the cache, the coordinate that keeps the latent's norm constant included.
+    assert config["kv_lora_rank"] == before["num_key_value_heads"] * head - head
     with_rank = convert(bench, source, "transmla with a query rank")
     q_rank = json.loads((with_rank / "config.json").read_text())["q_lora_rank"]
     assert q_rank == before["hidden_size"] // 2 + 1

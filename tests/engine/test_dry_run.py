@@ -65,8 +65,8 @@ def test_a_budget_names_its_candidates(bench, llama: Path, tmp_path: Path) -> No
     given = (*BUDGET, "--calibration", bench.calibration(llama))
     plan, _ = dry(llama, tmp_path / "out", *given)
     candidates = plan["open_sizes"]["candidates"]
-    assert (plan["rope_dim"], plan["kv_rank"]) == (32, 96)
-    assert plan["open_sizes"]["planned_here"].startswith("rotary 32 + latents 96, ")
+    assert (plan["rope_dim"], plan["kv_rank"]) == (32, 95)
+    assert plan["open_sizes"]["planned_here"].startswith("rotary 32 + latents 95, ")
     report = json.loads(
         support.relatent(
             *("convert", llama, "-o", tmp_path / "out", *given, "--no-query-fit", "--no-key-fit"),

@@ -15,7 +15,7 @@ import support
 
 HEAL = support.ROOT / "examples" / "heal" / "heal.py"
 SOURCE = support.EXAMPLES / "llama-3m"
-FEW = ("--length", 128, "--batch", 4, "--steps", 12, "--rate", 1e-2)
+FEW = ("--length", 128, "--batch", 4, "--steps", 24, "--rate", 1e-2)
 REPORTED = ("--validation", support.VALIDATION_TOKENS, "--validation-sequences", 8)
 
 
@@ -60,7 +60,7 @@ def test_wins_and_leaves_the_rest(converted: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((healed / "healing_report.json").read_text())
     first, last = report["validation"][0], report["validation"][-1]
-    assert last["tokens"] == 12 * 4 * 128
+    assert last["tokens"] == 24 * 4 * 128
     assert last["nats"] < 0.97 * first["nats"] and last["kl"] < 0.97 * first["kl"]
 
     before, after = tensors(converted), tensors(healed)

@@ -275,6 +275,18 @@ TEST(AllocatePlain, TakesTheStrideThatKeepsMost) {
   }
 }
 
+// Up to the last frequency whose first component beats what second components do; gaps before it count.
+TEST(WorthwhileFrequencies, EndWhereTheFirstComponentIsWorthLessThanSecondOnes) {
+  const auto layers =
+      with_losses({{{9, 2}, {0, 0}, {5, 2}, {1, 1}, {1, 2}}, {{1, 1}, {0, 1}, {1, 1}, {1, 1}, {1, 1}}});
+  EXPECT_EQ(worthwhile_frequencies(layers, 5), 3);
+  EXPECT_EQ(worthwhile_frequencies(layers, 2), 1);
+  // One head of keys has no second components: what rotates at all is worth its place.
+  EXPECT_EQ(worthwhile_frequencies(with_losses({{{3}, {2}, {1}, {0}}}), 4), 3);
+  // None is worth less than one pair.
+  EXPECT_EQ(worthwhile_frequencies(with_losses({{{0, 0}, {0, 0}}}), 2), 1);
+}
+
 TEST(AllocatePlain, AGivenStrideIsTakenAsItIs) {
   const auto layers = with_losses({{{1, 9}, {2, 1}, {3, 1}, {4, 9}, {5, 1}, {6, 0}}});
   const auto keeps = [&](Index rope_dim, Index stride, const std::vector<Index>& components) {
