@@ -45,14 +45,14 @@ def test_mlra_layout(bench, llama: Path, form: str, branches: int) -> None:
         llama,
         "relatent",
         *("--engine", "mlra", "--to", form, "--branches", branches),
-        *("--rope-dim", head_dim, *options, 2 * head_dim),
+        *("--rope-dim", head_dim, *options, 2 * head_dim + 4),
         *("--norm-coordinates", 4, *QUICK),
     )
     config = json.loads((converted / "config.json").read_text())
     assert config["mlra_model"] == f"{form}_{branches}"
-    # What is stored on a device holds the coordinates of the norm too.
+    # Stored latents hold the coordinates of their norms too.
     latents = 2 if (form, branches) == ("gla", 2) else 4
-    assert config["kv_lora_rank"] == latents * head_dim
+    assert config["kv_lora_rank"] == latents * (head_dim + 4)
     assert 0 < check(bench, MlraModel, llama, converted) < 2
 
 
