@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "convert/compute/backend.h"
 
@@ -16,11 +17,11 @@ constexpr Index ranking_held_out = 4;
 }  // namespace
 
 SizeSearch::SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
-                       const RelatentOptions& options, Watch watch)
+                       RelatentOptions options, Watch watch)
     : source_(source),
       moments_(std::move(moments)),
       sequences_(sequences),
-      options_(options),
+      options_(std::move(options)),
       watch_(std::move(watch)) {
   check_trial_sequences(sequences);
 }

@@ -18,7 +18,7 @@ class SizeSearch {
 
   // options: everything but the sizes. Needs at least two sequences (usage otherwise, saying so).
   SizeSearch(const Model& source, std::function<Moments(Index)> moments, const Sequences& sequences,
-             const RelatentOptions& options, Watch watch);
+             RelatentOptions options, Watch watch);
 
   // Trials that an earlier search for the same was told of: taken over when their turn comes, unwatched.
   void take_over(std::vector<SizeTrial> trials) { earlier_trials_ = std::move(trials); }
