@@ -52,21 +52,26 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("source", type=Path, help="checkpoint that was converted")
-    add("converted", type=Path, help="folder that relatent convert wrote")
-    add("-o", "--output", type=Path, required=True, help="folder to make; must not exist")
-    add("--tokens", type=Path, required=True, help=".npy of token ids to train on")
-    add("--validation", type=Path, help=".npy of token ids to report on, never trained on")
-    add("--validation-sequences", type=int, default=64, metavar="N")
-    add("--length", type=int, default=1024, metavar="N", help="tokens of a sequence")
-    add("--batch", type=int, default=8, metavar="N", help="sequences of a step")
-    add("--steps", type=int, metavar="N", help="steps (default: all tokens once)")
-    add(
+    parser.add_argument("source", type=Path, help="checkpoint that was converted")
+    parser.add_argument("converted", type=Path, help="folder that relatent convert wrote")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to make; must not exist"
+    )
+    parser.add_argument("--tokens", type=Path, required=True, help=".npy of token ids to train on")
+    parser.add_argument(
+        "--validation", type=Path, help=".npy of token ids to report on, never trained on"
+    )
+    parser.add_argument("--validation-sequences", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--length", type=int, default=1024, metavar="N", help="tokens of a sequence"
+    )
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences of a step")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps (default: all tokens once)")
+    parser.add_argument(
         "--rate", type=float, default=DEFAULT_RATE, help="largest step, relative to a tensor's size"
     )
-    add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
@@ -126,6 +131,11 @@ def attention_maps(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
+def total_divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(wanted || found) of log-probabilities, summed over positions."""
+    return functional.kl_div(found, wanted, reduction="sum", log_target=True)
+
+
 def token_log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return functional.log_softmax(logits.float(), dim=-1)
 
@@ -175,7 +185,7 @@ class Healing:
             with torch.no_grad():
                 wanted = token_log_probabilities(self.source(ids, use_cache=False).logits)
             found = token_log_probabilities(self.student(ids, use_cache=False).logits)
-        return functional.kl_div(found, wanted, reduction="sum", log_target=True) / ids.numel()
+        return total_divergence(wanted, found) / ids.numel()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -190,7 +200,7 @@ class Healing:
             wanted, found = (token_log_probabilities(x[:, :-1]) for x in logits)
             following = ids[:, 1:, None]
             lost += (wanted - found).gather(-1, following).sum().item()
-            divergence += functional.kl_div(found, wanted, reduction="sum", log_target=True).item()
+            divergence += total_divergence(wanted, found).item()
             predicted += following.numel()
         return {"nats": lost / predicted, "kl": divergence / predicted}
 

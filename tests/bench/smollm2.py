@@ -29,7 +29,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,15 @@ def is_for_validation(text: str) -> bool:
     return digest < VALIDATION_SHARE * 2**32
 
 
-def documents() -> Iterator[str]:
+def in_mixed_order(texts: list[str]) -> list[str]:
+    """Each of them once, in an order that neither their places nor their names decide."""
+    found = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts}
+    order = sorted(found)
+    random.Random(0).shuffle(order)
+    return [found[key] for key in order]
+
+
+def documents() -> list[str]:
     """Texts of the documentation on this machine, each of them once, in an order of their own."""
     library = Path(sysconfig.get_paths()["stdlib"])
     kinds = [
@@ -222,7 +230,7 @@ def documents() -> Iterator[str]:
         (Path("/usr/share/perl"), ("**/*.pod",), str),
         (library, ("*.py", "*/*.py"), docstrings),
     ]
-    texts: dict[str, str] = {}
+    texts: list[str] = []
     alike: Counter[str] = Counter()
     for root, patterns, clean in kinds:
         for path in sorted(p for pattern in patterns for p in root.glob(pattern)):
@@ -235,10 +243,8 @@ def documents() -> Iterator[str]:
             text = read_document(path, clean)
             if text:
                 alike[family] += 1
-                texts[hashlib.sha256(text.encode()).hexdigest()] = text
-    order = sorted(texts)
-    random.Random(0).shuffle(order)
-    return (texts[key] for key in order)
+                texts.append(text)
+    return in_mixed_order(texts)
 
 
 def write_tokens(model: Path, folder: Path) -> None:
@@ -260,17 +266,15 @@ def more_documents(roots: list[Path]) -> list[str]:
     """Texts below `roots`, each once and none that could be in validation.npy, in mixed order."""
     kinds = ("README*", "NEWS*", "*.txt*", "*.rst*", "*.md*", "*.pod", "*.[1-9]", "*.[1-9].gz")
     paths = {path for root in roots for kind in kinds for path in root.rglob(kind)}
-    texts: dict[str, str] = {}
+    texts: list[str] = []
     for path in sorted(paths):
         if not path.is_file():
             continue
         manual = path.parent.name.startswith("man")
         text = read_document(path, man_text if manual else str)
         if text and not is_for_validation(text):
-            texts[hashlib.sha256(text.encode()).hexdigest()] = text
-    order = sorted(texts)
-    random.Random(0).shuffle(order)
-    return [texts[key] for key in order]
+            texts.append(text)
+    return in_mixed_order(texts)
 
 
 def write_more_tokens(model: Path, roots: list[Path], file: Path) -> None:

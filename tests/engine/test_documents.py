@@ -139,7 +139,7 @@ def command_options() -> dict[str, set[str]]:
 def script_options() -> set[str]:
     folders = (support.ROOT / name for name in ("tests/bench", "tests/attack", "examples/heal"))
     files = (file for folder in folders for file in folder.glob("*.py"))
-    added = re.compile(r'add(?:_argument)?\(\s*"(--[a-z-]+)"')
+    added = re.compile(r'add_argument\(\s*"(--[a-z-]+)"')
     return {option for file in files for option in added.findall(file.read_text())}
 
 

@@ -110,7 +110,7 @@ class TestRefuses:
         )
         assert "100 tokens" in said
 
-    def test_files_without_a_trained_tensor(self, converted: Path, tmp_path: Path) -> None:
+    def test_folder_that_is_no_checkpoint(self, converted: Path, tmp_path: Path) -> None:
         broken = tmp_path / "broken"
         shutil.copytree(converted, broken)
         (broken / "config.json").unlink()
