@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "formats/calibration_checks.h"
+#include "formats/file_identity.h"
 #include "formats/files.h"
 #include "formats/hash.h"
 #include "formats/hdf5.h"
@@ -297,6 +298,7 @@ struct CalibrationFile::Impl {
   }
 
   Reading reading;
+  ReadFiles read_files;
   CalibrationHeader header;
   std::int64_t count = 0;
   std::int64_t length = 0;
@@ -310,10 +312,13 @@ CalibrationFile& CalibrationFile::operator=(CalibrationFile&&) noexcept = defaul
 CalibrationFile::~CalibrationFile() = default;
 
 CalibrationFile CalibrationFile::open(const std::filesystem::path& path) {
+  ReadFiles read_files;
+  read_files.note(path);
   // Complains about anything but a readable regular file, and knows its size.
   const MappedFile mapped = MappedFile::open(path);
   const LibraryLock lock;
   auto impl = std::make_unique<Impl>(path, mapped.bytes().size());
+  impl->read_files = std::move(read_files);
   const Reading& reading = impl->reading;
   if (H5Fis_hdf5(path.c_str()) <= 0) {
     reading.fail("not a calibration store", "an HDF5 file", "something else");
@@ -381,6 +386,10 @@ const CalibrationHeader& CalibrationFile::header() const {
 
 const std::filesystem::path& CalibrationFile::path() const {
   return impl_->reading.path();
+}
+
+void CalibrationFile::require_unchanged() const {
+  impl_->read_files.require_unchanged();
 }
 
 Sequences CalibrationFile::sequences() const {

@@ -125,6 +125,8 @@ class CalibrationFile {
 
   const CalibrationHeader& header() const;
   const std::filesystem::path& path() const;
+  // Throws Error (input) when the file changed since it was opened.
+  void require_unchanged() const;
   Sequences sequences() const;
   LayerMoments layer(std::int64_t layer_idx) const;
 

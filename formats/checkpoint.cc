@@ -149,6 +149,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
                 .expected = "a checkpoint folder",
                 .found = is_there(folder) ? "a file" : "nothing"});
   }
+  checkpoint.read_.note(checkpoint.config_path());
   checkpoint.config_ =
       std::make_unique<nlohmann::ordered_json>(read_json_object(checkpoint.config_path(), kLargestConfig));
 
@@ -164,6 +165,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
     checkpoint.open_files({kSingleName});
     return checkpoint;
   }
+  checkpoint.read_.note(folder / kIndexName);
   const std::map<std::string, std::string> weight_map = read_weight_map(folder / kIndexName);
   checkpoint.open_files(shards_of(folder, weight_map));
   checkpoint.require_index(weight_map);
@@ -172,6 +174,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& folder) {
 
 void Checkpoint::open_files(const std::set<std::string>& names) {
   for (const std::string& name : names) {
+    read_.note(folder_ / name);
     files_.push_back(SafetensorsFile::open(folder_ / name));
   }
   for (std::size_t i = 0; i < files_.size(); ++i) {

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "formats/file_identity.h"
 #include "formats/safetensors.h"
 #include "formats/tensor_sink.h"
 #include "formats/tensor_source.h"
@@ -61,6 +62,9 @@ class Checkpoint final : public TensorSource {
   std::span<const std::byte> bytes(const std::string& name) const override;
   void release(const std::string& name) const override;
 
+  // Throws Error (input) when config.json, the index or a weight file changed since the folder was opened.
+  void require_unchanged() const { read_.require_unchanged(); }
+
   // What all weight files allow: for files that are made from them.
   FilePermissions weight_permissions() const;
 
@@ -81,6 +85,7 @@ class Checkpoint final : public TensorSource {
   void require_index(const std::map<std::string, std::string>& weight_map) const;
 
   std::filesystem::path folder_;
+  ReadFiles read_;
   std::unique_ptr<nlohmann::ordered_json> config_;
   std::vector<SafetensorsFile> files_;
   bool has_index_ = false;

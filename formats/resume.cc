@@ -1,16 +1,13 @@
 #include "formats/resume.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
-#include "formats/error.h"
+#include "formats/file_identity.h"
 #include "formats/hash.h"
 
 namespace relatent {
@@ -37,18 +34,8 @@ RunIdentity program_identity() {
   return {{"the program", "relatent " RELATENT_VERSION}};
 }
 
-std::string file_identity(const std::filesystem::path& path) {
-  struct stat status {};
-  if (::stat(path.c_str(), &status) != 0) {
-    fail_system(path, "cannot examine", errno);
-  }
-  std::string nanoseconds = std::to_string(status.st_mtim.tv_nsec);
-  nanoseconds.insert(0, 9 - nanoseconds.size(), '0');
-  return std::to_string(status.st_size) + " bytes, changed " + std::to_string(status.st_mtim.tv_sec) + "." +
-         nanoseconds;
-}
-
 void add_source_identity(const Checkpoint& source, RunIdentity& facts) {
+  source.require_unchanged();
   const auto add = [&](const std::filesystem::path& path, const std::string& more) {
     facts.emplace_back("the source's " + path.filename().string(), file_identity(path) + more);
   };
@@ -79,8 +66,7 @@ void require_unchanged(const RunIdentity& before, const RunIdentity& now) {
     }
   }
   if (const std::string differs = difference(then, named); !differs.empty()) {
-    throw Error(ErrorKind::input, to_sentence({.problem = "a file changed while it was read: " + differs,
-                                               .next_step = "run it again when nothing writes there"}));
+    fail_changed(differs);
   }
 }
 

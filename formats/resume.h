@@ -28,10 +28,8 @@ struct SaveOptions {
 
 // The program's version.
 RunIdentity program_identity();
-// Size and time of last change: "123 bytes, changed 1700000000.123456789". Throws Error (input, machine).
-std::string file_identity(const std::filesystem::path& path);
 // Every file of the source that reaches the result: its shards (with a checksum of their headers), index,
-// config (with a checksum) and side files.
+// config (with a checksum) and side files. Throws Error (input) when one that was read changed since.
 void add_source_identity(const Checkpoint& source, RunIdentity& facts);
 // Throws Error (input) when a file that both name is not as it was: what was read of it may be of two minds.
 void require_unchanged(const RunIdentity& before, const RunIdentity& now);

@@ -2,6 +2,7 @@
 
 #include <concepts>
 
+#include "formats/file_identity.h"
 #include "formats/resume.h"
 
 namespace relatent {

@@ -257,6 +257,9 @@ ConvertReport convert(const ConvertPlan& plan, const ConvertInputs& inputs, Work
         report.measured = measure_output(plan, inputs, work);
         work.record(measured_entry, to_text(*report.measured));
       }
+      if (inputs.calibration) {
+        inputs.calibration->require_unchanged();
+      }
       require_unchanged_inputs(work.journal().given(), plan.options, inputs.source.folder("converted"));
       write_report(plan, inputs, work.output(), std::move(checksums), report.measured);
     }

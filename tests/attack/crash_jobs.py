@@ -49,22 +49,12 @@ class Changing:
     others: Path
     inputs: Path
     names: tuple[str, ...]
-    of_others: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     def restore(self) -> None:
         for name in self.names:
             harness.remove(self.inputs / name)
             shutil.copy2(self.originals / name, self.inputs / name)
 
-    def rehearse(self, folder: Path) -> None:
-        """What each of the others leads to, where it is a file that goes with the rest."""
-        self.job.rehearse(folder)
-        for name in self.names:
-            shutil.copy2(self.others / name, self.inputs / name)
-            out = folder / f"other {self.job.name} {Path(name).name}"
-            if harness.run(*self.job.make(out)).code == 0:
-                self.of_others[name] = harness.contents(out)
-            self.restore()
 
 
 def shard_job(source: Path, ranks: int) -> Job:

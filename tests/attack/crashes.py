@@ -102,7 +102,7 @@ def main() -> int:
         jobs = Jobs(folder)
         changing = list(jobs.changing(folder / "changing"))
         for each in changing:
-            each.rehearse(folder / "changing")
+            each.job.rehearse(folder / "changing")
         if args.case is None:
             attacks = list(listed(attack, jobs))
             random.Random(args.seed).shuffle(attacks)

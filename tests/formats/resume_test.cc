@@ -8,6 +8,7 @@
 #include <string>
 #include <thread>
 
+#include "formats/file_identity.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
@@ -48,6 +49,34 @@ TEST(SourceFacts, ChangeWithAnyFileThatIsRead) {
   folder.write("model/chat_template.jinja", "");
   EXPECT_NE(difference(before, facts()).find("chat_template.jinja was not there"), std::string::npos);
   expect_error(ErrorKind::input, {"missing"}, [&] { file_identity(folder / "missing"); });
+}
+
+TEST(SourceFacts, AreThoseOfTheFilesThatWereOpened) {
+  const TempFolder folder;
+  tiny_model().write(folder / "model");
+  for (const char* name : {"config.json", "model.safetensors"}) {
+    const Checkpoint source = Checkpoint::open(folder / "model");
+    RunIdentity facts;
+    EXPECT_NO_THROW(add_source_identity(source, facts));
+    // As many bytes, at another time.
+    const std::filesystem::path path = folder / "model" / name;
+    std::filesystem::copy_file(path, folder / "beside");
+    std::filesystem::rename(folder / "beside", path);
+    expect_error(ErrorKind::input, {"a file changed while it was read", name},
+                 [&] { add_source_identity(source, facts); });
+  }
+}
+
+TEST(FileIdentity, IsTakenWhenAFurtherChangeWouldShow) {
+  const TempFolder folder;
+  folder.write("file", "text");
+  const std::string identity = file_identity(folder / "file");
+  const auto age = std::chrono::file_clock::now() - std::filesystem::last_write_time(folder / "file");
+  EXPECT_GE(age, std::chrono::milliseconds(20));
+  EXPECT_EQ(file_identity(folder / "file"), identity);
+  // Of another machine whose clock is ahead: not waited for.
+  std::filesystem::last_write_time(folder / "file", std::chrono::file_clock::now() + std::chrono::hours(24));
+  EXPECT_NE(file_identity(folder / "file"), identity);
 }
 
 TEST(SourceFacts, MustStayAsTheyWere) {
