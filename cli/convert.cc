@@ -13,6 +13,7 @@
 #include "cli/commands.h"
 #include "cli/plan_output.h"
 #include "cli/progress.h"
+#include "convert/run/form_choice.h"
 #include "formats/error.h"
 
 namespace relatent {
@@ -139,17 +140,61 @@ ConvertOptions resolve(const Options& options) {
   return out;
 }
 
+// What --to auto would choose from, as options.
+std::string said_forms(const std::vector<ConvertOptions>& candidates) {
+  std::vector<std::string> out;
+  for (const ConvertOptions& one : candidates) {
+    out.push_back("--to " + one.form + " --branches " + std::to_string(*one.branches));
+  }
+  return "give " + join_words(out, "or");
+}
+
 void say_trial(const SizeTrial& trial) {
   std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n", sizes_text(trial).c_str(),
                trial.nats);
 }
 
+void say_form_trial(const TriedForm& form) {
+  std::fprintf(stderr, "tried %s, %s: %.4f nats on held-out calibration tokens\n", form_text(form).c_str(),
+               sizes_text(form.best).c_str(), form.best.nats);
+}
+
+Json forms_json(const std::vector<TriedForm>& forms) {
+  Json out = Json::array();
+  for (const TriedForm& form : forms) {
+    out.push_back({{"form", form.form},
+                   {"branches", form.branches},
+                   {"rope_dim", form.best.rope_dim},
+                   {"kv_rank", form.best.rank},
+                   {"key_rank", form.best.key_rank},
+                   {"nats", form.best.nats},
+                   {"searched", form.searched}});
+  }
+  return out;
+}
+
+void print_forms(const ConvertOptions& options, const std::vector<TriedForm>& forms) {
+  std::fprintf(stderr,
+               "%s for %td devices of %td elements each. Nats in quick trials:", form_text(forms[0]).c_str(),
+               *options.devices, *options.per_device);
+  for (std::size_t i = 0; i < forms.size(); ++i) {
+    std::fprintf(stderr, "%s %s %.4f (%s%s)", i == 0 ? "" : ",", form_text(forms[i]).c_str(),
+                 forms[i].best.nats, sizes_text(forms[i].best).c_str(),
+                 forms[i].searched ? "" : ", not searched");
+  }
+  std::fputs("\n", stderr);
+}
+
 // The object of --json.
-Json result_json(const ConvertPlan& plan, const ConvertReport& report,
+Json result_json(const ConvertPlan& plan, const ConvertReport& report, const std::vector<TriedForm>& forms,
                  const std::vector<std::string>& readers, double seconds) {
-  Json out = {{"kv_rank", report.kv_rank},       {"rope_dim", report.rope_dim},
-              {"branches", report.branches},     {"seconds", seconds},
-              {"bytes_read", report.bytes_read}, {"bytes_written", report.bytes_written}};
+  Json out = {{"kv_rank", report.kv_rank},
+              {"rope_dim", report.rope_dim},
+              {"form", plan.options.form},
+              {"branches", report.branches},
+              {"seconds", seconds},
+              {"bytes_read", report.bytes_read},
+              {"bytes_written", report.bytes_written}};
   if (plan.options.method == Method::relatent) {
     out["compute"] = torch_name(plan.options.relatent.compute);
   }
@@ -168,6 +213,9 @@ Json result_json(const ConvertPlan& plan, const ConvertReport& report,
                              {"kv_rank", trial.rank},
                              {"key_rank", trial.key_rank},
                              {"nats", trial.nats}});
+  }
+  if (!forms.empty()) {
+    out["forms"] = forms_json(forms);
   }
   if (report.fold) {
     out["fold"] = *report.fold;
@@ -206,7 +254,17 @@ int run(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   ConvertOptions resolved = resolve(options);
   resolved.save.taken_up = say_taken_up(options.quiet);
-  const ConvertInputs inputs = open_inputs(resolved);
+  const bool any_form = resolved.form == any_form_name;
+  if (resolved.devices && !any_form) {
+    fail_usage("--devices belongs to --to auto; --to " + resolved.form +
+               " has a device for each of --branches");
+  }
+  const std::vector<ConvertOptions> candidates =
+      any_form ? form_candidates(resolved) : std::vector<ConvertOptions>{};
+  if (any_form && options.dry_run) {
+    fail_usage("--to auto is settled by trials, which a dry run does not make: " + said_forms(candidates));
+  }
+  ConvertInputs inputs = open_inputs(any_form ? candidates.front() : resolved);
   if (resolved.method == Method::weights_only && options.method != "weights-only") {
     std::fputs(
         "no --calibration: falling back to --method weights-only, the closed forms with the norm's gain in "
@@ -214,6 +272,13 @@ int run(const Options& options) {
         stderr);
   }
   const std::unique_ptr<WorkFolder> work = options.dry_run ? nullptr : claim_output(resolved, inputs);
+  std::vector<TriedForm> forms;
+  if (any_form) {
+    FormChoice choice = choose_form(candidates, *work, options.quiet ? FormWatch{} : say_form_trial);
+    resolved = std::move(choice.options);
+    forms = std::move(choice.tried);
+    inputs = open_inputs(resolved);
+  }
   const ConvertPlan plan = options.dry_run ? plan_without_trials(resolved, inputs)
                                            : plan_conversion(resolved, inputs, work.get(),
                                                              options.quiet ? SizeSearch::Watch{} : say_trial);
@@ -237,13 +302,16 @@ int run(const Options& options) {
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   const std::vector<std::string> readers = readers_of(Model::open(plan.options.output).config());
   if (options.json) {
-    std::puts(result_json(plan, report, readers, seconds).dump().c_str());
+    std::puts(result_json(plan, report, forms, readers, seconds).dump().c_str());
   }
   for (const std::string& warning : report.warnings) {
     std::fprintf(stderr, "warning: %s\n", warning.c_str());
   }
   if (!options.quiet) {
     print_result(plan, report, readers, seconds);
+    if (!forms.empty()) {
+      print_forms(plan.options, forms);
+    }
   }
   return 0;
 }
@@ -254,12 +322,15 @@ void belongs_to(const std::vector<Method>& methods, CLI::Option* option, Options
 }
 
 void add_size_options(CLI::App& command, Options& options) {
+  std::vector<std::string> known_forms = form_names();
+  known_forms.emplace_back(any_form_name);
   command
       .add_option(
           "--to", options.convert.form,
           "mla: one latent, whole on every device; gla: a latent for each group of heads; tpla, mlra: "
-          "latents that all heads read and devices split")
-      ->check(CLI::IsMember(form_names()))
+          "latents that all heads read and devices split; auto: of those that --devices can split, the one "
+          "that loses least")
+      ->check(CLI::IsMember(known_forms))
       ->capture_default_str();
   command
       .add_option("--branches", options.convert.branches,
@@ -269,6 +340,8 @@ void add_size_options(CLI::App& command, Options& options) {
       "--per-device", options.convert.per_device,
       "gla, tpla, mlra: elements per token and layer in the cache of each device, one device for "
       "each latent");
+  command.add_option("--devices", options.convert.devices,
+                     "With --to auto: tensor-parallel devices, one for each latent");
   command.add_option("--key-rank", options.convert.key_rank,
                      "tpla, mlra: latent coordinates that all parts share and scores read");
   command

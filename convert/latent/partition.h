@@ -23,6 +23,7 @@ struct Partition {
   Index first_head(Index group, Index heads) const { return cut_at(group, groups, heads); }
   // Latent of a part of a group, as MLRA's authors number them.
   Index latent(Index group, Index part) const { return part * groups + group; }
+  bool operator==(const Partition&) const = default;
 };
 
 }  // namespace relatent

@@ -101,7 +101,7 @@ SizeTrial SizeSearch::rotary_for(Index total) {
 }
 
 SizeTrial SizeSearch::split_for(const DeviceSplit& split) {
-  SizeTrial best = quick_trial(split.first());
+  SizeTrial best = first_of(split);
   const auto walk = [&](Index rotary_step, Index key_step) {
     while (const auto next = split.with(best.rope_dim + rotary_step, best.key_rank + key_step)) {
       const SizeTrial here = quick_trial(*next);

@@ -28,6 +28,9 @@ class SizeSearch {
   // to be worthwhile (rotary_key.h) is tried too.
   SizeTrial rotary_for(Index total);
 
+  // What a search for a split begins with.
+  SizeTrial first_of(const DeviceSplit& split) { return quick_trial(split.first()); }
+
   // Shared coordinates and then the rotary key moved in steps as long as it helps, ranked like rotary sizes.
   SizeTrial split_for(const DeviceSplit& split);
 

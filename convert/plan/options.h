@@ -65,7 +65,8 @@ struct ConvertOptions {
   std::filesystem::path output;
   std::optional<Index> context;  // the length that the source is for (Model::open)
   Method method = chosen_method({}, false);
-  std::string form = "mla";       // mla, gla, tpla or mlra
+  std::string form = "mla";       // of forms(); "auto": the one that devices lose least with (form_choice.h)
+  std::optional<Index> devices;   // with auto: that split the latents, one each
   std::optional<Index> branches;  // latents of a partitioned form
   std::optional<Index> key_rank;  // shared key, split value: coordinates that the parts of a group share
   // Layers to convert, as LayerSet::parse reads them; the others stay grouped-query attention. Empty = those

@@ -52,6 +52,7 @@ RunIdentity run_identity(const ConvertOptions& options, const Checkpoint& source
   add("--to", std::string_view(options.form));
   add("--layers", std::string_view(options.layers));
   add("--branches", options.branches);
+  add("--devices", options.devices);
   add("--context", options.context);
   add("--key-rank", options.key_rank);
   add("--rank", options.rank);

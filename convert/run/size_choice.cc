@@ -13,16 +13,44 @@ namespace {
 
 constexpr const char* trial_entry = "trial";
 
+// Trials belong to one form: several are tried for --to auto.
+std::string form_label(const ConvertOptions& options) {
+  return options.form + "-" + std::to_string(options.branches.value_or(1));
+}
+
 // Trials that an interrupted search recorded.
-std::vector<SizeTrial> recorded_trials(const WorkFolder* work) {
+std::vector<SizeTrial> recorded_trials(const WorkFolder* work, const std::string& label) {
   std::vector<SizeTrial> out;
   for (const auto& [name, value] : work != nullptr ? work->journal().entries() : JournalEntries()) {
     SizeTrial trial;
+    std::string of;
     std::istringstream fields(value);
-    if (name == trial_entry && fields >> trial.rope_dim >> trial.rank >> trial.key_rank >> trial.nats) {
+    if (name == trial_entry && fields >> trial.rope_dim >> trial.rank >> trial.key_rank >> trial.nats >> of &&
+        of == label) {
       out.push_back(trial);
     }
   }
+  return out;
+}
+
+// Knows the trials of the work folder, and records there those that it makes.
+SizeSearch search_of(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
+                     const SizeSearch::Watch& watch) {
+  const std::string label = form_label(options);
+  SizeSearch out(
+      inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); },
+      fit_sequences(options, inputs), relatent_options(options, inputs, {}),
+      [work, watch, label](const SizeTrial& trial) {
+        if (work != nullptr) {
+          work->record(trial_entry, std::to_string(trial.rope_dim) + " " + std::to_string(trial.rank) + " " +
+                                        std::to_string(trial.key_rank) + " " + exact_text(trial.nats) + " " +
+                                        label);
+        }
+        if (watch) {
+          watch(trial);
+        }
+      });
+  out.take_over(recorded_trials(work, label));
   return out;
 }
 
@@ -95,19 +123,7 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
     return out;
   }
   check_calibration(inputs);
-  SizeSearch search(
-      inputs.source, [&](Index layer_idx) { return input_moments(inputs, layer_idx); },
-      fit_sequences(options, inputs), relatent_options(options, inputs, {}),
-      [&](const SizeTrial& trial) {
-        if (work != nullptr) {
-          work->record(trial_entry, std::to_string(trial.rope_dim) + " " + std::to_string(trial.rank) + " " +
-                                        std::to_string(trial.key_rank) + " " + exact_text(trial.nats));
-        }
-        if (watch) {
-          watch(trial);
-        }
-      });
-  search.take_over(recorded_trials(work));
+  SizeSearch search = search_of(options, inputs, work, watch);
   SizeTrial chosen;
   switch (*what) {
     case Sought::rotary:
@@ -126,6 +142,12 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   out.options = with_sizes(options, inputs, chosen);
   out.trials = search.trials();
   return out;
+}
+
+SizeTrial try_first_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
+                          const SizeSearch::Watch& watch) {
+  check_calibration(inputs);
+  return search_of(options, inputs, work, watch).first_of(DeviceSplit(options, inputs));
 }
 
 SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inputs) {

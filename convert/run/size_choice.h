@@ -23,6 +23,11 @@ struct SizeChoice {
 SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
                                   WorkFolder* work, const SizeSearch::Watch& watch);
 
+// The trial that such a search begins with, where --per-device is given: for comparing forms. Recorded
+// likewise.
+SizeTrial try_first_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
+                          const SizeSearch::Watch& watch);
+
 // Without any trial, from headers alone: the candidate in the middle where all of them would be tried, else
 // the one that would be tried first. Throws Error (usage) as above.
 SizeChoice assume_sizes(const ConvertOptions& options, const ConvertInputs& inputs);
