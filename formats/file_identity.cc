@@ -64,7 +64,9 @@ void ReadFiles::note(const std::filesystem::path& path) {
 void ReadFiles::require_unchanged() const {
   for (const auto& [path, before] : identities_) {
     if (const std::string now = file_identity(path); now != before) {
-      fail_changed(path.string() + " was " + before + " and is " + now + " now");
+      std::string differs = path.string();
+      differs.append(" was ").append(before).append(" and is ").append(now).append(" now");
+      fail_changed(differs);
     }
   }
 }

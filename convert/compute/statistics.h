@@ -39,6 +39,7 @@ struct RefitSums {
   MatrixD feature_moment;  // [F, F], Σ a aᵀ (lower triangle)
   MatrixD error_moment;    // [out, F], Σ e aᵀ
   Index tokens = 0;
+  double error_square = 0;  // Σ |e|², of an OutputProblem
 };
 
 // What o_proj reads on the converted stream, and what a refit of it needs.

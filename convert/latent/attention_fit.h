@@ -80,6 +80,10 @@ void fit_keys(const AttentionSample& sample, const FitOptions& options, Absorbed
 ScoreError fit_attention(const AttentionSample& sample, const FitOptions& options,
                          AbsorbedAttention& attention);
 
+// E|target - output|² over the sampled tokens, once o_proj is solved for.
+double least_output_error(const AttentionSample& sample, const FitOptions& options, bool affine,
+                          const AbsorbedAttention& attention);
+
 struct OutputError {
   double before = 0;  // E|target - output|² over the sampled tokens, once o_proj suits the other fits
   double after = 0;

@@ -52,8 +52,9 @@ Directions leading(const MatrixD& metric, const MatrixD& covariance, Index rank)
 }
 
 // The latents of a group's heads, from how their keys and outputs see ĉ.
-Directions directions_of(const MatrixD& keys, const MatrixD& values, const MatrixD& covariance,
+Directions directions_of(const MatrixD& seen_by_keys, const MatrixD& values, const MatrixD& covariance,
                          const LatentGroup& group, const FromMlaOptions& options) {
+  const MatrixD keys = options.key_weight * options.key_weight * seen_by_keys;
   if (options.partition.parts == 1) {
     return leading(keys + values, covariance, group.rank);
   }

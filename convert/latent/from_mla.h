@@ -12,6 +12,7 @@ struct FromMlaOptions {
   Index rank = 0;             // of each group
   Index key_rank = 0;         // with several parts: coordinates that they share
   double value_weight = 0.1;  // of values in the shared coordinates
+  double key_weight = 1;      // of A_K, as joint_latent.h has it
 };
 
 // The source keeps its rotary key. Its latent ĉ, gain applied, is seen by the keys through A_K² =

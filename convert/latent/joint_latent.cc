@@ -152,7 +152,8 @@ JointLatent joint_latent(const LayerMaps& maps, const Moments& moments, const Ro
   for (const bool value : {false, true}) {
     Metric part = metric_of(maps, moments, key, {first_head, head_count, first_key, keys}, value,
                             options.output_metric);
-    const double weight = value && split ? options.value_weight : 1;
+    const double value_weight = split ? options.value_weight : 1;
+    const double weight = value ? value_weight : options.key_weight;
     weigh(part, value ? covariance.bottomRightCorner(keys, keys) : felt_keys,
           (value ? maps.v : maps.k).middleRows(first_key, keys), moments.input(), weight, balanced);
     std::move(part.root.begin(), part.root.end(), std::back_inserter(metric.root));

@@ -15,6 +15,7 @@ struct JointLatentOptions {
   // all.
   std::optional<Index> key_rank{};
   double value_weight = 0.1;  // of values against keys in those first coordinates
+  double key_weight = 1;      // of A_K: what first order does not say of score errors
   // The heads that read it; 0 = all.
   Index first_head = 0;
   Index head_count = 0;
@@ -23,7 +24,7 @@ struct JointLatentOptions {
 // To first order errors of a head's scores and values reach the layer's output as HeadEffects (maps.h) says,
 // κ_h and β_h, so with g a group and s the scale of scores
 //   A_K² = blockdiag_g Σ_{h in g} κ_h s² E[q̃_h q̃_hᵀ],  A_V² = blockdiag_g Σ_{h in g} β_h W_{O,h}ᵀ W_{O,h},
-//   M = blockdiag(A_K, A_V),
+//   M = blockdiag(key_weight A_K, A_V),
 // the latent is the rank leading eigenvectors P of M S M: down = Pᵀ M Y, up = M⁻¹ P. S is the covariance of
 // y = [r; v]: a constant in a leftover key cancels in the softmax, and one in a value comes out of the
 // attention unchanged, as value_shift. q̃ = content_query q. rank ≤ 2 K' d, K' the groups that the heads read.

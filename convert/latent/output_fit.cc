@@ -16,10 +16,13 @@ constexpr Index linear_steps = 2;
 // A step that makes the error larger is halved so often before it is given up.
 constexpr int halvings = 2;
 
+MatrixD output_delta(const RefitSums& sums, Index features, double ridge) {
+  return refit_delta(sums, ridge * ridge_for_scarcity(sums.tokens, features));
+}
+
 void solve_output(const OutputProblem& problem, bool affine, double ridge, AbsorbedAttention& attention) {
-  const RefitSums sums = problem.sums(affine);
   const Index features = attention.o.cols();
-  const MatrixD delta = refit_delta(sums, ridge * ridge_for_scarcity(sums.tokens, features));
+  const MatrixD delta = output_delta(problem.sums(affine), features, ridge);
   attention.o += delta.leftCols(features);
   if (affine) {
     attention.o_bias += delta.col(features);
@@ -42,6 +45,15 @@ AbsorbedAttention moved(const AbsorbedAttention& from, const Systems& way, doubl
 }
 
 }  // namespace
+
+double least_output_error(const AttentionSample& sample, const FitOptions& options, bool affine,
+                          const AbsorbedAttention& attention) {
+  const Stage stage("choose latent");
+  const RefitSums sums = backend().output_problem(sample, attention, 0, 0)->sums(affine);
+  const MatrixD delta = output_delta(sums, attention.o.cols(), options.output_ridge);
+  const MatrixD half = delta * sums.feature_moment.selfadjointView<Eigen::Lower>() - 2 * sums.error_moment;
+  return (sums.error_square + half.cwiseProduct(delta).sum()) / static_cast<double>(sums.tokens);
+}
 
 OutputError fit_output(const AttentionSample& sample, const FitOptions& options, bool affine,
                        AbsorbedAttention& attention) {

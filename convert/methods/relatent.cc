@@ -1,6 +1,7 @@
 #include "convert/methods/relatent.h"
 
 #include <algorithm>
+#include <numbers>
 #include <stdexcept>
 
 #include "convert/compute/backend.h"
@@ -15,6 +16,9 @@
 
 namespace relatent {
 namespace {
+
+// How far the key weight may go from 1, in steps of √2: to 8 and to 1/8.
+constexpr int most_weight_steps = 6;
 
 // What the closed forms of a layer take, about: its maps in float32 and float64 and what is made of them.
 std::uint64_t closed_form_bytes(const ModelConfig& config) {
@@ -143,7 +147,7 @@ RotaryKey RelatentConversion::key_of(const PreparedLayer& prepared) const {
 }
 
 std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, const Moments& moments,
-                                                        const RotaryKey& key) const {
+                                                        const RotaryKey& key, double key_weight) const {
   const Partition partition = fitted_partition();
   std::vector<JointLatent> out;
   for (Index g = 0; g < partition.groups; ++g) {
@@ -155,6 +159,7 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
       latent.key_rank = options_.key_rank;
     }
     latent.value_weight = options_.value_weight;
+    latent.key_weight = key_weight;
     latent.first_head = partition.first_head(g, maps.heads);
     latent.head_count = partition.first_head(g + 1, maps.heads) - latent.first_head;
     out.push_back(joint_latent(maps, moments, key, latent));
@@ -162,11 +167,11 @@ std::vector<JointLatent> RelatentConversion::latents_of(const LayerMaps& maps, c
   return out;
 }
 
-AbsorbedAttention RelatentConversion::absorbed(const Attention& attention,
-                                               const PreparedLayer& prepared) const {
+AbsorbedAttention RelatentConversion::absorbed(const Attention& attention, const PreparedLayer& prepared,
+                                               double key_weight) const {
   if (prepared.maps) {
     const RotaryKey key = key_of(prepared);
-    return absorb(*prepared.maps, key, latents_of(*prepared.maps, prepared.moments, key),
+    return absorb(*prepared.maps, key, latents_of(*prepared.maps, prepared.moments, key, key_weight),
                   fitted_partition().parts);
   }
   FromMlaOptions options;
@@ -174,8 +179,39 @@ AbsorbedAttention RelatentConversion::absorbed(const Attention& attention,
   options.rank = options_.rank / options.partition.groups;
   options.key_rank = options_.key_rank;
   options.value_weight = options_.value_weight;
+  options.key_weight = key_weight;
   return from_mla(std::get<LatentAttention>(attention), prepared.moments.input(), prepared.queries(),
                   prepared.moments.effects, options);
+}
+
+AbsorbedAttention RelatentConversion::best_absorbed(const Attention& attention, const PreparedLayer& prepared,
+                                                    const AttentionSample& sample) const {
+  AbsorbedAttention best = absorbed(attention, prepared);
+  // What a norm takes away is not in that output, and there the choice did harm (docs/fidelity.md).
+  if (!affine() || !options_.output_metric) {
+    return best;
+  }
+  const auto error_of = [&](const AbsorbedAttention& tried) {
+    return least_output_error(sample, options_.fit, affine(), tried);
+  };
+  double least = error_of(best);
+  for (const double step : {std::numbers::sqrt2, 1 / std::numbers::sqrt2}) {
+    double weight = 1;
+    for (int i = 0; i < most_weight_steps; ++i) {
+      AbsorbedAttention next = absorbed(attention, prepared, weight * step);
+      const double error = error_of(next);
+      if (!(error < least)) {
+        break;
+      }
+      weight *= step;
+      least = error;
+      best = std::move(next);
+    }
+    if (weight != 1) {
+      break;
+    }
+  }
+  return best;
 }
 
 LatentAttention RelatentConversion::closed(const Attention& attention, const PreparedLayer& prepared) const {
@@ -199,13 +235,13 @@ LatentAttention RelatentConversion::closed(const Attention& attention, const Pre
 }
 
 LatentAttention RelatentConversion::fitted(const AttentionHalf& layer, PreparedLayer prepared) {
-  AbsorbedAttention attention = absorbed(layer.attention, prepared);
   const bool query_bias = prepared.query_bias;
-  prepared = {};  // the sample has moments of its own
   const AttentionSample sample = streams_->sample_attention(layer, {.stride = options_.fit.stride,
                                                                     .affine = affine(),
                                                                     .query_affine = query_bias,
                                                                     .normed_heads = options_.normed_heads});
+  AbsorbedAttention attention = best_absorbed(layer.attention, prepared, sample);
+  prepared = {};  // the sample has moments of its own
   const bool one_latent = options_.partition.latents() == 1;
   if (!affine() && one_latent) {
     attention.norm = complete_norm(attention.latent(), sample.sampled_inputs, sample.input_moment,

@@ -70,9 +70,13 @@ class RelatentConversion final : public ConversionMethod {
   PreparedLayer prepare(const LatentAttention& attention, Index layer_idx, Moments moments) const;
   PreparedLayer prepare(GqaAttention attention, Index layer_idx, Moments moments) const;
   // The closed forms, from either kind of source.
-  AbsorbedAttention absorbed(const Attention& attention, const PreparedLayer& prepared) const;
-  std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments,
-                                      const RotaryKey& key) const;
+  AbsorbedAttention absorbed(const Attention& attention, const PreparedLayer& prepared,
+                             double key_weight = 1) const;
+  // The same with the key weight (joint_latent.h) whose output is nearest to the source's on the sample.
+  AbsorbedAttention best_absorbed(const Attention& attention, const PreparedLayer& prepared,
+                                  const AttentionSample& sample) const;
+  std::vector<JointLatent> latents_of(const LayerMaps& maps, const Moments& moments, const RotaryKey& key,
+                                      double key_weight = 1) const;
   RotaryKey key_of(const PreparedLayer& prepared) const;
   // place: of the layer among those converted.
   const std::vector<Index>& components_of(Index place) const {

@@ -6,14 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "convert/plan/form_candidates.h"
 #include "convert/plan/options.h"
 #include "convert/plan/plan.h"
 #include "formats/work_folder.h"
 
 namespace relatent {
-
-// What ConvertOptions::form says when it is to be chosen.
-inline constexpr const char* any_form_name = "auto";
 
 struct TriedForm {
   std::string form;
@@ -29,13 +27,6 @@ struct FormChoice {
 
 // A form as people write it, "tpla-4".
 std::string form_text(const TriedForm& form);
-
-// For options of form "auto": the same for every form that gives each of `devices` devices one latent and
-// that the engine can hold. Of forms that divide heads and latents alike only the first, as forms() has them.
-// A single latent on every device is none of them: TPLA with all coordinates shared is the same and can be
-// better. Throws Error (usage) when there are no devices, fewer than two, no --per-device, no calibration,
-// another method than relatent, or options that belong to one form.
-std::vector<ConvertOptions> form_candidates(const ConvertOptions& options);
 
 using FormWatch = std::function<void(const TriedForm&)>;
 

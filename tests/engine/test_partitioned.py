@@ -107,6 +107,29 @@ def test_split_is_chosen_on_held_out_tokens(bench, llama: Path, tmp_path: Path) 
         assert trial["kv_rank"] == trial["key_rank"] + 2 * own
 
 
+def test_form_is_chosen_on_held_out_tokens(bench, llama: Path, tmp_path: Path) -> None:
+    options = ("--calibration", bench.calibration(llama), "--to", "auto", "--devices", 4)
+    few = ("--per-device", 40, "--no-key-fit", "--no-query-fit")
+    out = tmp_path / "out"
+    ended = support.run("convert", llama, "-o", out, *options, *few, "--json")
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(ended.stdout)
+    forms = report["forms"]
+    assert sorted(f"{form['form']}-{form['branches']}" for form in forms) == [
+        *("gla-4", "mlra-2", "tpla-4")
+    ]
+    best = min(forms, key=lambda form: form["nats"])
+    assert forms[0] == best
+    assert [form["searched"] for form in forms] == [True, True, False]
+    assert (report["form"], report["branches"]) == (best["form"], 4)
+    assert json.loads((out / "conversion_report.json").read_text())["form"] == best["form"]
+    assert f"{best['form']}-{best['branches']} for 4 devices of 40 elements each" in ended.stderr
+    # Which forms there are a dry run says; which is best, trials do.
+    said = support.refused(2, "convert", llama, "-o", tmp_path / "dry", *options, *few, "--dry-run")
+    for form in forms:
+        assert f"--to {form['form']} --branches {form['branches']}" in said
+
+
 MLA = {
     "tpla": ("--to", "tpla", "--branches", 2, "--per-device", 96, "--key-rank", 32),
     "gla": ("--to", "gla", "--branches", 2, "--per-device", 128),

@@ -66,7 +66,7 @@ class CpuOutputProblem final : public OutputProblem {
   RefitSums sums(bool affine) const override {
     const Index features = attention_.heads() * attention_.v_dim();
     RefitSums out{MatrixD::Zero(features + 1, features + 1), MatrixD::Zero(attention_.o.rows(), features + 1),
-                  sample_.sampled_inputs.rows()};
+                  sample_.sampled_inputs.rows(), 0};
     const Index batch = sequences_at_once(sample_.length);
     const Index each = sample_.per_sequence();
     for (Index first = 0; first < sample_.count; first += batch) {
@@ -82,7 +82,11 @@ class CpuOutputProblem final : public OutputProblem {
         errors.middleRows(at, each) =
             sample_.target.middleRows(sequences[i].index * each, each) - o_(sequences[i].mixed);
         errors.middleRows(at, each).rowwise() -= attention_.o_bias.transpose().cast<float>();
+        sequences[i].error = static_cast<double>(errors.middleRows(at, each).squaredNorm());
       });
+      for (const Sequence& sequence : sequences) {
+        out.error_square += sequence.error;
+      }
       add_second_moment(read, out.feature_moment);
       add_cross_moment(errors, read, out.error_moment);
     }

@@ -159,6 +159,21 @@ TEST(JointLatent, LosesTheLeastWeighedError) {
   }
 }
 
+TEST(JointLatent, TheKeyWeightMovesErrorsFromKeysToValues) {
+  const LayerSample sample = trained_layer(1);
+  const RotaryKey key = some_key(sample, 16);
+  Errors before{};
+  for (const double weight : {0.5, 1.0, 2.0}) {
+    const Errors errors = errors_of(
+        sample, key, joint_latent(sample.maps, sample.moments, key, {.rank = 64, .key_weight = weight}));
+    if (before.key > 0) {
+      EXPECT_LT(errors.key, before.key) << weight;
+      EXPECT_GT(errors.value, before.value) << weight;
+    }
+    before = errors;
+  }
+}
+
 TEST(JointLatent, AttentionErrorOfATrainedLayerFallsWithTheRank) {
   const LayerSample sample = trained_layer(2);
   const MatrixF expected = output_of(sample.attention, sample.x);

@@ -148,12 +148,14 @@ TEST(FitOutput, BringsTheOutputNearer) {
     AbsorbedAttention attention = truncated(fit);
     fit_attention(fit.sample, {}, attention);
     limit_content_rank(attention, fit.sample.input_moment, asked_moments(fit.sample));
+    const double least = least_output_error(fit.sample, {}, affine, attention);
     const double fitted = own_error(fit, attention);
     double last = fitted;
     for (const Index rounds : {1, 2, 4}) {
       AbsorbedAttention moved = attention;
       const OutputError error = fit_output(fit.sample, {.output_rounds = rounds}, affine, moved);
       EXPECT_LT(error.before, fitted);
+      EXPECT_NEAR(least / error.before, 1, 1e-3);
       EXPECT_NEAR(error.after / own_error(fit, moved), 1, 1e-4);
       EXPECT_LT(error.after, rounds == 1 ? 0.95 * error.before : last);
       EXPECT_TRUE(moved.value_up == attention.value_up);

@@ -198,6 +198,18 @@ TEST_F(Relatent, FitsBringTheLogitsNearer) {
   EXPECT_LT(compared(layers, others_).mean_kl, compared(converted(options, none_), others_).mean_kl);
 }
 
+// What first order says of score errors may be wrong by a factor, which the output on the tokens undoes.
+TEST_F(Relatent, TheOutputChoosesTheWeightOfKeys) {
+  const double before = compared(converted(sizes(96, 32), fitted_), others_).mean_kl;
+  for (Moments& moments : moments_) {
+    moments.effects.score_effect /= 16;
+  }
+  const double after = compared(converted(sizes(96, 32), fitted_), others_).mean_kl;
+  EXPECT_NEAR(after / before, 1, 1e-3);
+  // Closed forms alone have nobody to tell them.
+  EXPECT_GT(compared(converted(sizes(96, 32), none_), others_).mean_kl, 1.2 * before);
+}
+
 TEST_F(Relatent, ScoreErrorIsThatOfTheLastLayer) {
   RelatentConversion running = conversion(sizes(48, 16), few_);
   double before = 0;
