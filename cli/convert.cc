@@ -143,6 +143,7 @@ ConvertOptions resolve(const Options& options) {
 // What --to auto would choose from, as options.
 std::string said_forms(const std::vector<ConvertOptions>& candidates) {
   std::vector<std::string> out;
+  out.reserve(candidates.size());
   for (const ConvertOptions& one : candidates) {
     out.push_back("--to " + one.form + " --branches " + std::to_string(*one.branches));
   }
