@@ -150,38 +150,42 @@ std::string said_forms(const std::vector<ConvertOptions>& candidates) {
   return "give " + join_words(out, "or");
 }
 
+void say_tried(const std::string& what, double nats) {
+  std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n", what.c_str(), nats);
+}
+
 void say_trial(const SizeTrial& trial) {
-  std::fprintf(stderr, "tried %s: %.4f nats on held-out calibration tokens\n", sizes_text(trial).c_str(),
-               trial.nats);
+  say_tried(sizes_text(trial), trial.nats);
 }
 
 void say_form_trial(const TriedForm& form) {
-  std::fprintf(stderr, "tried %s, %s: %.4f nats on held-out calibration tokens\n", form_text(form).c_str(),
-               sizes_text(form.best).c_str(), form.best.nats);
+  say_tried(form_text(form.form, form.branches) + ", " + sizes_text(form.best), form.best.nats);
+}
+
+Json trial_json(const SizeTrial& trial) {
+  return {{"rope_dim", trial.rope_dim},
+          {"kv_rank", trial.rank},
+          {"key_rank", trial.key_rank},
+          {"nats", trial.nats}};
 }
 
 Json forms_json(const std::vector<TriedForm>& forms) {
   Json out = Json::array();
   for (const TriedForm& form : forms) {
-    out.push_back({{"form", form.form},
-                   {"branches", form.branches},
-                   {"rope_dim", form.best.rope_dim},
-                   {"kv_rank", form.best.rank},
-                   {"key_rank", form.best.key_rank},
-                   {"nats", form.best.nats},
-                   {"searched", form.searched}});
+    Json& one = out.emplace_back(Json{{"form", form.form}, {"branches", form.branches}});
+    one.update(trial_json(form.best));
+    one["searched"] = form.searched;
   }
   return out;
 }
 
 void print_forms(const ConvertOptions& options, const std::vector<TriedForm>& forms) {
-  std::fprintf(stderr,
-               "%s for %td devices of %td elements each. Nats in quick trials:", form_text(forms[0]).c_str(),
-               *options.devices, *options.per_device);
+  std::fprintf(stderr, "%s for %td devices of %td elements each. Nats in quick trials:",
+               form_text(forms[0].form, forms[0].branches).c_str(), *options.devices, *options.per_device);
   for (std::size_t i = 0; i < forms.size(); ++i) {
-    std::fprintf(stderr, "%s %s %.4f (%s%s)", i == 0 ? "" : ",", form_text(forms[i]).c_str(),
-                 forms[i].best.nats, sizes_text(forms[i].best).c_str(),
-                 forms[i].searched ? "" : ", not searched");
+    std::fprintf(stderr, "%s %s %.4f (%s%s)", i == 0 ? "" : ",",
+                 form_text(forms[i].form, forms[i].branches).c_str(), forms[i].best.nats,
+                 sizes_text(forms[i].best).c_str(), forms[i].searched ? "" : ", not searched");
   }
   std::fputs("\n", stderr);
 }
@@ -210,10 +214,7 @@ Json result_json(const ConvertPlan& plan, const ConvertReport& report, const std
   }
   out["trials"] = Json::array();
   for (const SizeTrial& trial : plan.trials) {
-    out["trials"].push_back({{"rope_dim", trial.rope_dim},
-                             {"kv_rank", trial.rank},
-                             {"key_rank", trial.key_rank},
-                             {"nats", trial.nats}});
+    out["trials"].push_back(trial_json(trial));
   }
   if (!forms.empty()) {
     out["forms"] = forms_json(forms);

@@ -12,6 +12,10 @@
 
 namespace relatent {
 
+std::string form_text(std::string_view form, Index branches) {
+  return std::string(form) + "-" + std::to_string(branches);
+}
+
 std::vector<ConvertOptions> form_candidates(const ConvertOptions& options) {
   if (!options.devices || *options.devices < 2) {
     fail_usage("--to auto needs --devices, at least 2: on one device --to mla is all that there is");

@@ -1,6 +1,8 @@
 // The forms that --to auto chooses from.
 #pragma once
 
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "convert/plan/options.h"
@@ -9,6 +11,9 @@ namespace relatent {
 
 // What ConvertOptions::form says when it is to be chosen.
 inline constexpr const char* any_form_name = "auto";
+
+// A form as people write it, "tpla-4".
+std::string form_text(std::string_view form, Index branches);
 
 // For options of form "auto": the same for every form that gives each of `devices` devices one latent and
 // that the engine can hold. Of forms that divide heads and latents alike only the first, as forms() has them.

@@ -25,9 +25,6 @@ struct FormChoice {
   std::vector<TriedForm> tried;  // the chosen one first, the others by what they lose
 };
 
-// A form as people write it, "tpla-4".
-std::string form_text(const TriedForm& form);
-
 using FormWatch = std::function<void(const TriedForm&)>;
 
 // Tries every candidate at the sizes that its search would begin with, searches the two that lose least, and

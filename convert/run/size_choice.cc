@@ -4,6 +4,7 @@
 #include <sstream>
 #include <utility>
 
+#include "convert/plan/form_candidates.h"
 #include "convert/plan/size_candidates.h"
 #include "convert/plan/sizes.h"
 #include "formats/error.h"
@@ -12,11 +13,6 @@ namespace relatent {
 namespace {
 
 constexpr const char* trial_entry = "trial";
-
-// Trials belong to one form: several are tried for --to auto.
-std::string form_label(const ConvertOptions& options) {
-  return options.form + "-" + std::to_string(options.branches.value_or(1));
-}
 
 // Trials that an interrupted search recorded.
 std::vector<SizeTrial> recorded_trials(const WorkFolder* work, const std::string& label) {
@@ -36,7 +32,8 @@ std::vector<SizeTrial> recorded_trials(const WorkFolder* work, const std::string
 // Knows the trials of the work folder, and records there those that it makes.
 SizeSearch search_of(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
                      const SizeSearch::Watch& watch) {
-  const std::string label = form_label(options);
+  // Trials belong to one form: several are tried for --to auto.
+  const std::string label = form_text(options.form, options.branches.value_or(1));
   SizeSearch out(
       inputs.source, [&inputs](Index layer_idx) { return input_moments(inputs, layer_idx); },
       fit_sequences(options, inputs), relatent_options(options, inputs, {}),
@@ -114,15 +111,14 @@ ConvertOptions with_sizes(const ConvertOptions& options, const ConvertInputs& in
 
 }  // namespace
 
-SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
-                                  WorkFolder* work, const SizeSearch::Watch& watch) {
+SizeChoice search_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
+                        const SizeSearch::Watch& watch) {
   SizeChoice out;
   out.options = options;
   const std::optional<Sought> what = sought(options, inputs);
   if (!what) {
     return out;
   }
-  check_calibration(inputs);
   SizeSearch search = search_of(options, inputs, work, watch);
   SizeTrial chosen;
   switch (*what) {
@@ -144,9 +140,16 @@ SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertIn
   return out;
 }
 
+SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
+                                  WorkFolder* work, const SizeSearch::Watch& watch) {
+  if (sought(options, inputs)) {
+    check_calibration(inputs);
+  }
+  return search_sizes(options, inputs, work, watch);
+}
+
 SizeTrial try_first_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
                           const SizeSearch::Watch& watch) {
-  check_calibration(inputs);
   return search_of(options, inputs, work, watch).first_of(DeviceSplit(options, inputs));
 }
 

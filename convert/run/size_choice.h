@@ -23,8 +23,12 @@ struct SizeChoice {
 SizeChoice choose_sizes_by_trials(const ConvertOptions& options, const ConvertInputs& inputs,
                                   WorkFolder* work, const SizeSearch::Watch& watch);
 
+// The same for a calibration that was checked already, which reads every weight.
+SizeChoice search_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
+                        const SizeSearch::Watch& watch);
+
 // The trial that such a search begins with, where --per-device is given: for comparing forms. Recorded
-// likewise.
+// likewise, and the calibration is not checked.
 SizeTrial try_first_sizes(const ConvertOptions& options, const ConvertInputs& inputs, WorkFolder* work,
                           const SizeSearch::Watch& watch);
 

@@ -56,7 +56,6 @@ class Changing:
             shutil.copy2(self.originals / name, self.inputs / name)
 
 
-
 def shard_job(source: Path, ranks: int) -> Job:
     how = ("--tp", ranks, "--quiet")
     return Job("shard", lambda out: ("shard", source, "-o", out, *how), (source,), False)

@@ -3,9 +3,27 @@
 
 #include <memory>
 
+#include "convert/calibrate/calibrate.h"
 #include "convert/run/convert.h"
+#include "tests/support/temp_folder.h"
+#include "tests/support/tiny_model.h"
 
 namespace relatent::testing_support {
+
+// Of folder/source to folder/output by closed forms, with a calibration of its own: trials of sizes are
+// quick.
+inline ConvertOptions calibrated_closed_forms(const TempFolder& folder) {
+  ConvertOptions out;
+  out.source = folder / "source";
+  out.output = folder / "output";
+  out.method = Method::relatent;
+  out.calibration = folder / "moments.h5";
+  out.relatent.fit.queries = false;
+  out.relatent.fit.keys = false;
+  out.relatent.fit.refit = false;
+  calibrate(Model::open(out.source), random_sequences(1, 12, 40, 50), *out.calibration, [](Index, Index) {});
+  return out;
+}
 
 class Conversion {
  public:

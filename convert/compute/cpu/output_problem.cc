@@ -66,7 +66,7 @@ class CpuOutputProblem final : public OutputProblem {
   RefitSums sums(bool affine) const override {
     const Index features = attention_.heads() * attention_.v_dim();
     RefitSums out{MatrixD::Zero(features + 1, features + 1), MatrixD::Zero(attention_.o.rows(), features + 1),
-                  sample_.sampled_inputs.rows(), 0};
+                  sample_.sampled_inputs.rows()};
     const Index batch = sequences_at_once(sample_.length);
     const Index each = sample_.per_sequence();
     for (Index first = 0; first < sample_.count; first += batch) {

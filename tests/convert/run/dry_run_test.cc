@@ -15,9 +15,9 @@ namespace relatent {
 namespace {
 
 namespace fs = std::filesystem;
+using testing_support::calibrated_closed_forms;
 using testing_support::Conversion;
 using testing_support::expect_error;
-using testing_support::random_sequences;
 using testing_support::TempFolder;
 using testing_support::tiny_model;
 using testing_support::TinyModel;
@@ -27,15 +27,7 @@ class DryRun : public testing::Test {
  protected:
   DryRun() {
     write_source();
-    options_.source = folder_ / "source";
-    options_.output = folder_ / "output";
-    options_.method = Method::relatent;
-    options_.calibration = folder_ / "moments.h5";
-    options_.relatent.fit.queries = false;
-    options_.relatent.fit.keys = false;
-    options_.relatent.fit.refit = false;
-    calibrate(Model::open(options_.source), random_sequences(1, 12, 40, 50), *options_.calibration,
-              [](Index, Index) {});
+    options_ = calibrated_closed_forms(folder_);
   }
 
   static TinyModel model() { return tiny_model({.heads = 4, .kv_heads = 2, .head_dim = 32}); }

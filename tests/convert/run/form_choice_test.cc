@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "convert/run/convert.h"
+#include "tests/support/conversion.h"
 #include "tests/support/expect_error.h"
 #include "tests/support/temp_folder.h"
 #include "tests/support/tiny_model.h"
@@ -17,8 +18,8 @@
 namespace relatent {
 namespace {
 
+using testing_support::calibrated_closed_forms;
 using testing_support::expect_error;
-using testing_support::random_sequences;
 using testing_support::TempFolder;
 using testing_support::tiny_model;
 
@@ -27,25 +28,17 @@ class FormChoiceTest : public testing::Test {
  protected:
   FormChoiceTest() {
     tiny_model({.heads = 4, .kv_heads = 2, .head_dim = 32}).write(folder_ / "source");
-    options_.source = folder_ / "source";
-    options_.output = folder_ / "output";
-    options_.method = Method::relatent;
+    options_ = calibrated_closed_forms(folder_);
     options_.form = any_form_name;
     options_.engine = "relatent";
     options_.devices = 4;
     options_.per_device = 40;
-    options_.calibration = folder_ / "moments.h5";
-    options_.relatent.fit.queries = false;
-    options_.relatent.fit.keys = false;
-    options_.relatent.fit.refit = false;
-    calibrate(Model::open(options_.source), random_sequences(1, 12, 40, 50), *options_.calibration,
-              [](Index, Index) {});
   }
 
   std::vector<std::string> names() const {
     std::vector<std::string> out;
     for (const ConvertOptions& one : form_candidates(options_)) {
-      out.push_back(one.form + "-" + std::to_string(*one.branches));
+      out.push_back(form_text(one.form, *one.branches));
     }
     return out;
   }
